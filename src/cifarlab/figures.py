@@ -1,0 +1,152 @@
+"""seaborn pictures of a run: what was fed, how it learned, what it confuses."""
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")  # no window, no display needed
+import matplotlib.pyplot as plt
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+import seaborn as sns
+import torch
+import torch.nn.functional as F
+from matplotlib.colors import PowerNorm
+from matplotlib.figure import Figure
+from matplotlib.ticker import PercentFormatter
+from torch import Tensor
+from torchvision.utils import make_grid
+
+from cifarlab.augment import augment
+from cifarlab.datasets import Dataset, stratified_split
+from cifarlab.files import atomic
+from cifarlab.params import Params
+
+CELL_NUMBERS_UP_TO = 30  # classes; beyond, numbers would be too small to read and the colours tell
+CAPTION = 12  # characters
+
+
+def draw_all(params: Params, data: Path, tables: Path) -> Iterator[Path]:
+    """Draw every figure into `tables`, from the tables there and the images in `data`; yield their paths."""
+    sns.set_theme(style="whitegrid", context="notebook", rc={"axes.titleweight": "bold", "figure.constrained_layout.use": True})
+    images = Dataset.load(data)
+    text = {name: str for name in ("actual", "predicted", "class")}  # a class may be called 7
+    predictions = pd.read_csv(tables / "predictions.csv", dtype=text, keep_default_na=False)
+    accuracy = json.loads((tables.parent / "metrics" / "evaluate.json").read_text("utf-8"))["accuracy"]
+    title = f"{images.name} · {params.model.describe()} · test accuracy {accuracy:.1%}"
+    confusion = pd.read_csv(tables / "confusion.csv", dtype=text, keep_default_na=False).set_index("actual")
+    figures = {
+        "confusion": lambda: confusion_heatmap(confusion, title, normalized=False),
+        "confusion_recall": lambda: confusion_heatmap(confusion, title, normalized=True),
+        "curves": lambda: curves(pd.read_csv(tables / "history.csv"), title),
+        "per_class": lambda: per_class_bars(pd.read_csv(tables / "per_class.csv", dtype=text, keep_default_na=False), accuracy, title),
+        "training_images": lambda: training_images(images, params, title),
+        "mistakes": lambda: mistakes(images, predictions, params.plot.mistakes, title),
+    }
+    for name, draw in figures.items():
+        figure = draw()
+        with atomic(tables / f"{name}.png") as path:
+            # Without the version of matplotlib, the same figure gives the same bytes.
+            figure.savefig(path, dpi=params.plot.dpi, metadata={"Software": None})
+        plt.close(figure)
+        yield tables / f"{name}.png"
+
+
+def confusion_heatmap(counts: pd.DataFrame, title: str, *, normalized: bool) -> Figure:
+    """Heatmap of a confusion matrix, rows actual and columns predicted; normalised, every row sums to one."""
+    n = len(counts)
+    many = n > CELL_NUMBERS_UP_TO
+    side = 0.18 * n + 3 if many else max(6.0, 0.62 * n + 2)
+    figure, axes = plt.subplots(figsize=(side + 0.8, side))
+    values = counts.div(counts.sum(axis=1).clip(lower=1), axis=0) if normalized else counts
+    # The root makes the mistakes visible beside the much larger diagonal.
+    norm = PowerNorm(0.5, vmin=0, vmax=1 if normalized else max(1, int(counts.to_numpy().max())))
+    labels = {"xticklabels": True, "yticklabels": True}
+    sns.heatmap(values, norm=norm, cmap="Blues", annot=not many, fmt=".2f" if normalized else "d", annot_kws={"size": 10}, square=True, linewidths=0.5 if not many else 0, cbar_kws={"shrink": 0.8, "label": "share of the actual class" if normalized else "test images"}, ax=axes, **labels)
+    axes.set(xlabel="predicted", ylabel="actual")
+    axes.tick_params(axis="x", rotation=90 if many else 45, labelsize=7 if many else 11)
+    axes.tick_params(axis="y", rotation=0, labelsize=7 if many else 11)
+    if not many:
+        plt.setp(axes.get_xticklabels(), ha="right", rotation_mode="anchor")
+    _headline(figure, "Recall: where each class goes" if normalized else "Confusion matrix", title)
+    return figure
+
+
+def curves(history: pd.DataFrame, title: str) -> Figure:
+    """Loss and accuracy over the epochs, of the training and, where there is one, of the validation split."""
+    figure, panels = plt.subplots(1, 2, figsize=(11, 4.2))
+    splits = {"training": "train", "validation": "val"}
+    for axes, quantity in zip(panels, ("loss", "accuracy"), strict=True):
+        for (label, prefix), color in zip(splits.items(), sns.color_palette("deep"), strict=False):
+            column = history[f"{prefix}_{quantity}"]
+            if column.notna().any():
+                sns.lineplot(x=history["epoch"], y=column, label=label, marker="o", color=color, ax=axes)
+        axes.set(xlabel="epoch", ylabel=quantity)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+    panels[1].yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    _headline(figure, "Learning curves", title)
+    return figure
+
+
+def per_class_bars(table: pd.DataFrame, accuracy: float, title: str) -> Figure:
+    """Accuracy of each class, the best on top, beside the accuracy of all."""
+    table = table.sort_values("accuracy", ascending=False, kind="stable")
+    n = len(table)
+    figure, axes = plt.subplots(figsize=(8, max(3.2, (0.2 if n > CELL_NUMBERS_UP_TO else 0.38) * n + 1.4)))
+    sns.barplot(table, x="accuracy", y="class", hue="accuracy", palette="crest", legend=False, orient="h", ax=axes)
+    small = 7 if n > CELL_NUMBERS_UP_TO else 10
+    for place, value in enumerate(table["accuracy"]):
+        axes.text(value + 0.005, place, f"{value:.1%}", va="center", fontsize=small)
+    axes.axvline(accuracy, color="0.3", linestyle="--", linewidth=1, label=f"all classes {accuracy:.1%}")
+    axes.legend(loc="lower right", bbox_to_anchor=(1, 1), frameon=False, fontsize=10)
+    axes.set(xlim=(0, 1.08), xlabel="test accuracy", ylabel="")
+    axes.set_xticks(np.arange(0, 1.01, 0.2))
+    axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    axes.tick_params(axis="y", labelsize=small)
+    _headline(figure, "Accuracy of each class", title)
+    return figure
+
+
+def training_images(data: Dataset, params: Params, title: str) -> Figure:
+    """Training images as the network gets them: drawn at random, augmented."""
+    generator = torch.Generator().manual_seed(params.train.seed)
+    kept, _ = stratified_split(data.labels["train"], params.data.validation)
+    chosen = kept[torch.randperm(len(kept), generator=generator)[: params.plot.samples].numpy()]
+    images = augment(torch.from_numpy(data.images["train"][chosen]), generator, flip=params.train.flip, translate=params.train.translate)
+    return _gallery(images, [data.classes[label][:CAPTION] for label in data.labels["train"][chosen]], "Training images as fed to the network", title)
+
+
+def mistakes(data: Dataset, predictions: pd.DataFrame, count: int, title: str) -> Figure:
+    """The wrong predictions that the network was surest of."""
+    wrong = predictions[predictions["actual"] != predictions["predicted"]].sort_values("confidence", ascending=False, kind="stable").head(count)
+    if wrong.empty:
+        figure = plt.figure(figsize=(8, 2))
+        figure.text(0.5, 0.4, "no mistakes on the test set", ha="center")
+        _headline(figure, "Most confident mistakes", title)
+        return figure
+    images = torch.from_numpy(data.images["test"][wrong.index.to_numpy()]).permute(0, 3, 1, 2)
+    captions = [f"{row.actual[:CAPTION]}\n→ {row.predicted[:CAPTION]} {row.confidence:.0%}" for row in wrong.itertuples()]
+    return _gallery(images, captions, "Most confident mistakes (actual → predicted)", title)
+
+
+def _gallery(images: Tensor, captions: Sequence[str], headline: str, title: str, side: int = 96) -> Figure:
+    """Images uint8 (N, 3, height, width), eight a row, a caption under each."""
+    columns, gap = min(8, len(images)), 40
+    large = F.interpolate(images.float(), size=(side, side), mode="bicubic", antialias=True).clamp(0, 255).byte()
+    grid: npt.NDArray[np.uint8] = make_grid(large, nrow=columns, padding=gap, pad_value=255).permute(1, 2, 0).numpy()
+    height, width, _ = grid.shape
+    figure, axes = plt.subplots(figsize=(width / 95, height / 95 + 0.8))
+    axes.imshow(grid[gap - 4 :])
+    axes.axis("off")
+    for i, caption in enumerate(captions):
+        row, column = divmod(i, columns)
+        axes.text(gap + column * (side + gap) + side / 2, 4 + row * (side + gap) + side + 3, caption, ha="center", va="top", fontsize=9, linespacing=1.1)
+    _headline(figure, headline, title)
+    return figure
+
+
+def _headline(figure: Figure, headline: str, title: str) -> None:
+    figure.suptitle(f"{headline}\n{title}", fontsize=11.5)

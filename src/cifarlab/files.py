@@ -1,0 +1,35 @@
+"""Files that are either whole or not there."""
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+
+@contextmanager
+def atomic(path: Path) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; it takes the place of `path` only when the block ends well."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # The suffix stays: savefig and friends choose the format by it.
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+    try:
+        yield temporary
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write `content` for people and `git diff`: indented, floats of six decimals."""
+    with atomic(path) as temporary:
+        temporary.write_text(json.dumps(_rounded(content), indent=2, ensure_ascii=False) + "\n", "utf-8")
+
+
+def _rounded(content: Any) -> Any:
+    if isinstance(content, float):
+        return round(content, 6)
+    if isinstance(content, dict):
+        return {key: _rounded(value) for key, value in content.items()}
+    return content

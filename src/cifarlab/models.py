@@ -1,0 +1,179 @@
+"""The network family: stages of convolutions, their variants and their initialisation."""
+
+import json
+from pathlib import Path
+from typing import cast
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from cifarlab import UserError
+from cifarlab.files import atomic
+from cifarlab.params import Convolution, ModelParams
+
+ACTIVATIONS: dict[str, type[nn.Module]] = {
+    "relu": nn.ReLU,
+    "leaky_relu": nn.LeakyReLU,
+    "gelu": nn.GELU,
+    "silu": nn.SiLU,
+    "elu": nn.ELU,
+    "tanh": nn.Tanh,
+    "sigmoid": nn.Sigmoid,
+}
+POOLS: dict[str, type[nn.Module]] = {"max": nn.MaxPool2d, "avg": nn.AvgPool2d}
+
+
+class Normalize(nn.Module):
+    """Pixels 0…255 to zero mean and unit variance of the training images, channel by channel."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.full((3, 1, 1), 127.5))
+        self.register_buffer("std", torch.full((3, 1, 1), 127.5))
+
+    def measure(self, images: Tensor) -> None:
+        """Take mean and standard deviation from uint8 images (N, height, width, 3)."""
+        # Counting the 256 values of a byte is exact, in double precision, and needs no float copy of the images.
+        values = torch.arange(256, dtype=torch.float64)
+        for channel in range(3):
+            count = torch.bincount(images[..., channel].flatten().cpu(), minlength=256).double()
+            mean = (count * values).sum() / count.sum()
+            variance = (count * (values - mean) ** 2).sum() / count.sum()
+            self.mean[channel] = mean.float()
+            self.std[channel] = variance.sqrt().clamp(min=1).float()
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return float32 of the same shape (N, 3, height, width)."""
+        return (images.float() - self.mean) / self.std
+
+
+class Stage(nn.Module):
+    """Convolutions of one width, then pooling and dropout."""
+
+    def __init__(self, params: ModelParams, convolutions: list[Convolution], dropout: float) -> None:
+        super().__init__()
+        self.first = _layer(params, convolutions[0])
+        self.rest = nn.Sequential(*(_layer(params, c) for c in convolutions[1:]))
+        self.residual = params.residual and len(convolutions) > 1
+        self.pool = POOLS[params.pool](2) if params.pool in POOLS else nn.Identity()
+        self.dropout = nn.Dropout2d(dropout) if dropout else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (N, in, height, width) to (N, width of the stage, smaller height, smaller width)."""
+        x = self.first(x)
+        x = x + self.rest(x) if self.residual else self.rest(x)
+        return cast(Tensor, self.dropout(self.pool(x)))
+
+
+def _layer(params: ModelParams, c: Convolution) -> nn.Sequential:
+    padding = params.kernel_size // 2 if params.padding == "same" else 0
+    layer = nn.Sequential(nn.Conv2d(c.in_channels, c.out_channels, params.kernel_size, c.stride, padding))
+    if params.norm == "batch":
+        layer.append(nn.BatchNorm2d(c.out_channels))
+    elif params.norm == "group":
+        layer.append(nn.GroupNorm(8, c.out_channels))
+    return layer.append(ACTIVATIONS[params.activation]())
+
+
+class Network(nn.Module):
+    """A member of the family for images of one size and a list of classes.
+
+    Takes images as they are on disk, so that a saved network needs nothing beside itself: uint8 (or float 0…255)
+    of shape (N, 3, image_size, image_size). Returns logits, float32 (N, classes).
+    """
+
+    def __init__(self, params: ModelParams, image_size: int, classes: list[str]) -> None:
+        super().__init__()
+        self.params, self.image_size, self.classes = params, image_size, classes
+        plan = list(params.plan(image_size))
+        self.normalize = Normalize()
+        self.stages = nn.Sequential(*(Stage(params, [c for c in plan if c.stage == s], dropout) for s, dropout in enumerate(params.stage_dropout)))
+        side = plan[-1].out_size // (2 if params.pool in POOLS else 1)
+        self.global_pool: nn.Module = nn.Identity()
+        if params.global_pool != "none":
+            # A fixed window, not an adaptive one, whose gradient is not deterministic on CUDA.
+            self.global_pool, side = POOLS[params.global_pool](side), 1
+        head: list[nn.Module] = [nn.Flatten()]
+        features = plan[-1].out_channels * side**2
+        for hidden in params.head:
+            head += [nn.Linear(features, hidden), ACTIVATIONS[params.activation]()]
+            features = hidden
+        self.head = nn.Sequential(*head, nn.Linear(features, len(classes)))
+        initialise(self, params.init, params.init_gain)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return the logits of a batch."""
+        return cast(Tensor, self.head(self.global_pool(self.stages(self.normalize(images)))))
+
+    def count_parameters(self) -> int:
+        """How many numbers training may change."""
+        return sum(p.numel() for p in self.parameters())
+
+
+def initialise(network: nn.Module, init: str, gain: float) -> None:
+    """Set the weights of convolutions and linear layers from torch's global generator; biases zero but for "default".
+
+    kaiming: He et al. 2015; xavier: Glorot & Bengio 2010; dirac: the identity, as far as channels go
+    (Zagoruyko & Komodakis 2017), linear layers as by default; normal and constant: `gain` is the
+    standard deviation or the value itself.
+    """
+    for module in network.modules():
+        if not isinstance(module, nn.Conv2d | nn.Linear):
+            continue
+        weight = module.weight.data
+        if init == "kaiming":
+            nn.init.kaiming_normal_(weight, nonlinearity="relu")
+        elif init == "xavier":
+            nn.init.xavier_normal_(weight)
+        elif init == "dirac" and isinstance(module, nn.Conv2d):
+            nn.init.dirac_(weight)
+        elif init == "normal":
+            nn.init.normal_(weight)
+        elif init == "constant":
+            nn.init.ones_(weight)
+        elif init == "zeros":
+            nn.init.zeros_(weight)
+        weight.mul_(gain)
+        if init != "default" and module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+@torch.inference_mode()
+def predict(network: Network, images: Tensor, batch_size: int) -> Tensor:
+    """Return the logits of uint8 images (N, height, width, 3), in evaluation mode; the mode is put back afterwards."""
+    was_training = network.training
+    network.eval()
+    logits = torch.cat([network(batch.permute(0, 3, 1, 2)) for batch in images.split(batch_size)])
+    network.train(was_training)
+    return logits
+
+
+def save(network: Network, path: Path) -> None:
+    """Write the weights as safetensors; the header says how to build the network again."""
+    # One key only: the order of several is not fixed, and the same network must give the same bytes.
+    header = {"params": network.params.model_dump(), "image_size": network.image_size, "classes": network.classes}
+    with atomic(path) as temporary:
+        save_file({name: tensor.cpu().contiguous() for name, tensor in network.state_dict().items()}, temporary, {"network": json.dumps(header)})
+
+
+def load(path: Path) -> Network:
+    """Read what `save` wrote, onto the CPU.
+
+    Raises
+    ------
+    UserError
+        The file is missing, damaged, or not a network of this family.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            header = json.loads(file.metadata()["network"])
+            network = Network(ModelParams(**header["params"]), header["image_size"], header["classes"])
+            network.load_state_dict({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118, not a dict
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise UserError(f"{path} holds no network of this version ({error}); `dvc repro -f train` trains it anew") from error
+    return network.eval()

@@ -1,0 +1,293 @@
+"""params.yaml as typed, validated objects. Imports nothing heavy: a wrong value is refused at once."""
+
+import difflib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from cifarlab import UserError
+
+Share = Annotated[float, Field(ge=0, lt=1)]
+Width = Annotated[int, Field(ge=1, le=4096)]
+Count = Annotated[int, Field(ge=1)]
+
+
+class Section(BaseModel):
+    """A section of params.yaml. No field has a default: the file says everything, once."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class DataParams(Section):
+    """Where the images come from."""
+
+    name: Literal["cifar10", "folder", "digits"]
+    sources: list[str]
+    """URLs (https, http, file) or paths, tried in turn. Relative paths start at the main checkout."""
+    sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")] | None
+    """Checksum of the archive, required for a download."""
+    image_size: Annotated[int, Field(ge=1, le=512)]
+    """Height and width in pixels."""
+    validation: Share
+    """Share of each class's training images held out."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "DataParams":
+        if self.name != "folder" and self.image_size != 32:
+            raise ValueError(f"data.image_size = {self.image_size}: {self.name} images are 32×32, only folder images are resized")
+        if self.name != "digits":
+            if not self.sources:
+                raise ValueError(f"data.sources is empty: {self.name} needs a URL or a path")
+            remote = next((s for s in self.sources if s.startswith(("http://", "https://"))), None)
+            if remote and self.sha256 is None:
+                raise ValueError(f"data.sha256 = null: the download {remote} needs the SHA-256 of the archive")
+        return self
+
+
+class Convolution(NamedTuple):
+    """One convolution of the plan: channels, stride, and the side of its square input and output in pixels."""
+
+    stage: int
+    in_channels: int
+    out_channels: int
+    stride: int
+    in_size: int
+    out_size: int
+
+
+class ModelParams(Section):
+    """One member of the `cnn` family."""
+
+    layers: Annotated[int, Field(ge=1, le=32)]
+    """Convolutions, spread evenly over the stages; with fewer layers than stages the last stages are left out."""
+    widths: Annotated[list[Width], Field(min_length=1, max_length=8)]
+    """Output channels of each stage."""
+    kernel_size: Annotated[int, Field(ge=1, le=15)]
+    padding: Literal["same", "valid"]
+    norm: Literal["batch", "group", "none"]
+    """Batch normalisation (Ioffe & Szegedy 2015), group normalisation of 8 groups (Wu & He 2018)."""
+    activation: Literal["relu", "leaky_relu", "gelu", "silu", "elu", "tanh", "sigmoid"]
+    pool: Literal["max", "avg", "stride", "none"]
+    """How a stage halves the image: 2×2 pooling at its end, or a stride of 2 in its first convolution."""
+    global_pool: Literal["max", "avg", "none"]
+    """What turns the last feature maps into a vector; none flattens them."""
+    dropout: Share | list[Share]
+    """Dropout2d (Tompson et al. 2015) after every stage, or one share per stage."""
+    residual: bool
+    """Adds the output of a stage's first convolution to that of its last (He et al. 2015)."""
+    head: Annotated[list[Width], Field(max_length=8)]
+    """Hidden sizes of the classifier."""
+    init: Literal["default", "kaiming", "xavier", "dirac", "normal", "constant", "zeros"]
+    init_gain: Annotated[float, Field(gt=0)]
+
+    @property
+    def stages(self) -> list[int]:
+        """Convolutions of each stage that is there."""
+        n = min(len(self.widths), self.layers)
+        return [(s + 1) * self.layers // n - s * self.layers // n for s in range(n)]
+
+    @property
+    def stage_dropout(self) -> list[float]:
+        """Share of channels dropped after each stage that is there."""
+        shares = self.dropout if isinstance(self.dropout, list) else [self.dropout] * len(self.widths)
+        return shares[: len(self.stages)]
+
+    def plan(self, image_size: int) -> Iterator[Convolution]:
+        """The convolutions in order, for square images of `image_size` pixels.
+
+        Raises
+        ------
+        ValueError
+            A layer or a pooling has no pixel left to work on.
+        """
+        size, channels, layer = image_size, 3, 0
+        for stage, convolutions in enumerate(self.stages):
+            for i in range(convolutions):
+                layer += 1
+                stride = 2 if self.pool == "stride" and i == 0 else 1
+                if self.padding == "valid" and size < self.kernel_size:
+                    k = self.kernel_size
+                    raise ValueError(f"model.layers = {self.layers}: layer {layer} would shrink {size}×{size} below its {k}×{k} kernel; use fewer layers or model.padding: same")
+                room = size - 1 if self.padding == "same" else size - self.kernel_size
+                out = room // stride + 1
+                yield Convolution(stage, channels, self.widths[stage], stride, size, out)
+                size, channels = out, self.widths[stage]
+            if self.pool in ("max", "avg"):
+                if size < 2:
+                    raise ValueError(f"model.layers = {self.layers}: the {self.pool}-pooling after layer {layer} would shrink {size}×{size} to nothing; use fewer layers or widths, model.padding: same, or model.pool: none")
+                size //= 2
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "ModelParams":
+        if self.padding == "same" and self.kernel_size % 2 == 0:
+            raise ValueError(f"model.kernel_size = {self.kernel_size}: padding same needs an odd kernel size")
+        if isinstance(self.dropout, list) and len(self.dropout) != len(self.widths):
+            raise ValueError(f"model.dropout = {self.dropout}: one share or {len(self.widths)}, one for each of model.widths = {self.widths}")
+        if self.norm == "group" and (bad := [w for w in self.widths if w % 8]):
+            raise ValueError(f"model.widths = {self.widths}: model.norm: group makes 8 groups, {bad[0]} is not a multiple of 8")
+        if self.residual and self.padding == "valid":
+            raise ValueError("model.residual = true: needs model.padding: same, a valid convolution changes the size of its input")
+        if self.residual and max(self.stages) < 2:
+            raise ValueError(f"model.residual = true: no stage has a second convolution to skip; use model.layers of {len(self.widths) + 1} or more")
+        return self
+
+    def describe(self) -> str:
+        """The variant in a few words, for titles and run names."""
+        norm = "no norm" if self.norm == "none" else f"{self.norm} norm"
+        widths = "-".join(str(w) for w in self.widths[: len(self.stages)])
+        return f"{self.layers} {'layer' if self.layers == 1 else 'layers'} {widths}, {norm}, {self.activation}" + (", residual" if self.residual else "")
+
+
+class TrainParams(Section):
+    """How the network is trained."""
+
+    seed: Annotated[int, Field(ge=0, lt=2**31)]
+    epochs: Count
+    batch_size: Annotated[int, Field(ge=2)]
+    optimizer: Literal["sgd", "adam", "adamw"]
+    """Stochastic gradient descent with Nesterov momentum, Adam (Kingma & Ba 2014), AdamW (Loshchilov & Hutter 2017)."""
+    lr: Annotated[float, Field(gt=0)]
+    momentum: Share
+    """Of sgd; the others have their own."""
+    weight_decay: Annotated[float, Field(ge=0)]
+    schedule: Literal["one_cycle", "constant"]
+    """Of the learning rate: constant, or up and down in one triangle (Smith & Topin 2017)."""
+    loss: Literal["cross_entropy", "quadratic"]
+    """quadratic: ½ Σ (softmax(z) - y)² over the classes."""
+    label_smoothing: Share
+    flip: bool
+    translate: Annotated[int, Field(ge=0)]
+    """Pixels, by reflection at the border."""
+    device: Literal["auto", "cpu", "cuda"]
+    threads: Annotated[int, Field(ge=1, le=1024)] | Literal["auto"]
+
+
+class EvaluateParams(Section):
+    """How the test set is evaluated."""
+
+    batch_size: Count
+    calibration_bins: Count
+
+
+class PlotParams(Section):
+    """What the pictures show."""
+
+    dpi: Annotated[int, Field(ge=30, le=600)]
+    samples: Annotated[int, Field(ge=1, le=256)]
+    mistakes: Annotated[int, Field(ge=1, le=256)]
+
+
+class TrackingParams(Section):
+    """What MLflow gets. Where it goes is MLFLOW_TRACKING_URI's to say, not a parameter's."""
+
+    experiment: Annotated[str, Field(min_length=1)]
+    system_metrics: bool
+    log_model: bool
+
+
+class Params(Section):
+    """All of params.yaml."""
+
+    data: DataParams
+    model: ModelParams
+    train: TrainParams
+    evaluate: EvaluateParams
+    plot: PlotParams
+    tracking: TrackingParams
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "Params":
+        list(self.model.plan(self.data.image_size))
+        if self.train.translate >= self.data.image_size:
+            raise ValueError(f"train.translate = {self.train.translate}: must stay below data.image_size = {self.data.image_size}")
+        return self
+
+    def flat(self) -> dict[str, Any]:
+        """Every parameter under its dotted name, as `dvc params diff` and MLflow show it."""
+        return {f"{section}.{key}": value for section, values in self.model_dump().items() for key, value in values.items()}
+
+
+SECTIONS: dict[str, type[Section]] = {name: field.annotation for name, field in Params.model_fields.items() if field.annotation}
+KEYS = [f"{name}.{key}" for name, section in SECTIONS.items() for key in section.model_fields]
+
+
+def load_params(path: Path = Path("params.yaml")) -> Params:
+    """Read and validate params.yaml.
+
+    Raises
+    ------
+    UserError
+        One line per fault: the key, its value, what is allowed, and for an unknown key the nearest one.
+    """
+    try:
+        content = yaml.safe_load(path.read_text("utf-8"))
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}; run from the top of the checkout, `git checkout {path}` brings it back") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" in line {mark.line + 1}" if mark else ""
+        raise UserError(f"{path} is not valid YAML{where}: {getattr(error, 'problem', None) or error}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} must hold the sections {', '.join(SECTIONS)}; it holds {content!r}")
+    try:
+        return Params.model_validate(content)
+    except ValidationError as error:
+        # A union reports one fault per member: one sentence per key is enough.
+        faults = {_key(fault["loc"]) or fault["msg"]: _sentence(fault, content) for fault in error.errors()}
+        raise UserError("\n".join(f"{path}: {sentence}" for sentence in faults.values())) from error
+
+
+def _key(loc: tuple[int | str, ...]) -> str:
+    return ".".join(str(part) for part in loc[:2])
+
+
+def _sentence(fault: Any, content: dict[str, Any]) -> str:
+    if fault["type"] == "value_error":  # ours, a whole sentence already
+        return str(fault["ctx"]["error"])
+    key = _key(fault["loc"])
+    if fault["type"] == "extra_forbidden":
+        nearest = _nearest(key)
+        section = key.split(".")[0]
+        known = f"the keys of {section} are {', '.join(SECTIONS[section].model_fields)}" if section in SECTIONS else f"the sections are {', '.join(SECTIONS)}"
+        return f"unknown key {key} = {fault['input']!r}; did you mean {nearest}? ({known})"
+    if fault["type"] == "missing":
+        return f"{key} is missing; it must be {_allowed(key)}"
+    section, _, name = key.partition(".")
+    value = content[section][name] if name else content[section]
+    return f"{key} = {value!r} is refused; it must be {_allowed(key)}"
+
+
+def _nearest(key: str) -> str:
+    section, _, name = key.partition(".")
+    if not name:
+        return difflib.get_close_matches(section, SECTIONS, 1, 0)[0]
+    same = [f"{section}.{k}" for k in SECTIONS[section].model_fields]
+    elsewhere = [k for k in KEYS if k.split(".")[1] == name]
+    return (elsewhere or difflib.get_close_matches(key, same, 1, 0))[0]
+
+
+def _allowed(key: str) -> str:
+    section, _, name = key.partition(".")
+    if not name:
+        return f"a section with the keys {', '.join(SECTIONS[section].model_fields)}"
+    schema = SECTIONS[section].model_json_schema()["properties"][name]
+    return " or ".join(_in_words(alternative) for alternative in schema.get("anyOf", [schema]))
+
+
+def _in_words(schema: dict[str, Any]) -> str:
+    if "enum" in schema:
+        return "one of " + ", ".join(schema["enum"])
+    if "const" in schema:
+        return str(schema["const"])
+    if schema["type"] == "array":
+        return "a list, each item " + _in_words(schema["items"])
+    if schema["type"] in ("integer", "number"):
+        bounds = [("minimum", "at least"), ("exclusiveMinimum", "above"), ("maximum", "at most"), ("exclusiveMaximum", "below")]
+        limits = " and ".join(f"{word} {schema[bound]:g}" for bound, word in bounds if bound in schema)
+        return ("a whole number " if schema["type"] == "integer" else "a number ") + limits
+    if "pattern" in schema:
+        return "64 hexadecimal digits"
+    return {"string": "text", "boolean": "true or false", "null": "null"}[schema["type"]]

@@ -1,0 +1,213 @@
+"""Where images come from: a verified download, an archive, a folder, or a bundle."""
+
+import hashlib
+import io
+import pickle
+import tarfile
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+from typing import Any, BinaryIO
+from urllib.parse import unquote, urlsplit
+
+import numpy as np
+import numpy.typing as npt
+
+from cifarlab import UserError
+from cifarlab.datasets import SPLITS, Dataset, stratified_split
+from cifarlab.params import DataParams
+
+ATTEMPTS = 3
+
+
+def prepare(params: DataParams, root: Path, cache: Path) -> Dataset:
+    """Get the images that `params` name.
+
+    Parameters
+    ----------
+    root : where relative paths in `data.sources` start
+    cache : folder that keeps verified downloads
+
+    Raises
+    ------
+    UserError
+        Nothing could be fetched, a checksum differs, or the content is not images in the expected layout.
+    """
+    if params.name == "digits":
+        return digits()
+    source = fetch(params, root, cache)
+    if params.name == "cifar10":
+        return read_cifar10(source)
+    return read_folder(source, params.image_size)
+
+
+def fetch(params: DataParams, root: Path, cache: Path) -> Path:
+    """Return the first of `data.sources` that can be had, its checksum verified."""
+    failures: list[str] = []
+    for _ in range(ATTEMPTS):
+        for source in params.sources:
+            try:
+                return _fetch_one(source, params.sha256, root, cache)
+            except UserError as error:
+                failures.append(str(error))
+        if not any(s.startswith(("http://", "https://")) for s in params.sources):
+            break  # a file that is not there now will not be there in a second
+    reasons = "; ".join(dict.fromkeys(failures))
+    raise UserError(f"no source of {params.name} could be used ({reasons}). `make demo` needs no download; or name a mirror or a local copy: dvc exp run -S 'data.sources=[/path/to/archive]'")
+
+
+def _fetch_one(source: str, sha256: str | None, root: Path, cache: Path) -> Path:
+    url = urlsplit(source)
+    if url.scheme in ("http", "https"):
+        assert sha256  # params.py refuses a download without
+        return _download(source, sha256, cache)
+    path = Path(unquote(url.path)) if url.scheme == "file" else root / Path(source).expanduser()
+    if not path.exists():
+        raise UserError(f"{source} does not exist")
+    if sha256 is not None:
+        if path.is_dir():
+            raise UserError(f"{source} is a directory, which has no checksum: set data.sha256: null")
+        with path.open("rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+        if found != sha256:
+            raise UserError(f"{source} has SHA-256 {found}, data.sha256 says {sha256}")
+    return path
+
+
+def _download(url: str, sha256: str, cache: Path) -> Path:
+    import pooch
+    import requests
+
+    pooch.get_logger().setLevel("WARNING")
+    # The checksum is in the name: another archive under the same URL never meets this one.
+    name = f"{sha256[:16]}-{PurePosixPath(urlsplit(url).path).name}"
+    bar = not (cache / name).exists()
+    host = urlsplit(url).hostname  # never the whole URL, it may hold a password
+    try:
+        return Path(pooch.retrieve(url, f"sha256:{sha256}", name, cache, downloader=pooch.HTTPDownloader(progressbar=bar, timeout=30)))
+    except requests.RequestException as error:
+        raise UserError(f"{host} does not answer as it should: {type(error).__name__}") from error
+    except ValueError as error:
+        raise UserError(f"{host} sent something else than the archive, its SHA-256 is not {sha256}") from error
+    except OSError as error:
+        raise UserError(f"{cache} cannot be written: {error.strerror}") from error
+
+
+class ArrayUnpickler(pickle.Unpickler):
+    """Reads numpy arrays and plain containers; anything else in the pickle is refused, nothing is run."""
+
+    ADMITTED = {
+        ("numpy.core.multiarray", "_reconstruct"): np.empty(0).__reduce__()[0],  # type: ignore[index]
+        ("numpy._core.multiarray", "_reconstruct"): np.empty(0).__reduce__()[0],  # type: ignore[index]
+        ("numpy", "ndarray"): np.ndarray,
+        ("numpy", "dtype"): np.dtype,
+    }
+
+    def find_class(self, module: str, name: str) -> Any:
+        """Return one of the few constructors of an array."""
+        try:
+            return self.ADMITTED[module, name]
+        except KeyError:
+            raise pickle.UnpicklingError(f"it asks for {module}.{name}") from None
+
+
+def read_cifar10(archive: Path) -> Dataset:
+    """Read the official `cifar-10-python.tar.gz` (Krizhevsky 2009): 50,000 and 10,000 images of 32×32."""
+    images: dict[str, Any] = {"train": [], "test": []}
+    labels: dict[str, Any] = {"train": [], "test": []}
+    try:
+        with tarfile.open(archive) as tar:
+
+            def batch(name: str) -> dict[bytes, Any]:
+                file = tar.extractfile(f"cifar-10-batches-py/{name}")
+                assert file is not None
+                content: dict[bytes, Any] = ArrayUnpickler(file, encoding="bytes").load()
+                return content
+
+            for split, names in (("train", [f"data_batch_{i}" for i in range(1, 6)]), ("test", ["test_batch"])):
+                for content in map(batch, names):
+                    images[split].append(content[b"data"].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1))
+                    labels[split].extend(content[b"labels"])
+            classes = [name.decode() for name in batch("batches.meta")[b"label_names"]]
+    except (tarfile.TarError, EOFError, KeyError, AssertionError, AttributeError, TypeError, ValueError, IndexError, OSError, pickle.UnpicklingError) as error:
+        raise UserError(f"{archive} is not the archive of CIFAR-10 for Python: {error}; set data.name: folder for images in train/<class>/ and test/<class>/") from error
+    return Dataset({s: np.concatenate(images[s]) for s in SPLITS}, {s: np.asarray(labels[s], np.int64) for s in SPLITS}, classes, "cifar10")
+
+
+def read_folder(source: Path, image_size: int) -> Dataset:
+    """Read `train/<class>/*` and `test/<class>/*` from a directory, a tar or a zip archive; PNG or JPEG of any size."""
+    from PIL import Image, ImageOps, UnidentifiedImageError
+    from tqdm import tqdm
+
+    found: dict[tuple[str, str, str], npt.NDArray[np.uint8]] = {}
+    try:
+        for name, open_file in tqdm(_image_files(source), desc=f"reading {source.name}", unit=" images", disable=None):
+            split, label, file = PurePosixPath(name).parts[-3:]
+            try:
+                with open_file() as stream, Image.open(stream) as image:
+                    # Centre crop to a square, so that nothing is stretched.
+                    found[split, label, file] = np.asarray(ImageOps.fit(image.convert("RGB"), (image_size, image_size)))
+            except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, ValueError) as error:
+                raise UserError(f"{source}: {name} is not a readable image ({error}); mend or remove it") from error
+    except (tarfile.TarError, zipfile.BadZipFile, EOFError, OSError) as error:
+        raise UserError(f"{source} cannot be read as an archive: {error}") from error
+
+    names = {split: sorted({label for s, label, _ in found if s == split}) for split in SPLITS}
+    if not names["train"] or names["train"] != names["test"]:
+        raise UserError(f"{source} must hold images of the same classes in train/<class>/ and test/<class>/; train has {names['train'] or 'none'}, test has {names['test'] or 'none'}")
+    if len(names["train"]) < 2:
+        raise UserError(f"{source} holds one class only, {names['train'][0]}; there is nothing to tell apart")
+    keys = {split: sorted(key for key in found if key[0] == split) for split in SPLITS}  # the archive's order is nobody's business
+    images = {split: np.stack([found[key] for key in keys[split]]) for split in SPLITS}
+    labels = {split: np.asarray([names["train"].index(key[1]) for key in keys[split]], np.int64) for split in SPLITS}
+    return Dataset(images, labels, names["train"], "folder")
+
+
+def _image_files(source: Path) -> Iterator[tuple[str, Any]]:
+    """Yield (name, function that opens it) of every image below train/ and test/."""
+    if source.is_dir():
+        for path in sorted(source.glob("*/*/*")):
+            if _is_image(path.relative_to(source).as_posix()):
+                yield path.relative_to(source).as_posix(), lambda path=path: path.open("rb")
+    elif zipfile.is_zipfile(source):
+        with zipfile.ZipFile(source) as archive:
+            for member in archive.infolist():
+                _refuse_escape(source, member.filename)
+                if _is_image(member.filename):
+                    yield member.filename, lambda member=member: archive.open(member)
+    else:
+        with tarfile.open(source) as tar:
+            for entry in tar:
+                _refuse_escape(source, entry.name, *([entry.linkname] if entry.islnk() or entry.issym() else []))
+                if entry.isfile() and _is_image(entry.name):
+                    yield entry.name, lambda entry=entry: _opened(tar, entry)
+
+
+def _opened(tar: tarfile.TarFile, entry: tarfile.TarInfo) -> BinaryIO:
+    file = tar.extractfile(entry)
+    assert file is not None  # a regular file, by isfile()
+    return io.BytesIO(file.read())
+
+
+def _is_image(name: str) -> bool:
+    path = PurePosixPath(name)
+    return len(path.parts) >= 3 and path.parts[-3] in SPLITS and path.suffix.lower() in (".png", ".jpg", ".jpeg") and not path.name.startswith(".")
+
+
+def _refuse_escape(source: Path, *names: str) -> None:
+    for name in names:
+        path = PurePosixPath(name.replace("\\", "/"))
+        if path.is_absolute() or ".." in path.parts:
+            raise UserError(f"{source} is refused: its member {name} points outside the archive")
+
+
+def digits() -> Dataset:
+    """scikit-learn's handwritten digits (UCI, 1,797 images of 8×8) as 32×32 RGB, a fifth of them for testing."""
+    from sklearn.datasets import load_digits
+
+    bundle = load_digits()
+    pixels = (bundle.images * (255 / 16)).round().astype(np.uint8)
+    images = np.repeat(pixels.repeat(4, axis=1).repeat(4, axis=2)[..., None], 3, axis=3)
+    train, test = stratified_split(bundle.target, 0.2)
+    indices = {"train": train, "test": test}
+    return Dataset({s: images[i] for s, i in indices.items()}, {s: bundle.target[i].astype(np.int64) for s, i in indices.items()}, [str(d) for d in range(10)], "digits")

@@ -1,0 +1,148 @@
+"""The training loop. Needs nothing but torch, so that it runs on a bare GPU machine."""
+
+import sys
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler, OneCycleLR
+from tqdm import tqdm
+
+from cifarlab import UserError
+from cifarlab.augment import augment
+from cifarlab.models import Network, predict
+from cifarlab.params import TrainParams
+
+
+class Images(NamedTuple):
+    """Images uint8 (N, height, width, 3) and labels int64 (N,), on the training device."""
+
+    images: Tensor
+    labels: Tensor
+
+
+class Epoch(NamedTuple):
+    """A row of history.csv. The validation figures are None where nothing is held out."""
+
+    epoch: int
+    train_loss: float
+    train_accuracy: float
+    val_loss: float | None
+    val_accuracy: float | None
+    learning_rate: float
+
+
+def set_up(params: TrainParams) -> torch.device:
+    """Make what follows repeatable and return the device to train on."""
+    if params.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("train.device = cuda: PyTorch sees no CUDA device here; use train.device: auto or cpu")
+    torch.manual_seed(params.seed)
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
+    if params.threads != "auto":
+        torch.set_num_threads(params.threads)
+    return torch.device("cuda" if params.device != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def loss_function(name: str, label_smoothing: float = 0.0) -> Callable[[Tensor, Tensor], Tensor]:
+    """Return the mean loss of logits (N, classes) against labels (N,).
+
+    cross_entropy in nats; quadratic is ½ Σ (softmax(z) - y)² over the classes, y smoothed alike.
+    """
+    if name == "cross_entropy":
+        return lambda logits, labels: F.cross_entropy(logits, labels, label_smoothing=label_smoothing)
+
+    def quadratic(logits: Tensor, labels: Tensor) -> Tensor:
+        classes = logits.shape[1]
+        target = F.one_hot(labels, classes) * (1 - label_smoothing) + label_smoothing / classes
+        return (logits.softmax(1) - target).square().sum(1).mean() / 2
+
+    return quadratic
+
+
+def make_optimizer(network: Network, params: TrainParams, steps: int) -> tuple[torch.optim.Optimizer, LRScheduler]:
+    """Return the optimiser and the schedule of its learning rate over `steps` batches."""
+    optimizer: torch.optim.Optimizer
+    if params.optimizer == "sgd":
+        optimizer = torch.optim.SGD(network.parameters(), params.lr, params.momentum, weight_decay=params.weight_decay, nesterov=params.momentum > 0, fused=True)
+    else:
+        kind = torch.optim.Adam if params.optimizer == "adam" else torch.optim.AdamW
+        optimizer = kind(network.parameters(), params.lr, weight_decay=params.weight_decay, fused=True)
+    if params.schedule == "constant":
+        return optimizer, LambdaLR(optimizer, lambda _: 1.0)
+    return optimizer, OneCycleLR(optimizer, params.lr, total_steps=steps + 1, pct_start=0.25, anneal_strategy="linear", cycle_momentum=False, div_factor=5, final_div_factor=1e4)
+
+
+def fit(network: Network, params: TrainParams, train: Images, validation: Images | None, on_epoch: Callable[[Epoch], None]) -> Epoch:
+    """Train `network` in place; `on_epoch` is called after every epoch. Returns the last epoch.
+
+    Every epoch draws its order and its augmentation from a generator of its own, seeded by (seed, epoch).
+
+    Raises
+    ------
+    UserError
+        The loss is no longer a number.
+    """
+    n = len(train.labels)
+    batch_size = min(params.batch_size, n)
+    batches = n // batch_size  # what is left over waits for another epoch's order
+    network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    optimizer, schedule = make_optimizer(network, params, params.epochs * batches)
+    loss_of = loss_function(params.loss, params.label_smoothing)
+    started, seen = time.perf_counter(), 0
+    result: Epoch | None = None
+    for epoch in range(1, params.epochs + 1):
+        network.train()
+        # Dropout draws from the global generator, on the device.
+        torch.manual_seed(_mix(params.seed, epoch))
+        generator = torch.Generator().manual_seed(_mix(params.seed, epoch))
+        order = torch.randperm(n, generator=generator)[: batches * batch_size]
+        loss_sum, correct = torch.zeros((), device=train.images.device), torch.zeros((), device=train.images.device)
+        with tqdm(total=len(order), desc=f"epoch {epoch}/{params.epochs}", unit=" images", disable=None, leave=False) as bar:
+            for step, indices in enumerate(order.split(batch_size), 1):
+                indices = indices.to(train.images.device)
+                labels = train.labels[indices]
+                images = augment(train.images[indices], generator, flip=params.flip, translate=params.translate)
+                logits = network(images)
+                loss = loss_of(logits, labels)
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                schedule.step()
+                loss_sum += loss.detach()
+                correct += (logits.detach().argmax(1) == labels).sum()
+                bar.update(batch_size)
+                if not bar.disable and step % 10 == 0:
+                    bar.set_postfix(loss=f"{loss_sum.item() / step:.3f}", accuracy=f"{correct.item() / (step * batch_size):.1%}")
+        train_loss = loss_sum.item() / batches
+        if not train_loss < float("inf"):
+            raise UserError(f"the training loss became {train_loss} in epoch {epoch}; try a train.lr below {params.lr:g}")
+        val_loss = val_accuracy = None
+        if validation is not None:
+            logits = predict(network, validation.images, 1000)
+            val_loss = loss_function(params.loss)(logits, validation.labels).item()
+            val_accuracy = (logits.argmax(1) == validation.labels).float().mean().item()
+        result = Epoch(epoch, train_loss, correct.item() / len(order), val_loss, val_accuracy, schedule.get_last_lr()[0])
+        seen += len(order)
+        report(result, params.epochs, seen / (time.perf_counter() - started), time.perf_counter() - started)
+        on_epoch(result)
+    assert result is not None
+    return result
+
+
+def _mix(seed: int, epoch: int) -> int:
+    return seed * 100_003 + epoch
+
+
+def report(epoch: Epoch, epochs: int, speed: float, elapsed: float) -> None:
+    """Print the line of an epoch: a terminal keeps it above its progress bar, a log has nothing else."""
+    held_out = "" if epoch.val_loss is None else f"   validation loss {epoch.val_loss:.3f}, accuracy {epoch.val_accuracy:.1%}"
+    left = elapsed / epoch.epoch * (epochs - epoch.epoch)
+    tqdm.write(
+        f"epoch {epoch.epoch}/{epochs}   loss {epoch.train_loss:.3f}, accuracy {epoch.train_accuracy:.1%}{held_out}   {speed:,.0f} images/s, {left:.0f} s left",
+        file=sys.stdout,
+    )
+    sys.stdout.flush()

@@ -1,0 +1,27 @@
+"""The stages of dvc.yaml, one module each: `python -m stages.train`."""
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+# The code that runs is that of the folder the stage runs in: a queued experiment runs its own snapshot's code,
+# which an installed package would hide.
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "src"))
+# Must be set before CUDA starts, for deterministic matrix products.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+from cifarlab import UserError  # noqa: E402
+from cifarlab.params import Params, load_params  # noqa: E402
+
+
+def run(stage: Callable[[Params], None]) -> None:
+    """Run a stage with validated parameters; an error of the user's ends in a sentence, not in a traceback."""
+    try:
+        stage(load_params())
+    except UserError as error:
+        sys.exit(f"error: {error}")
+    except OSError as error:
+        if error.filename is None and error.errno is None:
+            raise
+        sys.exit(f"error: {error.strerror}: {error.filename or 'disk'}; make room or mend the permissions, then type the same command again")

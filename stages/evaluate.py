@@ -1,0 +1,34 @@
+"""Look at the test set, once: models/, data/ → metrics/evaluate.json and the tables in plots/."""
+
+from pathlib import Path
+
+from cifarlab.params import Params
+from stages import run
+
+
+def evaluate(params: Params) -> None:
+    """Write accuracy, F1, calibration, the confusion matrix and every prediction."""
+    import torch
+
+    from cifarlab import evaluation, models
+    from cifarlab.datasets import Dataset
+    from cifarlab.files import atomic, write_json
+    from cifarlab.tracking import Mirror
+
+    data = Dataset.load(Path("data"))
+    network = models.load(Path("models/network.safetensors"))
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    with Mirror("evaluate", params):
+        images = torch.from_numpy(data.images["test"][:]).to(device)
+        logits = models.predict(network.to(device), images, params.evaluate.batch_size)
+        probabilities = logits.double().softmax(1).cpu().numpy()
+        metrics, tables = evaluation.evaluate(probabilities, data.labels["test"], data.classes, params.evaluate.calibration_bins)
+        write_json(Path("metrics/evaluate.json"), metrics)
+        for name, table in tables.items():
+            with atomic(Path(f"plots/{name}.csv")) as path:
+                table.to_csv(path, index=False, float_format="%.6f")
+        print(f"test accuracy {metrics['accuracy']:.2%}, loss {metrics['loss']:.4f}, macro F1 {metrics['macro_f1']:.4f}")
+
+
+if __name__ == "__main__":
+    run(evaluate)

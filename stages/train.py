@@ -1,0 +1,47 @@
+"""Train the network: data/ → models/, plots/history.csv, metrics/train.json."""
+
+from pathlib import Path
+
+from cifarlab.params import Params
+from stages import run
+
+
+def train(params: Params) -> None:
+    """Train on the training split and follow the epochs in history.csv and MLflow."""
+    import pandas as pd
+    import torch
+
+    from cifarlab import models, training
+    from cifarlab.datasets import Dataset, stratified_split
+    from cifarlab.files import atomic, write_json
+    from cifarlab.tracking import Mirror
+
+    device = training.set_up(params.train)
+    data = Dataset.load(Path("data"))
+    kept, held_out = stratified_split(data.labels["train"], params.data.validation)
+
+    def to_device(indices: "object") -> training.Images:
+        return training.Images(torch.from_numpy(data.images["train"][indices]).to(device), torch.from_numpy(data.labels["train"][indices]).to(device))
+
+    images, validation = to_device(kept), to_device(held_out) if len(held_out) else None
+    network = models.Network(params.model, params.data.image_size, data.classes)
+    network.normalize.measure(images.images)
+    network.to(device)
+    history: list[training.Epoch] = []
+    print(f"{data.name}: {params.model.describe()}, {network.count_parameters():,} parameters, on {device.type}")
+
+    with Mirror("train", params) as mirror:
+
+        def follow(epoch: training.Epoch) -> None:
+            history.append(epoch)
+            with atomic(Path("plots/history.csv")) as path:
+                pd.DataFrame(history).to_csv(path, index=False, float_format="%.6f")
+            mirror.epoch(epoch)
+
+        last = training.fit(network, params.train, images, validation, follow)
+        models.save(network, Path("models/network.safetensors"))
+        write_json(Path("metrics/train.json"), {"parameters": network.count_parameters(), **{k: v for k, v in last._asdict().items() if k.endswith(("loss", "accuracy")) and v is not None}})
+
+
+if __name__ == "__main__":
+    run(train)
