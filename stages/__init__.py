@@ -11,8 +11,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "src"))
 # Must be set before CUDA starts, for deterministic matrix products.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
-from cifarlab import UserError  # noqa: E402
-from cifarlab.params import Params, load_params  # noqa: E402
+from cifarlab import UserError
+from cifarlab.params import Params, load_params
 
 
 def run(stage: Callable[[Params], None]) -> None:
@@ -24,4 +24,6 @@ def run(stage: Callable[[Params], None]) -> None:
     except OSError as error:
         if error.filename is None and error.errno is None:
             raise
-        sys.exit(f"error: {error.strerror}: {error.filename or 'disk'}; make room or mend the permissions, then type the same command again")
+        sys.exit(
+            f"error: {error.strerror}: {error.filename or 'disk'}; make room or mend the permissions, then type the same command again"
+        )

@@ -8,12 +8,14 @@ from stages import run
 
 def download(params: Params) -> None:
     """Write the images as uint8 arrays, with labels, class names and their digest."""
-    from cifarlab import sources, tracking
+    from cifarlab import sources
+    from cifarlab.files import root
 
-    root = tracking.root()
-    data = sources.prepare(params.data, root, root / ".cache")
+    data = sources.prepare(params.data, root(), root() / ".cache")
     data.save(Path("data"))
-    print(f"{data.name}: {len(data.labels['train']):,} training and {len(data.labels['test']):,} test images of {len(data.classes)} classes")
+    print(
+        f"{data.name}: {len(data.labels['train']):,} training and {len(data.labels['test']):,} test images of {len(data.classes)} classes"
+    )
 
 
 if __name__ == "__main__":

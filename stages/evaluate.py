@@ -19,7 +19,7 @@ def evaluate(params: Params) -> None:
     network = models.load(Path("models/network.safetensors"))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with Mirror("evaluate", params):
-        images = torch.from_numpy(data.images["test"][:]).to(device)
+        images = torch.from_numpy(data.images["test"].copy()).to(device)
         logits = models.predict(network.to(device), images, params.evaluate.batch_size)
         probabilities = logits.double().softmax(1).cpu().numpy()
         metrics, tables = evaluation.evaluate(probabilities, data.labels["test"], data.classes, params.evaluate.calibration_bins)

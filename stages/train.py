@@ -8,6 +8,8 @@ from stages import run
 
 def train(params: Params) -> None:
     """Train on the training split and follow the epochs in history.csv and MLflow."""
+    import numpy as np
+    import numpy.typing as npt
     import pandas as pd
     import torch
 
@@ -20,8 +22,10 @@ def train(params: Params) -> None:
     data = Dataset.load(Path("data"))
     kept, held_out = stratified_split(data.labels["train"], params.data.validation)
 
-    def to_device(indices: "object") -> training.Images:
-        return training.Images(torch.from_numpy(data.images["train"][indices]).to(device), torch.from_numpy(data.labels["train"][indices]).to(device))
+    def to_device(indices: npt.NDArray[np.int64]) -> training.Images:
+        return training.Images(
+            torch.from_numpy(data.images["train"][indices]).to(device), torch.from_numpy(data.labels["train"][indices]).to(device)
+        )
 
     images, validation = to_device(kept), to_device(held_out) if len(held_out) else None
     network = models.Network(params.model, params.data.image_size, data.classes)
@@ -40,7 +44,13 @@ def train(params: Params) -> None:
 
         last = training.fit(network, params.train, images, validation, follow)
         models.save(network, Path("models/network.safetensors"))
-        write_json(Path("metrics/train.json"), {"parameters": network.count_parameters(), **{k: v for k, v in last._asdict().items() if k.endswith(("loss", "accuracy")) and v is not None}})
+        write_json(
+            Path("metrics/train.json"),
+            {
+                "parameters": network.count_parameters(),
+                **{k: v for k, v in last._asdict().items() if k.endswith(("loss", "accuracy")) and v is not None},
+            },
+        )
 
 
 if __name__ == "__main__":

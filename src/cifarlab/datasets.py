@@ -23,7 +23,7 @@ class Dataset:
     images : dict of uint8 arrays (N, height, width, 3), RGB, keys "train" and "test"
     labels : dict of int64 arrays (N,), indices into `classes`
     classes : class names
-    name : as in params.yaml
+    name : for titles; of a folder or an archive its file name
     """
 
     images: dict[str, npt.NDArray[np.uint8]]
@@ -35,8 +35,8 @@ class Dataset:
         """SHA-256 of pixels, labels and class names."""
         digest = hashlib.sha256(json.dumps(self.classes).encode())
         for split in SPLITS:
-            digest.update(np.ascontiguousarray(self.images[split]))
-            digest.update(np.ascontiguousarray(self.labels[split]))
+            digest.update(np.ascontiguousarray(self.images[split]).data)
+            digest.update(np.ascontiguousarray(self.labels[split]).data)
         return digest.hexdigest()
 
     def save(self, folder: Path) -> None:
@@ -66,6 +66,7 @@ def stratified_split(labels: npt.NDArray[np.int64], share: float) -> tuple[npt.N
     Fixed once and for all: runs of different seeds are compared on the same held-out images.
     """
     rng = np.random.default_rng(0)
-    held_out = [rng.permutation(members)[: round(share * len(members))] for c in np.unique(labels) for members in [np.flatnonzero(labels == c)]]
+    classes = [np.flatnonzero(labels == c) for c in np.unique(labels)]
+    held_out = [rng.permutation(members)[: round(share * len(members))] for members in classes]
     held = np.sort(np.concatenate(held_out))
     return np.setdiff1d(np.arange(len(labels)), held), held

@@ -1,7 +1,7 @@
 """seaborn pictures of a run: what was fed, how it learned, what it confuses."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import matplotlib
@@ -33,16 +33,17 @@ def draw_all(params: Params, data: Path, tables: Path) -> Iterator[Path]:
     """Draw every figure into `tables`, from the tables there and the images in `data`; yield their paths."""
     sns.set_theme(style="whitegrid", context="notebook", rc={"axes.titleweight": "bold", "figure.constrained_layout.use": True})
     images = Dataset.load(data)
-    text = {name: str for name in ("actual", "predicted", "class")}  # a class may be called 7
+    text = dict.fromkeys(("actual", "predicted", "class"), str)  # a class may be called 7
     predictions = pd.read_csv(tables / "predictions.csv", dtype=text, keep_default_na=False)
     accuracy = json.loads((tables.parent / "metrics" / "evaluate.json").read_text("utf-8"))["accuracy"]
     title = f"{images.name} · {params.model.describe()} · test accuracy {accuracy:.1%}"
     confusion = pd.read_csv(tables / "confusion.csv", dtype=text, keep_default_na=False).set_index("actual")
-    figures = {
+    per_class = pd.read_csv(tables / "per_class.csv", dtype=text, keep_default_na=False)
+    figures: dict[str, Callable[[], Figure]] = {
         "confusion": lambda: confusion_heatmap(confusion, title, normalized=False),
         "confusion_recall": lambda: confusion_heatmap(confusion, title, normalized=True),
         "curves": lambda: curves(pd.read_csv(tables / "history.csv"), title),
-        "per_class": lambda: per_class_bars(pd.read_csv(tables / "per_class.csv", dtype=text, keep_default_na=False), accuracy, title),
+        "per_class": lambda: per_class_bars(per_class, accuracy, title),
         "training_images": lambda: training_images(images, params, title),
         "mistakes": lambda: mistakes(images, predictions, params.plot.mistakes, title),
     }
@@ -65,7 +66,19 @@ def confusion_heatmap(counts: pd.DataFrame, title: str, *, normalized: bool) -> 
     # The root makes the mistakes visible beside the much larger diagonal.
     norm = PowerNorm(0.5, vmin=0, vmax=1 if normalized else max(1, int(counts.to_numpy().max())))
     labels = {"xticklabels": True, "yticklabels": True}
-    sns.heatmap(values, norm=norm, cmap="Blues", annot=not many, fmt=".2f" if normalized else "d", annot_kws={"size": 10}, square=True, linewidths=0.5 if not many else 0, cbar_kws={"shrink": 0.8, "label": "share of the actual class" if normalized else "test images"}, ax=axes, **labels)
+    sns.heatmap(
+        values,
+        norm=norm,
+        cmap="Blues",
+        annot=not many,
+        fmt=".2f" if normalized else "d",
+        annot_kws={"size": 10},
+        square=True,
+        linewidths=0.5 if not many else 0,
+        cbar_kws={"shrink": 0.8, "label": "share of the actual class" if normalized else "test images"},
+        ax=axes,
+        **labels,
+    )
     axes.set(xlabel="predicted", ylabel="actual")
     axes.tick_params(axis="x", rotation=90 if many else 45, labelsize=7 if many else 11)
     axes.tick_params(axis="y", rotation=0, labelsize=7 if many else 11)
@@ -116,19 +129,24 @@ def training_images(data: Dataset, params: Params, title: str) -> Figure:
     kept, _ = stratified_split(data.labels["train"], params.data.validation)
     chosen = kept[torch.randperm(len(kept), generator=generator)[: params.plot.samples].numpy()]
     images = augment(torch.from_numpy(data.images["train"][chosen]), generator, flip=params.train.flip, translate=params.train.translate)
-    return _gallery(images, [data.classes[label][:CAPTION] for label in data.labels["train"][chosen]], "Training images as fed to the network", title)
+    return _gallery(
+        images, [data.classes[label][:CAPTION] for label in data.labels["train"][chosen]], "Training images as fed to the network", title
+    )
 
 
 def mistakes(data: Dataset, predictions: pd.DataFrame, count: int, title: str) -> Figure:
-    """The wrong predictions that the network was surest of."""
-    wrong = predictions[predictions["actual"] != predictions["predicted"]].sort_values("confidence", ascending=False, kind="stable").head(count)
+    """Show the wrong predictions that the network was surest of."""
+    wrong = (
+        predictions[predictions["actual"] != predictions["predicted"]].sort_values("confidence", ascending=False, kind="stable").head(count)
+    )
     if wrong.empty:
         figure = plt.figure(figsize=(8, 2))
         figure.text(0.5, 0.4, "no mistakes on the test set", ha="center")
         _headline(figure, "Most confident mistakes", title)
         return figure
     images = torch.from_numpy(data.images["test"][wrong.index.to_numpy()]).permute(0, 3, 1, 2)
-    captions = [f"{row.actual[:CAPTION]}\n→ {row.predicted[:CAPTION]} {row.confidence:.0%}" for row in wrong.itertuples()]
+    rows = zip(wrong["actual"], wrong["predicted"], wrong["confidence"], strict=True)
+    captions = [f"{actual[:CAPTION]}\n→ {predicted[:CAPTION]} {confidence:.0%}" for actual, predicted, confidence in rows]
     return _gallery(images, captions, "Most confident mistakes (actual → predicted)", title)
 
 
@@ -143,7 +161,15 @@ def _gallery(images: Tensor, captions: Sequence[str], headline: str, title: str,
     axes.axis("off")
     for i, caption in enumerate(captions):
         row, column = divmod(i, columns)
-        axes.text(gap + column * (side + gap) + side / 2, 4 + row * (side + gap) + side + 3, caption, ha="center", va="top", fontsize=9, linespacing=1.1)
+        axes.text(
+            gap + column * (side + gap) + side / 2,
+            4 + row * (side + gap) + side + 3,
+            caption,
+            ha="center",
+            va="top",
+            fontsize=9,
+            linespacing=1.1,
+        )
     _headline(figure, headline, title)
     return figure
 

@@ -1,4 +1,4 @@
-"""Files that are either whole or not there."""
+"""Where files lie, and how they are written: whole or not at all."""
 
 import json
 import os
@@ -6,6 +6,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+
+def root() -> Path:
+    """Return the main checkout, also from the throw-away copy that `dvc exp run --temp` and `--queue` work in."""
+    return Path(os.environ.get("DVC_ROOT", ".")).resolve()
 
 
 @contextmanager

@@ -92,7 +92,9 @@ class Network(nn.Module):
         self.params, self.image_size, self.classes = params, image_size, classes
         plan = list(params.plan(image_size))
         self.normalize = Normalize()
-        self.stages = nn.Sequential(*(Stage(params, [c for c in plan if c.stage == s], dropout) for s, dropout in enumerate(params.stage_dropout)))
+        self.stages = nn.Sequential(
+            *(Stage(params, [c for c in plan if c.stage == s], dropout) for s, dropout in enumerate(params.stage_dropout))
+        )
         side = plan[-1].out_size // (2 if params.pool in POOLS else 1)
         self.global_pool: nn.Module = nn.Identity()
         if params.global_pool != "none":
@@ -148,7 +150,7 @@ def predict(network: Network, images: Tensor, batch_size: int) -> Tensor:
     """Return the logits of uint8 images (N, height, width, 3), in evaluation mode; the mode is put back afterwards."""
     was_training = network.training
     network.eval()
-    logits = torch.cat([network(batch.permute(0, 3, 1, 2)) for batch in images.split(batch_size)])
+    logits = torch.cat([network(batch.permute(0, 3, 1, 2)) for batch in torch.split(images, batch_size)])
     network.train(was_training)
     return logits
 
@@ -158,7 +160,9 @@ def save(network: Network, path: Path) -> None:
     # One key only: the order of several is not fixed, and the same network must give the same bytes.
     header = {"params": network.params.model_dump(), "image_size": network.image_size, "classes": network.classes}
     with atomic(path) as temporary:
-        save_file({name: tensor.cpu().contiguous() for name, tensor in network.state_dict().items()}, temporary, {"network": json.dumps(header)})
+        save_file(
+            {name: tensor.cpu().contiguous() for name, tensor in network.state_dict().items()}, temporary, {"network": json.dumps(header)}
+        )
 
 
 def load(path: Path) -> Network:

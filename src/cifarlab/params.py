@@ -96,7 +96,7 @@ class ModelParams(Section):
         return shares[: len(self.stages)]
 
     def plan(self, image_size: int) -> Iterator[Convolution]:
-        """The convolutions in order, for square images of `image_size` pixels.
+        """Yield the convolutions in order, for square images of `image_size` pixels.
 
         Raises
         ------
@@ -110,14 +110,20 @@ class ModelParams(Section):
                 stride = 2 if self.pool == "stride" and i == 0 else 1
                 if self.padding == "valid" and size < self.kernel_size:
                     k = self.kernel_size
-                    raise ValueError(f"model.layers = {self.layers}: layer {layer} would shrink {size}×{size} below its {k}×{k} kernel; use fewer layers or model.padding: same")
+                    raise ValueError(
+                        f"model.layers = {self.layers}: layer {layer} would shrink {size}×{size} below its {k}×{k} kernel; "
+                        "use fewer layers or model.padding: same"
+                    )
                 room = size - 1 if self.padding == "same" else size - self.kernel_size
                 out = room // stride + 1
                 yield Convolution(stage, channels, self.widths[stage], stride, size, out)
                 size, channels = out, self.widths[stage]
             if self.pool in ("max", "avg"):
                 if size < 2:
-                    raise ValueError(f"model.layers = {self.layers}: the {self.pool}-pooling after layer {layer} would shrink {size}×{size} to nothing; use fewer layers or widths, model.padding: same, or model.pool: none")
+                    raise ValueError(
+                        f"model.layers = {self.layers}: the {self.pool}-pooling after layer {layer} would shrink {size}×{size} to nothing; "
+                        "use fewer layers or widths, model.padding: same, or model.pool: none"
+                    )
                 size //= 2
 
     @model_validator(mode="after")
@@ -125,20 +131,26 @@ class ModelParams(Section):
         if self.padding == "same" and self.kernel_size % 2 == 0:
             raise ValueError(f"model.kernel_size = {self.kernel_size}: padding same needs an odd kernel size")
         if isinstance(self.dropout, list) and len(self.dropout) != len(self.widths):
-            raise ValueError(f"model.dropout = {self.dropout}: one share or {len(self.widths)}, one for each of model.widths = {self.widths}")
+            raise ValueError(
+                f"model.dropout = {self.dropout}: one share or {len(self.widths)}, one for each of model.widths = {self.widths}"
+            )
         if self.norm == "group" and (bad := [w for w in self.widths if w % 8]):
             raise ValueError(f"model.widths = {self.widths}: model.norm: group makes 8 groups, {bad[0]} is not a multiple of 8")
         if self.residual and self.padding == "valid":
             raise ValueError("model.residual = true: needs model.padding: same, a valid convolution changes the size of its input")
         if self.residual and max(self.stages) < 2:
-            raise ValueError(f"model.residual = true: no stage has a second convolution to skip; use model.layers of {len(self.widths) + 1} or more")
+            raise ValueError(
+                f"model.residual = true: no stage has a second convolution to skip; use model.layers of {len(self.widths) + 1} or more"
+            )
         return self
 
     def describe(self) -> str:
-        """The variant in a few words, for titles and run names."""
+        """Name the variant in a few words, for titles and run names."""
         norm = "no norm" if self.norm == "none" else f"{self.norm} norm"
         widths = "-".join(str(w) for w in self.widths[: len(self.stages)])
-        return f"{self.layers} {'layer' if self.layers == 1 else 'layers'} {widths}, {norm}, {self.activation}" + (", residual" if self.residual else "")
+        return f"{self.layers} {'layer' if self.layers == 1 else 'layers'} {widths}, {norm}, {self.activation}" + (
+            ", residual" if self.residual else ""
+        )
 
 
 class TrainParams(Section):
@@ -210,7 +222,14 @@ class Params(Section):
         return {f"{section}.{key}": value for section, values in self.model_dump().items() for key, value in values.items()}
 
 
-SECTIONS: dict[str, type[Section]] = {name: field.annotation for name, field in Params.model_fields.items() if field.annotation}
+SECTIONS: dict[str, type[Section]] = {
+    "data": DataParams,
+    "model": ModelParams,
+    "train": TrainParams,
+    "evaluate": EvaluateParams,
+    "plot": PlotParams,
+    "tracking": TrackingParams,
+}
 KEYS = [f"{name}.{key}" for name, section in SECTIONS.items() for key in section.model_fields]
 
 
@@ -225,7 +244,9 @@ def load_params(path: Path = Path("params.yaml")) -> Params:
     try:
         content = yaml.safe_load(path.read_text("utf-8"))
     except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}; run from the top of the checkout, `git checkout {path}` brings it back") from error
+        raise UserError(
+            f"{path} cannot be read: {error.strerror}; run from the top of the checkout, `git checkout {path}` brings it back"
+        ) from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         mark = getattr(error, "problem_mark", None)
         where = f" in line {mark.line + 1}" if mark else ""
@@ -251,7 +272,11 @@ def _sentence(fault: Any, content: dict[str, Any]) -> str:
     if fault["type"] == "extra_forbidden":
         nearest = _nearest(key)
         section = key.split(".")[0]
-        known = f"the keys of {section} are {', '.join(SECTIONS[section].model_fields)}" if section in SECTIONS else f"the sections are {', '.join(SECTIONS)}"
+        known = (
+            f"the keys of {section} are {', '.join(SECTIONS[section].model_fields)}"
+            if section in SECTIONS
+            else f"the sections are {', '.join(SECTIONS)}"
+        )
         return f"unknown key {key} = {fault['input']!r}; did you mean {nearest}? ({known})"
     if fault["type"] == "missing":
         return f"{key} is missing; it must be {_allowed(key)}"

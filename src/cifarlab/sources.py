@@ -2,12 +2,14 @@
 
 import hashlib
 import io
+import lzma
 import pickle
 import tarfile
 import zipfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, ClassVar
 from urllib.parse import unquote, urlsplit
 
 import numpy as np
@@ -18,6 +20,8 @@ from cifarlab.datasets import SPLITS, Dataset, stratified_split
 from cifarlab.params import DataParams
 
 ATTEMPTS = 3
+# What tarfile, zipfile and the decompressors below them raise for a damaged, encrypted or strange archive.
+ARCHIVE_ERRORS = (tarfile.TarError, zipfile.BadZipFile, lzma.LZMAError, zlib.error, EOFError, OSError, RuntimeError)
 
 
 def prepare(params: DataParams, root: Path, cache: Path) -> Dataset:
@@ -53,7 +57,10 @@ def fetch(params: DataParams, root: Path, cache: Path) -> Path:
         if not any(s.startswith(("http://", "https://")) for s in params.sources):
             break  # a file that is not there now will not be there in a second
     reasons = "; ".join(dict.fromkeys(failures))
-    raise UserError(f"no source of {params.name} could be used ({reasons}). `make demo` needs no download; or name a mirror or a local copy: dvc exp run -S 'data.sources=[/path/to/archive]'")
+    raise UserError(
+        f"no source of {params.name} could be used ({reasons}). `make demo` needs no download; "
+        "or name a mirror or a local copy: dvc exp run -S 'data.sources=[/path/to/archive]'"
+    )
 
 
 def _fetch_one(source: str, sha256: str | None, root: Path, cache: Path) -> Path:
@@ -96,9 +103,10 @@ def _download(url: str, sha256: str, cache: Path) -> Path:
 class ArrayUnpickler(pickle.Unpickler):
     """Reads numpy arrays and plain containers; anything else in the pickle is refused, nothing is run."""
 
-    ADMITTED = {
-        ("numpy.core.multiarray", "_reconstruct"): np.empty(0).__reduce__()[0],  # type: ignore[index]
-        ("numpy._core.multiarray", "_reconstruct"): np.empty(0).__reduce__()[0],  # type: ignore[index]
+    RECONSTRUCT = np.empty(0).__reduce__()[0]
+    ADMITTED: ClassVar[dict[tuple[str, str], Any]] = {
+        ("numpy.core.multiarray", "_reconstruct"): RECONSTRUCT,
+        ("numpy._core.multiarray", "_reconstruct"): RECONSTRUCT,
         ("numpy", "ndarray"): np.ndarray,
         ("numpy", "dtype"): np.dtype,
     }
@@ -129,8 +137,11 @@ def read_cifar10(archive: Path) -> Dataset:
                     images[split].append(content[b"data"].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1))
                     labels[split].extend(content[b"labels"])
             classes = [name.decode() for name in batch("batches.meta")[b"label_names"]]
-    except (tarfile.TarError, EOFError, KeyError, AssertionError, AttributeError, TypeError, ValueError, IndexError, OSError, pickle.UnpicklingError) as error:
-        raise UserError(f"{archive} is not the archive of CIFAR-10 for Python: {error}; set data.name: folder for images in train/<class>/ and test/<class>/") from error
+    except (*ARCHIVE_ERRORS, KeyError, AssertionError, AttributeError, TypeError, ValueError, IndexError, pickle.UnpicklingError) as error:
+        raise UserError(
+            f"{archive} is not the archive of CIFAR-10 for Python: {error}; "
+            "set data.name: folder for images in train/<class>/ and test/<class>/"
+        ) from error
     return Dataset({s: np.concatenate(images[s]) for s in SPLITS}, {s: np.asarray(labels[s], np.int64) for s in SPLITS}, classes, "cifar10")
 
 
@@ -143,24 +154,29 @@ def read_folder(source: Path, image_size: int) -> Dataset:
     try:
         for name, open_file in tqdm(_image_files(source), desc=f"reading {source.name}", unit=" images", disable=None):
             split, label, file = PurePosixPath(name).parts[-3:]
+            if (split, label, file) in found:
+                raise UserError(f"{source} holds two images called {split}/{label}/{file}; which one is meant?")
             try:
                 with open_file() as stream, Image.open(stream) as image:
                     # Centre crop to a square, so that nothing is stretched.
                     found[split, label, file] = np.asarray(ImageOps.fit(image.convert("RGB"), (image_size, image_size)))
             except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, ValueError) as error:
                 raise UserError(f"{source}: {name} is not a readable image ({error}); mend or remove it") from error
-    except (tarfile.TarError, zipfile.BadZipFile, EOFError, OSError) as error:
+    except ARCHIVE_ERRORS as error:
         raise UserError(f"{source} cannot be read as an archive: {error}") from error
 
     names = {split: sorted({label for s, label, _ in found if s == split}) for split in SPLITS}
     if not names["train"] or names["train"] != names["test"]:
-        raise UserError(f"{source} must hold images of the same classes in train/<class>/ and test/<class>/; train has {names['train'] or 'none'}, test has {names['test'] or 'none'}")
+        raise UserError(
+            f"{source} must hold images of the same classes in train/<class>/ and test/<class>/; "
+            f"train has {names['train'] or 'none'}, test has {names['test'] or 'none'}"
+        )
     if len(names["train"]) < 2:
         raise UserError(f"{source} holds one class only, {names['train'][0]}; there is nothing to tell apart")
     keys = {split: sorted(key for key in found if key[0] == split) for split in SPLITS}  # the archive's order is nobody's business
     images = {split: np.stack([found[key] for key in keys[split]]) for split in SPLITS}
     labels = {split: np.asarray([names["train"].index(key[1]) for key in keys[split]], np.int64) for split in SPLITS}
-    return Dataset(images, labels, names["train"], "folder")
+    return Dataset(images, labels, names["train"], source.name.split(".")[0])
 
 
 def _image_files(source: Path) -> Iterator[tuple[str, Any]]:
@@ -191,7 +207,12 @@ def _opened(tar: tarfile.TarFile, entry: tarfile.TarInfo) -> BinaryIO:
 
 def _is_image(name: str) -> bool:
     path = PurePosixPath(name)
-    return len(path.parts) >= 3 and path.parts[-3] in SPLITS and path.suffix.lower() in (".png", ".jpg", ".jpeg") and not path.name.startswith(".")
+    return (
+        len(path.parts) >= 3
+        and path.parts[-3] in SPLITS
+        and path.suffix.lower() in (".png", ".jpg", ".jpeg")
+        and not path.name.startswith(".")
+    )
 
 
 def _refuse_escape(source: Path, *names: str) -> None:
@@ -210,4 +231,9 @@ def digits() -> Dataset:
     images = np.repeat(pixels.repeat(4, axis=1).repeat(4, axis=2)[..., None], 3, axis=3)
     train, test = stratified_split(bundle.target, 0.2)
     indices = {"train": train, "test": test}
-    return Dataset({s: images[i] for s, i in indices.items()}, {s: bundle.target[i].astype(np.int64) for s, i in indices.items()}, [str(d) for d in range(10)], "digits")
+    return Dataset(
+        {s: images[i] for s, i in indices.items()},
+        {s: bundle.target[i].astype(np.int64) for s, i in indices.items()},
+        [str(d) for d in range(10)],
+        "digits",
+    )

@@ -19,17 +19,13 @@ from typing import Any, Concatenate, ParamSpec
 import pandas as pd
 import yaml
 
+from cifarlab.files import root
 from cifarlab.params import Params
 
 P = ParamSpec("P")
 KEY = "cifarlab.key"
 STAGES = ("train", "evaluate", "plot")
 VERSIONS = ("torch", "numpy", "dvc", "mlflow")
-
-
-def root() -> Path:
-    """The main checkout, also from the throw-away copy that `dvc exp run --temp` and `--queue` work in."""
-    return Path(os.environ.get("DVC_ROOT", ".")).resolve()
 
 
 def training_key(params: Params, folder: Path = Path()) -> str:
@@ -59,9 +55,10 @@ def connect() -> Any:
     for name, value in {"MAX_RETRIES": "1", "BACKOFF_FACTOR": "1", "TIMEOUT": "10"}.items():
         os.environ.setdefault(f"MLFLOW_HTTP_REQUEST_{name}", value)
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    import mlflow
+
     for name in ("mlflow", "alembic"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    import mlflow
 
     if "MLFLOW_TRACKING_URI" not in os.environ:
         mlflow.set_tracking_uri(f"sqlite:///{root() / 'mlflow.db'}")
@@ -98,7 +95,11 @@ def harmless(method: "Callable[Concatenate[Mirror, P], None]") -> "Callable[Conc
         except Exception as error:  # MLflow, requests, SQLAlchemy and the disk each raise their own
             self.client = None
             reason = " ".join(str(error).split())[:200]
-            print(f"warning: MLflow does not get this {self.stage} stage ({type(error).__name__}: {_without_secrets(reason)}); the files are complete", file=sys.stderr)
+            print(
+                f"warning: MLflow does not get the rest of this {self.stage} stage ({type(error).__name__}: {_without_secrets(reason)}); "
+                "the files are complete",
+                file=sys.stderr,
+            )
 
     return wrapper
 
@@ -157,7 +158,9 @@ class Mirror:
             self.run_id = runs[0].info.run_id
             self.client.set_terminated(self.run_id, "RUNNING")
         else:
-            self.run_id = self.client.create_run(experiment, run_name=name or self.params.model.describe(), tags={k: v for k, v in tags.items() if v or k == "dvc.exp.name"}).info.run_id
+            self.run_id = self.client.create_run(
+                experiment, run_name=name or self.params.model.describe(), tags={k: v for k, v in tags.items() if v or k == "dvc.exp.name"}
+            ).info.run_id
         self._log_params()
         if not runs:
             for stage in STAGES[: STAGES.index(self.stage)]:
@@ -171,9 +174,13 @@ class Mirror:
         from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
         cuda = self.params.train.device != "cpu" and torch.cuda.is_available()
-        self._set_tags({"device": torch.cuda.get_device_name() if cuda else f"cpu ({platform.machine()})", "threads": str(torch.get_num_threads())})
+        self._set_tags(
+            {"device": torch.cuda.get_device_name() if cuda else f"cpu ({platform.machine()})", "threads": str(torch.get_num_threads())}
+        )
         if self.params.tracking.system_metrics:
-            self.monitor = SystemMetricsMonitor(self.run_id, sampling_interval=5, resume_logging=True, tracking_uri=mlflow.get_tracking_uri())
+            self.monitor = SystemMetricsMonitor(
+                self.run_id, sampling_interval=5, resume_logging=True, tracking_uri=mlflow.get_tracking_uri()
+            )
             self.monitor.start()
 
     @harmless
@@ -207,22 +214,25 @@ class Mirror:
 
     def _log_dataset(self) -> None:
         import mlflow.data
+        from mlflow.data.code_dataset_source import CodeDatasetSource
         from mlflow.entities import DatasetInput, InputTag
 
         from cifarlab.datasets import Dataset
 
         data = Dataset.load(Path("data"))
         digest = json.loads(Path("data/dataset.json").read_text("utf-8"))["digest"]
-        source = self.params.data.sources[0] if self.params.data.name != "digits" else "sklearn.datasets.load_digits"
+        sources = ["sklearn.datasets.load_digits"] if self.params.data.name == "digits" else self.params.data.sources
+        source = CodeDatasetSource({"sources": [_without_secrets(s) for s in sources]})
         # MLflow takes 36 characters, and would itself hash only the first 10,000 values.
-        dataset = mlflow.data.from_numpy(data.images["train"], _without_secrets(source), targets=data.labels["train"], name=data.name, digest=digest[:32])
+        dataset = mlflow.data.from_numpy(data.images["train"], source, targets=data.labels["train"], name=data.name, digest=digest[:32])
         self.client.log_inputs(self.run_id, [DatasetInput(dataset._to_mlflow_entity(), [InputTag("mlflow.data.context", "training")])])
 
     def _log_evaluation(self) -> None:
         metrics = json.loads(Path("metrics/evaluate.json").read_text("utf-8"))
         per_class = metrics.pop("accuracy_per_class")
         self._metrics({f"test_{name}": value for name, value in metrics.items()})
-        self._metrics({f"accuracy/{re.sub(r'[^/\w.: -]', '_', name)}": value for name, value in per_class.items()})
+        allowed = re.compile(r"[^/\w.: -]")  # in the name of a metric
+        self._metrics({f"accuracy/{allowed.sub('_', name)}": value for name, value in per_class.items()})
         for table in ("predictions", "per_class", "confusion"):
             self.client.log_artifact(self.run_id, f"plots/{table}.csv", "tables")
         # What log_table writes, but replaced, not appended to, when the stage runs again.
@@ -250,7 +260,12 @@ class Mirror:
             signature = infer_signature(example, network(torch.from_numpy(example)).numpy())
         with mlflow.start_run(run_id=self.run_id):
             mlflow.pytorch.log_model(
-                network, name="model", signature=signature, input_example=example, serialization_format="pt2", pip_requirements=[f"torch=={version('torch')}"]
+                network,
+                name="model",
+                signature=signature,
+                input_example=example,
+                serialization_format="pt2",
+                pip_requirements=[f"torch=={version('torch')}"],
             )
         self._set_tags({"logged.sha256": _sha256(weights)})
 
@@ -265,7 +280,11 @@ class Mirror:
         done = {point.step for point in self.client.get_metric_history(self.run_id, "train_loss")}
         now = int(time.time() * 1000)
         metrics = [
-            Metric(str(name), float(value), now, int(step)) for step, row in rows.iterrows() if step not in done for name, value in row.items() if pd.notna(value)
+            Metric(str(name), float(value), now, step)
+            for step, row in zip(rows.index.astype(int).tolist(), rows.to_dict("records"), strict=True)
+            if step not in done
+            for name, value in row.items()
+            if pd.notna(value)
         ]
         for start in range(0, len(metrics), 1000):  # MLflow's limit for a batch
             self.client.log_batch(self.run_id, metrics=metrics[start : start + 1000])
@@ -293,3 +312,42 @@ def _without_secrets(text: str) -> str:
 
 def _git_commit() -> str:
     return subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
+
+
+def recent_runs(experiment: str, last: int) -> pd.DataFrame:
+    """Return the newest runs, one a row, oldest first: name, variant, test figures, size and training time in seconds."""
+    client = connect()
+    found = client.get_experiment_by_name(experiment)
+    runs = client.search_runs([found.experiment_id], max_results=last) if found else []
+    rows = []
+    for run in reversed(runs):
+        metrics = run.data.metrics
+        seconds = sum(point.value for point in client.get_metric_history(run.info.run_id, "epoch_seconds"))
+        rows.append(
+            {
+                "run": run.info.run_name,
+                "variant": run.data.tags.get("variant", ""),
+                "test accuracy": f"{metrics['test_accuracy']:.2%}" if "test_accuracy" in metrics else None,
+                "test loss": f"{metrics['test_loss']:.3f}" if "test_loss" in metrics else None,
+                "macro F1": f"{metrics['test_macro_f1']:.3f}" if "test_macro_f1" in metrics else None,
+                "parameters": f"{metrics['parameters']:,.0f}" if "parameters" in metrics else None,
+                "training s": f"{seconds:.0f}" if seconds else None,
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def timing(params: Params) -> dict[str, Any]:
+    """Return device, threads and seconds per epoch of the training that `params` name, as MLflow has them."""
+    client = connect()
+    found = client.get_experiment_by_name(params.tracking.experiment)
+    runs = client.search_runs([found.experiment_id], f"tags.`{KEY}` = '{training_key(params)}'") if found else []
+    for run in runs:
+        if points := client.get_metric_history(run.info.run_id, "epoch_seconds"):
+            tags = run.data.tags
+            return {
+                "device": tags.get("device"),
+                "threads": tags.get("threads"),
+                "epoch_seconds": [round(p.value, 1) for p in sorted(points, key=lambda p: p.step)],
+            }
+    return {}

@@ -67,13 +67,24 @@ def make_optimizer(network: Network, params: TrainParams, steps: int) -> tuple[t
     """Return the optimiser and the schedule of its learning rate over `steps` batches."""
     optimizer: torch.optim.Optimizer
     if params.optimizer == "sgd":
-        optimizer = torch.optim.SGD(network.parameters(), params.lr, params.momentum, weight_decay=params.weight_decay, nesterov=params.momentum > 0, fused=True)
+        optimizer = torch.optim.SGD(
+            network.parameters(), params.lr, params.momentum, weight_decay=params.weight_decay, nesterov=params.momentum > 0, fused=True
+        )
     else:
         kind = torch.optim.Adam if params.optimizer == "adam" else torch.optim.AdamW
         optimizer = kind(network.parameters(), params.lr, weight_decay=params.weight_decay, fused=True)
     if params.schedule == "constant":
         return optimizer, LambdaLR(optimizer, lambda _: 1.0)
-    return optimizer, OneCycleLR(optimizer, params.lr, total_steps=steps + 1, pct_start=0.25, anneal_strategy="linear", cycle_momentum=False, div_factor=5, final_div_factor=1e4)
+    return optimizer, OneCycleLR(
+        optimizer,
+        params.lr,
+        total_steps=steps + 1,
+        pct_start=0.25,
+        anneal_strategy="linear",
+        cycle_momentum=False,
+        div_factor=5,
+        final_div_factor=1e4,
+    )
 
 
 def fit(network: Network, params: TrainParams, train: Images, validation: Images | None, on_epoch: Callable[[Epoch], None]) -> Epoch:
@@ -89,7 +100,7 @@ def fit(network: Network, params: TrainParams, train: Images, validation: Images
     n = len(train.labels)
     batch_size = min(params.batch_size, n)
     batches = n // batch_size  # what is left over waits for another epoch's order
-    network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    network.to(memory_format=torch.channels_last)
     optimizer, schedule = make_optimizer(network, params, params.epochs * batches)
     loss_of = loss_function(params.loss, params.label_smoothing)
     started, seen = time.perf_counter(), 0
@@ -102,14 +113,14 @@ def fit(network: Network, params: TrainParams, train: Images, validation: Images
         order = torch.randperm(n, generator=generator)[: batches * batch_size]
         loss_sum, correct = torch.zeros((), device=train.images.device), torch.zeros((), device=train.images.device)
         with tqdm(total=len(order), desc=f"epoch {epoch}/{params.epochs}", unit=" images", disable=None, leave=False) as bar:
-            for step, indices in enumerate(order.split(batch_size), 1):
-                indices = indices.to(train.images.device)
+            for step, chosen in enumerate(torch.split(order, batch_size), 1):
+                indices = chosen.to(train.images.device)
                 labels = train.labels[indices]
                 images = augment(train.images[indices], generator, flip=params.flip, translate=params.translate)
                 logits = network(images)
                 loss = loss_of(logits, labels)
                 optimizer.zero_grad()
-                loss.backward()
+                loss.backward()  # type: ignore[no-untyped-call]
                 optimizer.step()
                 schedule.step()
                 loss_sum += loss.detach()
@@ -120,12 +131,13 @@ def fit(network: Network, params: TrainParams, train: Images, validation: Images
         train_loss = loss_sum.item() / batches
         if not train_loss < float("inf"):
             raise UserError(f"the training loss became {train_loss} in epoch {epoch}; try a train.lr below {params.lr:g}")
-        val_loss = val_accuracy = None
+        val_loss: float | None = None
+        val_accuracy: float | None = None
         if validation is not None:
             logits = predict(network, validation.images, 1000)
             val_loss = loss_function(params.loss)(logits, validation.labels).item()
             val_accuracy = (logits.argmax(1) == validation.labels).float().mean().item()
-        result = Epoch(epoch, train_loss, correct.item() / len(order), val_loss, val_accuracy, schedule.get_last_lr()[0])
+        result = Epoch(epoch, train_loss, correct.item() / len(order), val_loss, val_accuracy, float(schedule.get_last_lr()[0]))
         seen += len(order)
         report(result, params.epochs, seen / (time.perf_counter() - started), time.perf_counter() - started)
         on_epoch(result)
@@ -142,7 +154,8 @@ def report(epoch: Epoch, epochs: int, speed: float, elapsed: float) -> None:
     held_out = "" if epoch.val_loss is None else f"   validation loss {epoch.val_loss:.3f}, accuracy {epoch.val_accuracy:.1%}"
     left = elapsed / epoch.epoch * (epochs - epoch.epoch)
     tqdm.write(
-        f"epoch {epoch.epoch}/{epochs}   loss {epoch.train_loss:.3f}, accuracy {epoch.train_accuracy:.1%}{held_out}   {speed:,.0f} images/s, {left:.0f} s left",
+        f"epoch {epoch.epoch}/{epochs}   loss {epoch.train_loss:.3f}, accuracy {epoch.train_accuracy:.1%}{held_out}   "
+        f"{speed:,.0f} images/s, {left:.0f} s left",
         file=sys.stdout,
     )
     sys.stdout.flush()

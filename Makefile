@@ -1,0 +1,70 @@
+# Every target sets up what it needs. `make help` lists them.
+PYTHON ?= python3.11
+VENV := .venv
+STAMP := $(VENV)/.requirements
+export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
+export PYTHONPATH := src
+export DVC_NO_ANALYTICS := 1
+export MLFLOW_DISABLE_TELEMETRY := true
+DEMO := -S data.name=digits -S train.epochs=8 -S train.batch_size=32 -S train.lr=0.05
+NAME ?= latest
+PORT ?= 5000
+
+.PHONY: help setup demo repro test lint format ui diff results lock
+.DEFAULT_GOAL := help
+
+help:  ## list the targets
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1|/' | column -t -s '|'
+
+setup: $(STAMP)  ## make .venv from requirements.txt (done by every target when missing or stale)
+	@echo "ready: source $(VENV)/bin/activate"
+
+$(STAMP): requirements.txt
+	@command -v $(PYTHON) >/dev/null || { echo "error: $(PYTHON) is not there; install Python 3.11, or name it: make setup PYTHON=/path/to/python3.11"; exit 1; }
+	@echo "making $(VENV) from requirements.txt (PyTorch with CUDA is large: a few minutes, 7 GB)"
+	$(PYTHON) -m venv --clear $(VENV)
+	PYTHONPATH= $(VENV)/bin/pip install --quiet --disable-pip-version-check --requirement requirements.txt
+	$(VENV)/bin/python -m cifarlab page
+	@touch $@
+
+demo: setup  ## offline, minutes: the pipeline and a variant on handwritten digits, compared
+	@dvc exp remove --quiet demo-6-layers demo-3-layers 2>/dev/null || true
+	dvc exp run --temp --name demo-6-layers $(DEMO)
+	dvc exp run --temp --name demo-3-layers $(DEMO) -S model.layers=3
+	dvc plots diff demo-6-layers demo-3-layers
+	@echo && python -m cifarlab compare --last 2
+	@echo
+	@echo "Look further:"
+	@echo "  make ui                                      compare the runs in MLflow"
+	@echo "  open dvc_plots/index.html                    confusion matrices and curves side by side"
+	@echo "  source .venv/bin/activate                    then, as you like:"
+	@echo "  dvc exp show --only-changed                  every experiment, its parameters and metrics"
+	@echo "  dvc exp run -S data.name=digits -S model.norm=none -S train.lr=0.05"
+	@echo "  dvc repro                                    the real thing: CIFAR-10"
+
+repro: setup  ## run what params.yaml asks for (dvc repro)
+	dvc repro
+
+ui: setup  ## compare runs in MLflow at http://127.0.0.1:5000 (PORT=…)
+	mlflow ui --host 127.0.0.1 --port $(PORT) --backend-store-uri $${MLFLOW_TRACKING_URI:-sqlite:///$(CURDIR)/mlflow.db}
+
+diff: setup  ## page with the plots of the last experiments beside the workspace's: dvc_plots/index.html
+	dvc plots diff $$(dvc exp list --name-only | head -n 3)
+
+results: setup  ## keep parameters, lock, metrics and figures of the workspace under docs/results/NAME (NAME=…)
+	python -m cifarlab results $(NAME)
+
+test: setup  ## all tests (a few minutes); TESTS=tests/test_models.py for some
+	python -m pytest $(TESTS)
+
+lint: setup  ## ruff and mypy
+	ruff check .
+	ruff format --check .
+	mypy
+
+format: setup  ## let ruff mend what it can
+	ruff check --fix .
+	ruff format .
+
+lock: setup  ## compile requirements.in into requirements.txt, for every platform
+	uv pip compile --quiet --universal --python-version 3.11 requirements.in --output-file requirements.txt

@@ -1,0 +1,116 @@
+"""Small commands around the pipeline: `python -m cifarlab compare`, called by the Makefile."""
+
+import argparse
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+from cifarlab import UserError
+from cifarlab.files import atomic, write_json
+from cifarlab.params import load_params
+
+RESULTS = Path("docs/results")
+
+
+def compare(last: int) -> None:
+    """Print the last runs of MLflow side by side."""
+    from cifarlab import tracking
+
+    table = tracking.recent_runs(load_params().tracking.experiment, last)
+    if table.empty:
+        print("MLflow holds no run yet: `make demo` makes two in a few minutes")
+    else:
+        print(table.to_string(index=False, na_rep="–"))
+
+
+def page() -> None:
+    """Make the pages of `dvc plots` open offline: a template with Vega's JavaScript in it, for this checkout only."""
+    import vl_convert
+
+    libraries = vl_convert.javascript_bundle()  # type: ignore[call-arg]  # its stub forgets the default
+    template = f"""<!DOCTYPE html>
+<html lang="en">
+<head>
+  <meta charset="utf-8">
+  {{refresh_tag}}
+  <title>cifarlab: plots</title>
+  <script>{libraries}</script>
+  <style>
+    body {{ font-family: system-ui, sans-serif; margin: 2rem; }}
+    body > div {{ margin-bottom: 2.5rem; overflow-x: auto; }}
+    table {{ border-spacing: 12px; }}
+    img {{ max-width: 100%; height: auto; }}
+  </style>
+</head>
+<body>
+  {{plot_divs}}
+</body>
+</html>
+"""
+    with atomic(Path(".dvc/tmp/plots.html")) as path:
+        path.write_text(template, "utf-8")
+    subprocess.run(["dvc", "config", "--local", "plots.html_template", "tmp/plots.html"], check=True)
+
+
+def results(name: str) -> None:
+    """Keep the evidence of the run in the workspace under docs/results/NAME/: parameters, lock, metrics, figures, machine."""
+    from cifarlab import tracking
+
+    status = subprocess.run(["dvc", "status", "--quiet"], check=False)
+    if status.returncode:
+        raise UserError("the workspace does not hold what params.yaml says: run `dvc repro` or `dvc exp apply NAME` first")
+    target = RESULTS / name
+    shutil.rmtree(target, ignore_errors=True)
+    target.mkdir(parents=True)
+    tables = [Path(f"plots/{table}.csv") for table in ("history", "per_class", "confusion")]
+    for file in [Path("params.yaml"), Path("dvc.lock"), *Path("metrics").glob("*.json"), *tables, *Path("plots").glob("*.png")]:
+        shutil.copy(file, target / file.name)
+    machine = {
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "platform": platform.platform(),
+        "python": platform.python_version(),
+        **{package: version(package) for package in tracking.VERSIONS},
+        **tracking.timing(load_params()),
+    }
+    write_json(target / "machine.json", machine)
+    print(f"kept in {target}/")
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    names = [line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def main() -> None:
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(prog="python -m cifarlab", description="Small commands around the pipeline.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    comparing = commands.add_parser("compare", help="print the last runs side by side")
+    comparing.add_argument("--last", type=int, default=10, metavar="N")
+    commands.add_parser("page", help="make the pages of `dvc plots` open offline")
+    keeping = commands.add_parser("results", help="keep the evidence of the workspace's run under docs/results/")
+    keeping.add_argument("name", metavar="NAME")
+    commands.add_parser("check", help="validate params.yaml")
+    args = parser.parse_args()
+    try:
+        match args.command:
+            case "compare":
+                compare(args.last)
+            case "page":
+                page()
+            case "results":
+                results(args.name)
+            case "check":
+                load_params()
+    except UserError as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()
