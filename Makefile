@@ -2,7 +2,7 @@
 PYTHON ?= python3.11
 VENV := .venv
 STAMP := $(VENV)/.requirements
-export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
+export PATH := $(abspath $(VENV))/bin:$(PATH)
 export PYTHONPATH := src
 export DVC_NO_ANALYTICS := 1
 export MLFLOW_DISABLE_TELEMETRY := true
@@ -22,7 +22,7 @@ setup: $(STAMP)  ## make .venv from requirements.txt (done by every target when 
 $(STAMP): requirements.txt
 	@command -v $(PYTHON) >/dev/null || { echo "error: $(PYTHON) is not there; install Python 3.11, or name it: make setup PYTHON=/path/to/python3.11"; exit 1; }
 	@echo "making $(VENV) from requirements.txt (PyTorch with CUDA is large: a few minutes, 7 GB)"
-	$(PYTHON) -m venv --clear $(VENV)
+	$(PYTHON) -m venv $(VENV)
 	PYTHONPATH= $(VENV)/bin/pip install --quiet --disable-pip-version-check --requirement requirements.txt
 	$(VENV)/bin/python -m cifarlab page
 	@touch $@
