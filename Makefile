@@ -7,10 +7,15 @@ export PYTHONPATH := src
 export DVC_NO_ANALYTICS := 1
 export MLFLOW_DISABLE_TELEMETRY := true
 DEMO := -S data.name=digits -S train.epochs=8 -S train.batch_size=32 -S train.lr=0.05
+# The network and the training of the student's notebook that this project started from.
+NOTEBOOK := -S model.layers=3 -S 'model.widths=[64,128,256]' -S model.padding=valid -S model.global_pool=none \
+  -S 'model.dropout=[0,0.1,0]' -S 'model.head=[128,256]' -S data.validation=0 -S train.optimizer=adam -S train.lr=0.001 \
+  -S train.batch_size=32 -S train.epochs=8 -S train.weight_decay=0 -S train.schedule=constant -S train.label_smoothing=0 \
+  -S train.flip=false -S train.translate=0
 NAME ?= latest
 PORT ?= 5000
 
-.PHONY: help setup demo repro test lint format ui diff results lock
+.PHONY: help setup demo repro notebook test lint format ui diff results lock
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -29,8 +34,8 @@ $(STAMP): requirements.txt
 
 demo: setup  ## offline, minutes: the pipeline and a variant on handwritten digits, compared
 	@dvc exp remove --quiet demo-6-layers demo-3-layers 2>/dev/null || true
-	dvc exp run --temp --name demo-6-layers $(DEMO)
-	dvc exp run --temp --name demo-3-layers $(DEMO) -S model.layers=3
+	dvc exp run --quiet --temp --name demo-6-layers $(DEMO)
+	dvc exp run --quiet --temp --name demo-3-layers $(DEMO) -S model.layers=3
 	dvc plots diff demo-6-layers demo-3-layers
 	@echo && python -m cifarlab compare --last 2
 	@echo
@@ -44,6 +49,9 @@ demo: setup  ## offline, minutes: the pipeline and a variant on handwritten digi
 
 repro: setup  ## run what params.yaml asks for (dvc repro)
 	dvc repro
+
+notebook: setup  ## the network and training of the student's notebook, as an experiment
+	dvc exp run --name notebook $(NOTEBOOK)
 
 ui: setup  ## compare runs in MLflow at http://127.0.0.1:5000 (PORT=…)
 	mlflow ui --host 127.0.0.1 --port $(PORT) --backend-store-uri $${MLFLOW_TRACKING_URI:-sqlite:///$(CURDIR)/mlflow.db}

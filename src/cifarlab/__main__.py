@@ -43,7 +43,7 @@ def page() -> None:
     body {{ font-family: system-ui, sans-serif; margin: 2rem; }}
     body > div {{ margin-bottom: 2.5rem; overflow-x: auto; }}
     table {{ border-spacing: 12px; }}
-    img {{ max-width: 100%; height: auto; }}
+    img {{ max-width: 44vw; height: auto; }}
   </style>
 </head>
 <body>
