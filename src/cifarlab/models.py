@@ -10,8 +10,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from cifarlab import UserError
+from cifarlab.architecture import Convolution, ModelParams
 from cifarlab.files import atomic
-from cifarlab.params import Convolution, ModelParams
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {
     "relu": nn.ReLU,

@@ -1,24 +1,16 @@
 """params.yaml as typed, validated objects. Imports nothing heavy: a wrong value is refused at once."""
 
 import difflib
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from cifarlab import UserError
+from cifarlab.architecture import ModelParams, Section, Share
 
-Share = Annotated[float, Field(ge=0, lt=1)]
-Width = Annotated[int, Field(ge=1, le=4096)]
 Count = Annotated[int, Field(ge=1)]
-
-
-class Section(BaseModel):
-    """A section of params.yaml. No field has a default: the file says everything, once."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class DataParams(Section):
@@ -45,112 +37,6 @@ class DataParams(Section):
             if remote and self.sha256 is None:
                 raise ValueError(f"data.sha256 = null: the download {remote} needs the SHA-256 of the archive")
         return self
-
-
-class Convolution(NamedTuple):
-    """One convolution of the plan: channels, stride, and the side of its square input and output in pixels."""
-
-    stage: int
-    in_channels: int
-    out_channels: int
-    stride: int
-    in_size: int
-    out_size: int
-
-
-class ModelParams(Section):
-    """One member of the `cnn` family."""
-
-    layers: Annotated[int, Field(ge=1, le=32)]
-    """Convolutions, spread evenly over the stages; with fewer layers than stages the last stages are left out."""
-    widths: Annotated[list[Width], Field(min_length=1, max_length=8)]
-    """Output channels of each stage."""
-    kernel_size: Annotated[int, Field(ge=1, le=15)]
-    padding: Literal["same", "valid"]
-    norm: Literal["batch", "group", "none"]
-    """Batch normalisation (Ioffe & Szegedy 2015), group normalisation of 8 groups (Wu & He 2018)."""
-    activation: Literal["relu", "leaky_relu", "gelu", "silu", "elu", "tanh", "sigmoid"]
-    pool: Literal["max", "avg", "stride", "none"]
-    """How a stage halves the image: 2×2 pooling at its end, or a stride of 2 in its first convolution."""
-    global_pool: Literal["max", "avg", "none"]
-    """What turns the last feature maps into a vector; none flattens them."""
-    dropout: Share | list[Share]
-    """Dropout2d (Tompson et al. 2015) after every stage, or one share per stage."""
-    residual: bool
-    """Adds the output of a stage's first convolution to that of its last (He et al. 2015)."""
-    head: Annotated[list[Width], Field(max_length=8)]
-    """Hidden sizes of the classifier."""
-    init: Literal["default", "kaiming", "xavier", "dirac", "normal", "constant", "zeros"]
-    init_gain: Annotated[float, Field(gt=0)]
-
-    @property
-    def stages(self) -> list[int]:
-        """Convolutions of each stage that is there."""
-        n = min(len(self.widths), self.layers)
-        return [(s + 1) * self.layers // n - s * self.layers // n for s in range(n)]
-
-    @property
-    def stage_dropout(self) -> list[float]:
-        """Share of channels dropped after each stage that is there."""
-        shares = self.dropout if isinstance(self.dropout, list) else [self.dropout] * len(self.widths)
-        return shares[: len(self.stages)]
-
-    def plan(self, image_size: int) -> Iterator[Convolution]:
-        """Yield the convolutions in order, for square images of `image_size` pixels.
-
-        Raises
-        ------
-        ValueError
-            A layer or a pooling has no pixel left to work on.
-        """
-        size, channels, layer = image_size, 3, 0
-        for stage, convolutions in enumerate(self.stages):
-            for i in range(convolutions):
-                layer += 1
-                stride = 2 if self.pool == "stride" and i == 0 else 1
-                if self.padding == "valid" and size < self.kernel_size:
-                    k = self.kernel_size
-                    raise ValueError(
-                        f"model.layers = {self.layers}: layer {layer} would shrink {size}×{size} below its {k}×{k} kernel; "
-                        "use fewer layers or model.padding: same"
-                    )
-                room = size - 1 if self.padding == "same" else size - self.kernel_size
-                out = room // stride + 1
-                yield Convolution(stage, channels, self.widths[stage], stride, size, out)
-                size, channels = out, self.widths[stage]
-            if self.pool in ("max", "avg"):
-                if size < 2:
-                    raise ValueError(
-                        f"model.layers = {self.layers}: the {self.pool}-pooling after layer {layer} would shrink {size}×{size} to nothing; "
-                        "use fewer layers or widths, model.padding: same, or model.pool: none"
-                    )
-                size //= 2
-
-    @model_validator(mode="after")
-    def _consistent(self) -> "ModelParams":
-        if self.padding == "same" and self.kernel_size % 2 == 0:
-            raise ValueError(f"model.kernel_size = {self.kernel_size}: padding same needs an odd kernel size")
-        if isinstance(self.dropout, list) and len(self.dropout) != len(self.widths):
-            raise ValueError(
-                f"model.dropout = {self.dropout}: one share or {len(self.widths)}, one for each of model.widths = {self.widths}"
-            )
-        if self.norm == "group" and (bad := [w for w in self.widths if w % 8]):
-            raise ValueError(f"model.widths = {self.widths}: model.norm: group makes 8 groups, {bad[0]} is not a multiple of 8")
-        if self.residual and self.padding == "valid":
-            raise ValueError("model.residual = true: needs model.padding: same, a valid convolution changes the size of its input")
-        if self.residual and max(self.stages) < 2:
-            raise ValueError(
-                f"model.residual = true: no stage has a second convolution to skip; use model.layers of {len(self.widths) + 1} or more"
-            )
-        return self
-
-    def describe(self) -> str:
-        """Name the variant in a few words, for titles and run names."""
-        norm = "no norm" if self.norm == "none" else f"{self.norm} norm"
-        widths = "-".join(str(w) for w in self.widths[: len(self.stages)])
-        return f"{self.layers} {'layer' if self.layers == 1 else 'layers'} {widths}, {norm}, {self.activation}" + (
-            ", residual" if self.residual else ""
-        )
 
 
 class TrainParams(Section):
