@@ -6,7 +6,7 @@ export PATH := $(abspath $(VENV))/bin:$(PATH)
 export PYTHONPATH := src
 export DVC_NO_ANALYTICS := 1
 export MLFLOW_DISABLE_TELEMETRY := true
-DEMO := -S data.name=digits -S train.epochs=8 -S train.batch_size=32 -S train.lr=0.05
+DEMO := -S data.name=digits -S train.epochs=8 -S train.batch_size=32 -S train.flip=false
 # The network and the training of the student's notebook that this project started from.
 NOTEBOOK := -S model.layers=3 -S 'model.widths=[64,128,256]' -S model.padding=valid -S model.global_pool=none \
   -S 'model.dropout=[0,0.1,0]' -S 'model.head=[128,256]' -S data.validation=0 -S train.optimizer=adam -S train.lr=0.001 \
@@ -44,7 +44,7 @@ demo: setup  ## offline, minutes: the pipeline and a variant on handwritten digi
 	@echo "  open dvc_plots/index.html                    confusion matrices and curves side by side"
 	@echo "  source .venv/bin/activate                    then, as you like:"
 	@echo "  dvc exp show --only-changed                  every experiment, its parameters and metrics"
-	@echo "  dvc exp run -S data.name=digits -S model.norm=none -S train.lr=0.05"
+	@echo "  dvc exp run -S data.name=digits -S train.flip=false -S model.norm=none"
 	@echo "  dvc repro                                    the real thing: CIFAR-10"
 
 repro: setup  ## run what params.yaml asks for (dvc repro)

@@ -109,13 +109,23 @@ def per_class_bars(table: pd.DataFrame, accuracy: float, title: str) -> Figure:
     table = table.sort_values("accuracy", ascending=False, kind="stable")
     n = len(table)
     figure, axes = plt.subplots(figsize=(8, max(3.2, (0.2 if n > CELL_NUMBERS_UP_TO else 0.38) * n + 1.4)))
-    sns.barplot(table, x="accuracy", y="class", hue="accuracy", palette="crest", legend=False, orient="h", ax=axes)
+    sns.barplot(table, x="accuracy", y="class", color=sns.color_palette("deep")[0], orient="h", ax=axes)
     small = 7 if n > CELL_NUMBERS_UP_TO else 10
     for place, value in enumerate(table["accuracy"]):
-        axes.text(value + 0.005, place, f"{value:.1%}", va="center", fontsize=small)
+        # Inside the bar, where the line of all classes does not cross it; a bar too short has it outside.
+        inside = value > 0.12
+        axes.text(
+            value + (-0.008 if inside else 0.008),
+            place,
+            f"{value:.1%}",
+            va="center",
+            ha="right" if inside else "left",
+            fontsize=small,
+            color="white" if inside else "0.2",
+        )
     axes.axvline(accuracy, color="0.3", linestyle="--", linewidth=1, label=f"all classes {accuracy:.1%}")
     axes.legend(loc="lower right", bbox_to_anchor=(1, 1), frameon=False, fontsize=10)
-    axes.set(xlim=(0, 1.08), xlabel="test accuracy", ylabel="")
+    axes.set(xlim=(0, 1), xlabel="test accuracy", ylabel="")
     axes.set_xticks(np.arange(0, 1.01, 0.2))
     axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     axes.tick_params(axis="y", labelsize=small)

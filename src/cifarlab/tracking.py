@@ -7,6 +7,7 @@ import logging
 import os
 import platform
 import re
+import sqlite3
 import subprocess
 import sys
 import time
@@ -18,6 +19,7 @@ from typing import Any, Concatenate, ParamSpec
 
 import pandas as pd
 import yaml
+from filelock import FileLock
 
 from cifarlab.files import root
 from cifarlab.params import Params
@@ -60,27 +62,34 @@ def connect() -> Any:
     for name in ("mlflow", "alembic"):
         logging.getLogger(name).setLevel(logging.ERROR)
 
-    if "MLFLOW_TRACKING_URI" not in os.environ:
-        mlflow.set_tracking_uri(f"sqlite:///{root() / 'mlflow.db'}")
-    return mlflow.MlflowClient()
+    mlflow.set_tracking_uri(os.environ.get("MLFLOW_TRACKING_URI") or _local_store())
+    with _alone():
+        return mlflow.MlflowClient()  # makes the tables of a new database
 
 
 def experiment_id(client: Any, name: str) -> str:
     """Return the id of the MLflow experiment, made when missing, its artifacts at the root of the main checkout."""
-    if "MLFLOW_TRACKING_URI" in os.environ:
-        found = client.get_experiment_by_name(name)
-        return str(found.experiment_id if found else client.create_experiment(name))
-    import sqlite3
+    import mlflow
 
-    from filelock import FileLock
-
-    # Two processes that make the tables at the same time break each other.
-    with FileLock(root() / ".dvc" / "tmp" / "mlflow.lock", timeout=60):
+    with _alone():
         if found := client.get_experiment_by_name(name):
             return str(found.experiment_id)
-        with sqlite3.connect(root() / "mlflow.db") as database:
-            database.execute("PRAGMA journal_mode=WAL")  # a reader (the UI) and a writer do not stop each other
-        return str(client.create_experiment(name, artifact_location=(root() / "mlartifacts").as_uri()))
+        artifacts = None
+        if mlflow.get_tracking_uri() == _local_store():
+            artifacts = (root() / "mlartifacts").as_uri()
+            with sqlite3.connect(root() / "mlflow.db") as database:
+                database.execute("PRAGMA journal_mode=WAL")  # a reader (the UI) and a writer do not stop each other
+        kind = {"mlflow.experimentKind": "custom_model_development"}  # the UI opens with runs and charts, not with traces
+        return str(client.create_experiment(name, artifacts, kind))
+
+
+def _alone() -> FileLock:
+    """Lock out the other stages of this checkout: two that make the store at the same time break each other."""
+    return FileLock(root() / ".dvc" / "tmp" / "mlflow.lock", timeout=60)
+
+
+def _local_store() -> str:
+    return f"sqlite:///{root() / 'mlflow.db'}"
 
 
 def harmless(method: "Callable[Concatenate[Mirror, P], None]") -> "Callable[Concatenate[Mirror, P], None]":
@@ -153,7 +162,11 @@ class Mirror:
             "version.python": platform.python_version(),
             **{f"version.{package}": version(package) for package in VERSIONS},
         }
-        tags["mlflow.source.git.commit"] = tags["git.commit"]  # where the UI looks for it
+        tags |= {
+            "mlflow.source.git.commit": tags["git.commit"],
+            "mlflow.source.name": "dvc.yaml",
+            "mlflow.source.type": "PROJECT",
+        }  # for the UI
         if runs:
             self.run_id = runs[0].info.run_id
             self.client.set_terminated(self.run_id, "RUNNING")

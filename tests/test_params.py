@@ -1,0 +1,176 @@
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from cifarlab import UserError
+from cifarlab.params import ModelParams, Params, load_params
+from tests.conftest import NOTEBOOK, REPO
+
+Make = Callable[..., Params]
+
+
+def in_subprocess(arguments: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
+    env = os.environ | {"PYTHONPATH": str(REPO / "src")}
+    return subprocess.run([sys.executable, *arguments], cwd=folder, env=env, text=True, capture_output=True, check=False, timeout=60)
+
+
+def test_committed_parameters_are_valid_and_kept_as_they_are() -> None:
+    content = yaml.safe_load((REPO / "params.yaml").read_text("utf-8"))
+    assert load_params(REPO / "params.yaml").flat() == {f"{s}.{key}": value for s, keys in content.items() for key, value in keys.items()}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        NOTEBOOK,
+        {"data.name": "digits", "data.sources": [], "data.sha256": None},
+        {"data.name": "folder", "data.sources": ["photos.zip"], "data.sha256": None, "data.image_size": 64},
+        {"data.sources": ["file:///tmp/cifar.tar.gz"], "data.sha256": None},
+        {"model.residual": True, "model.layers": 4},
+        {"model.norm": "group", "model.widths": [8, 16]},
+        {"model.kernel_size": 4, "model.padding": "valid", "model.layers": 3},
+        {"model.dropout": [0, 0.1, 0.999], "model.layers": 1},
+        {"model.layers": 32, "model.kernel_size": 15, "model.head": [1] * 8},
+        {"model.widths": [8] * 5, "model.layers": 5},
+        {"train.translate": 31, "train.seed": 2**31 - 1, "train.threads": 1024},
+    ],
+)
+def test_accepts(make_params: Make, changes: dict[str, Any]) -> None:
+    flat = make_params(changes).flat()
+    assert {key: flat[key] for key in changes} == changes
+
+
+def test_scientific_notation_without_a_point_is_a_number(make_params: Make) -> None:
+    # YAML 1.1, which PyYAML reads, takes 1e-3 for text; DVC's YAML 1.2 takes it for a number.
+    assert make_params({"train.lr": "1e-3"}).train.lr == 0.001
+
+
+REFUSED = [
+    # One key: its name, its value, what is allowed.
+    ({"model.layer": 3}, ["model.layer = 3", "did you mean model.layers?"]),
+    ({"model.lr": 0.1}, ["model.lr = 0.1", "did you mean train.lr?"]),
+    ({"modle.layers": 3}, ["modle", "did you mean model?", "data, model, train, evaluate, plot, tracking"]),
+    ({"train.5": 1}, ["train.5 = 1", "lr, momentum"]),
+    ({"train.lr": "fast"}, ["train.lr = 'fast'", "a number above 0"]),
+    ({"train.lr": float("nan")}, ["train.lr = nan", "a number above 0"]),
+    ({"train.epochs": 2.5}, ["train.epochs = 2.5", "a whole number at least 1"]),
+    ({"train.flip": "maybe"}, ["train.flip = 'maybe'", "true or false"]),
+    ({"train.threads": "many"}, ["train.threads = 'many'", "at least 1 and at most 1024 or auto"]),
+    ({"train.batch_size": None}, ["train.batch_size = None", "a whole number at least 2"]),
+    ({"model.layers": 99}, ["model.layers = 99", "at least 1 and at most 32"]),
+    ({"model.dropout": 1}, ["model.dropout = 1 ", "at least 0 and below 1 or a list"]),
+    ({"model.dropout": [0, 1.5, 0]}, ["model.dropout = [0, 1.5, 0]", "at least 0 and below 1 or a list"]),
+    ({"model.pool": "mean"}, ["model.pool = 'mean'", "one of max, avg, stride, none"]),
+    ({"data.sha256": "6d958b"}, ["data.sha256 = '6d958b'", "64 hexadecimal digits or null"]),
+    # Keys that do not go together.
+    ({"data.image_size": 64}, ["data.image_size = 64", "cifar10 images are 32×32"]),
+    ({"data.sha256": None}, ["data.sha256 = null", "https://www.cs.toronto.edu", "needs the SHA-256"]),
+    ({"data.sources": []}, ["data.sources is empty", "cifar10 needs a URL or a path"]),
+    ({"model.kernel_size": 4}, ["model.kernel_size = 4", "padding same needs an odd kernel size"]),
+    ({"model.dropout": [0, 0.1]}, ["model.dropout = [0.0, 0.1]", "one share or 3", "model.widths = [32, 64, 128]"]),
+    ({"model.norm": "group", "model.widths": [32, 60, 128]}, ["model.widths = [32, 60, 128]", "model.norm: group", "60 is not a multiple of 8"]),
+    ({"model.residual": True, "model.padding": "valid"}, ["model.residual = true", "needs model.padding: same"]),
+    ({"model.residual": True, "model.layers": 3}, ["model.residual = true", "use model.layers of 4 or more"]),
+    # 32 → 30 → 15 → 13 → 6 → 4 → 2: nothing is left for a fourth 3×3 kernel.
+    (NOTEBOOK | {"model.layers": 4, "model.widths": [8] * 4, "model.dropout": 0}, ["model.layers = 4", "layer 4", "2×2", "3×3 kernel", "same"]),
+    # 32 → 16 → 8 → 4 → 2 → 1: nothing is left for a sixth pooling.
+    ({"model.layers": 6, "model.widths": [8] * 6}, ["model.layers = 6", "the max-pooling after layer 6", "1×1 to nothing", "model.pool: none"]),
+    ({"train.translate": 32}, ["train.translate = 32", "below data.image_size = 32"]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("changes", "fragments"), REFUSED, ids=lambda v: ",".join(v) if isinstance(v, dict) else "")
+def test_refuses_in_one_sentence(make_params: Make, changes: dict[str, Any], fragments: list[str]) -> None:
+    with pytest.raises(UserError) as caught:
+        make_params(changes)
+    message = str(caught.value)
+    assert "params.yaml: " in message
+    assert "\n" not in message
+    assert [f for f in fragments if f not in message] == [], message
+
+
+def test_missing_key_is_named_with_what_it_must_be(make_params: Make, content: dict[str, Any]) -> None:
+    del content["train"]["lr"]
+    with pytest.raises(UserError, match=r"params\.yaml: train\.lr is missing; it must be a number above 0$"):
+        make_params()
+
+
+def test_missing_section_is_named_with_its_keys(make_params: Make, content: dict[str, Any]) -> None:
+    del content["evaluate"]
+    with pytest.raises(UserError, match=r"evaluate is missing; it must be a section with the keys batch_size, calibration_bins$"):
+        make_params()
+
+
+def test_every_fault_is_told_at_once(make_params: Make) -> None:
+    with pytest.raises(UserError) as caught:
+        make_params({"model.layer": 3, "train.lr": "fast", "model.dropout": "high"})
+    lines = str(caught.value).splitlines()
+    assert sorted(line.split(": ")[1].split(" = ")[0] for line in lines) == ["model.dropout", "train.lr", "unknown key model.layer"]
+
+
+@pytest.mark.parametrize(
+    ("text", "fragment"),
+    [
+        ("model:\n  layers: 6\n layer: 3\n", "is not valid YAML in line 3"),
+        ("model: {layers: 2024-99-01}\n", "is not valid YAML"),
+        ("model: \x07\n", "is not valid YAML"),
+        (b"\xff\xfe\x00", "is not valid YAML"),
+        ("- 1\n", "must hold the sections data, model, train"),
+        ("", "must hold the sections data, model, train"),
+        (None, "cannot be read: No such file"),
+    ],
+)
+def test_unreadable_file_is_refused_in_one_sentence(tmp_path: Path, text: str | bytes | None, fragment: str) -> None:
+    path = tmp_path / "params.yaml"
+    if text is not None:
+        path.write_bytes(text.encode() if isinstance(text, str) else text)
+    with pytest.raises(UserError) as caught:
+        load_params(path)
+    assert fragment in str(caught.value)
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("section", [None, "model"])
+def test_key_that_is_no_text_is_refused(make_params: Make, content: dict[Any, Any], section: str | None) -> None:
+    (content[section] if section else content)[5] = 3
+    with pytest.raises(UserError, match=r"^\S+params\.yaml: .*\b5\b"):
+        make_params()
+
+
+@pytest.mark.parametrize(
+    ("layers", "stages"), [(1, [1]), (2, [1, 1]), (3, [1, 1, 1]), (4, [1, 1, 2]), (5, [1, 2, 2]), (6, [2, 2, 2]), (9, [3, 3, 3])]
+)
+def test_layers_are_spread_over_the_stages(content: dict[str, Any], layers: int, stages: list[int]) -> None:
+    assert ModelParams(**content["model"] | {"layers": layers}).stages == stages
+
+
+def test_loading_imports_nothing_heavy() -> None:
+    code = (
+        "import sys; from cifarlab.params import load_params; assert load_params().model.layers > 0; "
+        "print(sorted({'torch', 'mlflow', 'dvc', 'pandas'} & set(sys.modules)))"
+    )
+    done = in_subprocess(["-c", code], REPO)
+    assert (done.returncode, done.stdout.strip()) == (0, "[]"), done.stderr
+
+
+def test_check_refuses_a_bad_file_quickly_and_without_a_traceback(tmp_path: Path) -> None:
+    (tmp_path / "params.yaml").write_text((REPO / "params.yaml").read_text("utf-8").replace("layers: 6", "layers: 99"), "utf-8")
+    started = time.perf_counter()
+    done = in_subprocess(["-m", "cifarlab", "check"], tmp_path)
+    assert time.perf_counter() - started < 3
+    assert done.returncode != 0
+    assert done.stderr.splitlines() == ["error: params.yaml: model.layers = 99 is refused; it must be a whole number at least 1 and at most 32"]
+    assert done.stdout == ""
+
+
+def test_check_accepts_the_committed_file() -> None:
+    done = in_subprocess(["-m", "cifarlab", "check"], REPO)
+    assert (done.returncode, done.stderr) == (0, "")
