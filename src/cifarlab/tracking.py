@@ -200,6 +200,10 @@ class Mirror:
     def _close(self, status: str) -> None:
         if self.monitor:
             self.monitor.finish()
+            # A training shorter than the sampling interval has a sample, too.
+            self.monitor.collect_metrics()
+            self.monitor.publish_metrics(self.monitor.aggregate_metrics())
+            self.monitor.mlflow_logger.flush()
         if status == "FINISHED":
             self._log_files(self.stage)
         self.client.set_terminated(self.run_id, status)
@@ -219,8 +223,10 @@ class Mirror:
             self._set_tags({"dvc.lock": digest})
 
     def _log_training(self) -> None:
-        self._epochs(pd.read_csv("plots/history.csv", index_col="epoch"))
-        self._metrics(json.loads(Path("metrics/train.json").read_text("utf-8")))
+        history = pd.read_csv("plots/history.csv", index_col="epoch")
+        self._epochs(history)
+        final = json.loads(Path("metrics/train.json").read_text("utf-8"))
+        self._metrics({name: value for name, value in final.items() if name not in history})
         self.client.log_artifact(self.run_id, "plots/history.csv", "tables")
         self._set_tags({"weights.sha256": _sha256(Path("models/network.safetensors"))})
         self._log_dataset()
