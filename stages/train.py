@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from cifarlab import UserError
 from cifarlab.params import Params
 from stages import run
 
@@ -21,6 +22,9 @@ def train(params: Params) -> None:
     device = training.set_up(params.train)
     data = Dataset.load(Path("data"))
     kept, held_out = stratified_split(data.labels["train"], params.data.validation)
+
+    if not len(kept):
+        raise UserError(f"data.validation = {params.data.validation} leaves no image to train on; lower it")
 
     def to_device(indices: npt.NDArray[np.int64]) -> training.Images:
         return training.Images(

@@ -73,7 +73,7 @@ def test_missing_or_damaged_folder_is_refused(tmp_path: Path, name: str, content
         path.unlink()
     else:
         path.write_bytes(path.read_bytes()[:content] if isinstance(content, int) else content)
-    with pytest.raises(UserError, match="is missing or damaged .* `dvc repro -f download`"):
+    with pytest.raises(UserError, match=r"is missing or damaged .* `dvc repro -f download`"):
         Dataset.load(tmp_path)
 
 

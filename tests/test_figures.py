@@ -1,6 +1,7 @@
-"""The pictures of a run: all six, the same bytes every time, legible whatever the classes are called and how many there are."""
+"""The pictures of a run: all six, right, the same bytes every time, legible whatever and however many the classes are."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -8,56 +9,223 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
+from matplotlib.cbook import is_math_text
 from matplotlib.figure import Figure
 from matplotlib.text import Text
-from matplotlib.transforms import Bbox
 from PIL import Image
-from sklearn import metrics as sk
+from sklearn.metrics import confusion_matrix, recall_score
 
 from cifarlab.datasets import Dataset
 from cifarlab.evaluation import evaluate
 from cifarlab.figures import draw_all
 from cifarlab.files import write_json
-from cifarlab.params import Params
+from cifarlab.params import Params, load_params
 from cifarlab.training import Epoch
 
-NAMES = {"confusion", "confusion_recall", "curves", "per_class", "training_images", "mistakes"}
-PETS = ["bird", "cat", "dog", "猫"[:0] + "fish"]
+DPI = 60
+SCENARIOS: dict[str, dict[str, Any]] = {
+    "four classes": {"classes": ["bird", "cat", "dog", "horse"], "errors": 9},
+    "two classes, one mistake, one epoch": {"classes": ["cat", "dog"], "errors": 1, "epochs": 1},
+    "no mistakes, no validation": {"classes": ["cat", "dog"], "errors": 0, "validation": False},
+    "two long names": {
+        "classes": [f"{i}: a name that fills a line of its own, and then runs on and on" for i in "ab"],
+        "errors": 3,
+    },
+    "hundred long names": {"classes": [f"{i:02} is the number of this class" for i in range(100)], "errors": 60},
+    "odd names": {"classes": ["7", "NaN", "None", "$x_1$"], "errors": 6},
+    "numbers": {"classes": ["1", "01", "1e0"], "errors": 3},
+    "names of columns": {"classes": ["actual", "class", "predicted"], "errors": 3},
+}
 
 
 class Run:
-    """A run on synthetic images: what the stages write, and the figures as they were when they were saved."""
+    """What the stages write for a run on synthetic images, and the figures as they were saved.
 
-    def __init__(self, folder: Path, classes: list[str], errors: int, epochs: int, validation: bool) -> None:
+    Every image is of one colour, red by its class and blue by its index, so that it is known again in a picture.
+    Colours are even numbers: resizing may lose one.
+    """
+
+    def __init__(self, folder: Path, classes: list[str], errors: int, epochs: int = 3, validation: bool = True) -> None:
         self.folder, self.classes = folder, classes
-        rng = np.random.default_rng(0)
-        n = len(classes)
-        labels = {"train": np.arange(3 * n) % n, "test": np.arange(4 * n) % n}
-        images = {split: rng.integers(0, 256, (len(of), 16, 16, 3), np.uint8) for split, of in labels.items()}
+        rng, n = np.random.default_rng(0), len(classes)
+        labels = {split: np.arange(count * n) % n for split, count in (("train", 3), ("test", 4))}
+        images = {split: np.zeros((len(of), 16, 16, 3), np.uint8) for split, of in labels.items()}
+        for split, of in labels.items():
+            images[split][..., 0] = 2 * of[:, None, None]
+            images[split][..., 2] = 2 * (np.arange(len(of)) % 128)[:, None, None]
+        self.images = images["test"]
         Dataset(images, labels, classes, "synthetic").save(folder / "data")
 
         self.actual = labels["test"]
         self.predicted = self.actual.copy()
-        wrong = rng.permutation(len(self.actual))[:errors]
-        self.predicted[wrong] = (self.predicted[wrong] + rng.integers(1, n, errors)) % n
-        sure = rng.uniform(0.6, 1, (len(self.actual), 1))
-        probabilities = (1 - sure) / (n - 1) * np.ones(n)
-        np.put_along_axis(probabilities, self.predicted[:, None], sure, 1)
-        self.metrics, tables = evaluate(probabilities, self.actual, classes, 15)
+        self.wrong = rng.permutation(len(self.actual))[:errors]
+        self.predicted[self.wrong] = (self.predicted[self.wrong] + rng.integers(1, n, errors)) % n
+        self.confidence = rng.uniform(0.6, 1, len(self.actual))
+        probabilities = np.repeat((1 - self.confidence[:, None]) / (n - 1), n, 1)
+        probabilities[np.arange(len(self.actual)), self.predicted] = self.confidence
+        metrics, tables = evaluate(probabilities, self.actual, classes, 15)
 
-        write_json(folder / "metrics" / "evaluate.json", self.metrics)
+        history = [
+            Epoch(e, 2 / e, 1 - 0.5**e, 2.1 / e if validation else None, 0.9 - 0.5**e if validation else None, 0.1)
+            for e in range(1, epochs + 1)
+        ]
+        write_json(folder / "metrics" / "evaluate.json", metrics)
         (folder / "plots").mkdir()
-        for name, table in tables.items():
+        for name, table in {**tables, "history": pd.DataFrame(history)}.items():
             table.to_csv(folder / "plots" / f"{name}.csv", index=False, float_format="%.6f")
-        history = [Epoch(e, 2 / e, 1 - 1 / e, 2.1 / e if validation else None, 0.9 - 1 / e if validation else None, 0.1) for e in range(1, epochs + 1)]
-        pd.DataFrame(history).to_csv(folder / "plots" / "history.csv", index=False)
 
-    def draw(self, params: Params) -> dict[str, Figure]:
-        figures: list[Figure] = []
+    def draw(self, params: Params) -> None:
+        drawn: list[Figure] = []
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(plt, "close", figures.append)  # called with every figure once it is saved
-            paths = list(draw_all(params, self.folder / "data", self.folder / "plots"))
-        return {path.stem: figure for path, figure in zip(paths, figures, strict=True)}
+            patch.setattr(plt, "close", drawn.append)  # it gets every figure once that is saved
+            self.paths = list(draw_all(params, self.folder / "data", self.folder / "plots"))
+        self.figures = dict(zip([path.stem for path in self.paths], drawn, strict=True))
 
-    def bytes(self) -> dict[str, bytes]:
-        return {path.stem: path.read_bytes() for path in (self.folder / "plots").glob("*.png")}
+
+@pytest.fixture(scope="module")
+def params() -> Params:
+    params = load_params(Path(__file__).parents[1] / "params.yaml")
+    return params.model_copy(update={"plot": params.plot.model_copy(update={"dpi": DPI})})
+
+
+@pytest.fixture(scope="module", params=SCENARIOS)
+def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, params: Params) -> Iterator[Run]:
+    run = Run(tmp_path_factory.mktemp("run"), **SCENARIOS[request.param])
+    try:
+        run.draw(params)
+        yield run
+    finally:
+        plt.close("all")
+
+
+def shown(texts: list[Text]) -> list[str]:
+    return [text.get_text().replace(r"\$", "$") for text in texts]  # escaping a dollar is as good as turning math off
+
+
+def abbreviates(text: str, name: str) -> bool:
+    start = text.removesuffix("…")
+    return start == name or (name.startswith(start) and len(start) > 10)
+
+
+def sticks_out(figure: Figure) -> float:
+    """Return how many inches of what is drawn lie outside the figure, at the worst side."""
+    box, (width, height) = figure.get_tightbbox(), figure.get_size_inches()
+    return max(-box.x0, -box.y0, box.x1 - width, box.y1 - height)
+
+
+def test_all_six_are_pictures_with_everything_inside(run: Run) -> None:
+    assert {path.name for path in run.paths} == {
+        f"{name}.png" for name in ("confusion", "confusion_recall", "curves", "per_class", "training_images", "mistakes")
+    }
+    for path in run.paths:
+        figure = run.figures[path.stem]
+        with Image.open(path) as image:
+            darkest, brightest = image.convert("L").getextrema()
+            assert darkest < 100 < brightest
+            assert image.size == pytest.approx(figure.get_size_inches() * DPI, abs=1)
+            assert 2 * DPI <= min(image.size) <= max(image.size) <= 30 * DPI
+        assert sticks_out(figure) < 0.05, path.stem
+
+
+def test_title_of_a_long_variant_stays_inside(tmp_path: Path, params: Params) -> None:
+    widths = {"layers": 16, "widths": [64, 128, 256, 512, 1024], "norm": "group", "activation": "leaky_relu", "residual": True}
+    run = Run(tmp_path, **SCENARIOS["four classes"])
+    run.draw(params.model_copy(update={"model": params.model.model_copy(update=widths)}))
+    plt.close("all")
+    assert {name: inches for name, figure in run.figures.items() if (inches := sticks_out(figure)) > 0.05} == {}
+
+
+def test_no_text_is_taken_for_math(run: Run) -> None:
+    texts = [text for figure in run.figures.values() for text in figure.findobj(Text)]
+    assert [text.get_text() for text in texts if text.get_parse_math() and is_math_text(text.get_text())] == []
+
+
+@pytest.mark.parametrize("name", ["confusion", "confusion_recall"])
+def test_heatmap_shows_the_confusion_matrix_and_every_class(run: Run, name: str) -> None:
+    axes = run.figures[name].axes[0]
+    rows, columns = axes.get_yticklabels(), axes.get_xticklabels()
+    for labels in (rows, columns):
+        assert len(labels) == len(run.classes)
+        assert all(map(abbreviates, shown(labels), run.classes))
+    # Boxes of labels at an angle of 45° overlap even where the letters do not.
+    for labels in [rows, *([columns] if columns[0].get_rotation() == 90 else [])]:
+        boxes = [label.get_window_extent() for label in labels]
+        assert not any(a.overlaps(b) for a, b in pairwise(boxes))
+
+    counts = confusion_matrix(run.actual, run.predicted)
+    expected = counts / counts.sum(1, keepdims=True) if name == "confusion_recall" else counts
+    assert np.allclose(np.asarray(axes.collections[0].get_array()).ravel(), expected.ravel())
+    if len(run.classes) <= 30:
+        assert shown(axes.texts) == [f"{value:.2f}" if name == "confusion_recall" else str(value) for value in expected.flat]
+
+
+def test_bars_are_the_accuracies_best_on_top(run: Run) -> None:
+    axes = run.figures["per_class"].axes[0]
+    top_down = sorted(axes.patches, key=lambda bar: -axes.transData.transform((0, bar.get_y()))[1])
+    lengths = [bar.get_width() for bar in top_down]
+    assert len(lengths) == len(run.classes)
+    assert lengths == sorted(lengths, reverse=True)
+    recall = recall_score(run.actual, run.predicted, average=None)
+    for label, length in zip(shown(axes.get_yticklabels()), lengths, strict=True):
+        assert [r for name, r in zip(run.classes, recall, strict=True) if abbreviates(label, name)] == [pytest.approx(length, abs=1e-6)]
+    boxes = [label.get_window_extent() for label in axes.get_yticklabels()]
+    assert not any(a.overlaps(b) for a, b in pairwise(boxes))
+
+
+def test_curves_are_those_of_the_history(run: Run) -> None:
+    history = pd.read_csv(run.folder / "plots" / "history.csv")
+    for axes, quantity in zip(run.figures["curves"].axes, ("loss", "accuracy"), strict=True):
+        columns = {"training": f"train_{quantity}", "validation": f"val_{quantity}"}
+        lines = {line.get_label(): line for line in axes.lines}
+        assert set(lines) == {label for label, column in columns.items() if history[column].notna().all()}
+        for label, line in lines.items():
+            assert np.array_equal(line.get_xydata(), history[["epoch", columns[label]]])
+        first, last = axes.get_xlim()
+        assert all(tick == round(tick) for tick in axes.get_xticks() if first <= tick <= last)  # no epoch 0.96
+
+
+def pictures(figure: Figure) -> list[tuple[str, list[int]]]:
+    """Return caption and colour of each picture of a gallery; the caption lies below the picture."""
+    (axes,) = figure.axes
+    captions = [text for text in axes.texts if text.get_text()]
+    boxes = [text.get_window_extent() for text in captions]
+    assert not any(a.overlaps(b) for a, b in pairwise(boxes))
+    grid = axes.images[0].get_array()
+    assert grid is not None
+    places = [text.get_position() for text in captions]
+    return [(caption, grid[int(y) - 20, int(x)].tolist()) for caption, (x, y) in zip(shown(captions), places, strict=True)]
+
+
+def test_training_images_stand_above_their_class(run: Run, params: Params) -> None:
+    found = pictures(run.figures["training_images"])
+    # Of three images a class, the share for validation is none.
+    assert len(found) == min(params.plot.samples, 3 * len(run.classes))
+    for caption, (red, _, _) in found:
+        assert abbreviates(caption, run.classes[(red + 1) // 2])
+
+
+def test_mistakes_are_the_most_confident_ones(run: Run, params: Params) -> None:
+    figure = run.figures["mistakes"]
+    if not len(run.wrong):
+        assert "no mistakes on the test set" in shown(figure.texts)
+        return
+    expected = sorted(run.wrong, key=lambda i: -run.confidence[i])[: params.plot.mistakes]
+    found = pictures(figure)
+    assert np.allclose([colour for _, colour in found], run.images[expected, 0, 0], rtol=0, atol=1)
+    for (caption, _), i in zip(found, expected, strict=True):
+        actual, predicted = caption.split("\n→ ")
+        name, confidence = predicted.rsplit(" ", 1)
+        assert abbreviates(actual, run.classes[run.actual[i]])
+        assert abbreviates(name, run.classes[run.predicted[i]])
+        assert confidence == f"{run.confidence[i]:.0%}"
+
+
+def test_same_run_gives_the_same_bytes(tmp_path: Path, params: Params) -> None:
+    drawn: list[dict[str, bytes]] = []
+    for folder in ("first", "second"):
+        run = Run(tmp_path / folder, **SCENARIOS["four classes"])
+        run.draw(params)
+        plt.close("all")
+        drawn.append({path.name: path.read_bytes() for path in run.paths})
+    assert drawn[0] == drawn[1]
+    assert len(set(drawn[0].values())) == 6

@@ -35,7 +35,9 @@ def test_atomic_keeps_the_old_file_when_writing_fails(tmp_path: Path, error: typ
 
 def test_write_json_rounds_floats_at_every_depth(tmp_path: Path) -> None:
     path = tmp_path / "a.json"
-    write_json(path, {"third": 1 / 3, "count": 7, "yes": True, "none": None, "name": "Zürich", "in": {"two": {"pi": 3.14159265}}, "list": [2 / 3]})
+    write_json(
+        path, {"third": 1 / 3, "count": 7, "yes": True, "none": None, "name": "Zürich", "in": {"two": {"pi": 3.14159265}}, "list": [2 / 3]}
+    )
     assert json.loads(path.read_text("utf-8")) == {
         "third": 0.333333,
         "count": 7,

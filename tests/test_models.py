@@ -1,4 +1,5 @@
 import itertools
+import json
 import math
 import os
 import subprocess
@@ -16,8 +17,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from cifarlab import UserError, models
+from cifarlab.architecture import ModelParams
 from cifarlab.models import Network, Normalize, predict
-from cifarlab.params import ModelParams, Params
+from cifarlab.params import Params
 from tests.conftest import NOTEBOOK, REPO
 
 Make = Callable[..., ModelParams]
@@ -105,7 +107,7 @@ def test_plan_has_the_sizes_of_torch_and_refuses_what_torch_does(make: Make, poo
             planned = None
         assert planned == torch_sizes(pool, padding, kernel, params.stages, size), (kernel, layers, size)
         accepted, refused = accepted + (planned is not None), refused + (planned is None)
-    assert accepted > 40
+    assert accepted > 30
     assert refused > 20 or (padding == "same" and pool in ("stride", "none"))
 
 
@@ -113,16 +115,17 @@ def test_plan_has_the_sizes_of_torch_and_refuses_what_torch_does(make: Make, poo
 def test_every_valid_combination_computes_and_learns(make: Make, pool: str, padding: str) -> None:
     activations = itertools.cycle(models.ACTIVATIONS)  # seven, prime to the sizes of the other choices: each meets each
     options = itertools.product(range(1, 10), ("batch", "group", "none"), (False, True), ("max", "avg", "none"))
-    built, images = 0, batch(4, 16)
+    size = 24 if padding == "valid" else 16
+    built, images = 0, batch(4, size)
     for layers, norm, residual, global_pool in options:
         choice = {"layers": layers, "norm": norm, "residual": residual, "global_pool": global_pool, "activation": next(activations)}
         try:
             # Two channels in a group at least: of one value, nothing is left by group normalisation.
             params = make(pool=pool, padding=padding, widths=[16, 16, 32], head=[8], **choice)
-            plan = list(params.plan(16))
+            plan = list(params.plan(size))
         except ValueError:
             continue
-        network = seeded(params, 16)
+        network = seeded(params, size)
         inputs: list[tuple[int, ...]] = []
         for module in network.stages.modules():
             if isinstance(module, nn.Conv2d):
@@ -140,15 +143,6 @@ def test_every_valid_combination_computes_and_learns(make: Make, pool: str, padd
     assert built >= 27
 
 
-def test_feature_maps_of_one_pixel_with_one_channel_per_group(make: Make) -> None:
-    # The last batch of an evaluation may hold a single image.
-    try:
-        network = seeded(make(norm="group", widths=[8, 8, 8], layers=3, pool="stride", head=[]), 4)
-    except ValueError:
-        return  # refused: just as well
-    assert predict(network, pixels(1, 4), 1).isfinite().all()
-
-
 def test_residual_adds_the_first_output_to_the_last(make: Make) -> None:
     params = make(residual=True, layers=4, norm="none", activation="relu", pool="max", padding="same")
     network = seeded(params).eval()
@@ -159,6 +153,16 @@ def test_residual_adds_the_first_output_to_the_last(make: Make) -> None:
         x = F.max_pool2d(layer[i](x), 2)
     first = layer[2](x)
     torch.testing.assert_close(network.stages[2](x), F.max_pool2d(first + layer[3](first), 2))
+
+
+def test_group_norm_has_eight_groups(make: Make) -> None:
+    network, outputs = seeded(make(norm="group", widths=[24], layers=1)), []
+    next(m for m in network.modules() if isinstance(m, nn.GroupNorm)).register_forward_hook(lambda _, __, out: outputs.append(out.detach()))
+    network(batch(2))
+    groups = outputs[0].reshape(2, 8, -1)  # three channels each
+    torch.testing.assert_close(groups.mean(2), torch.zeros(2, 8), atol=1e-5, rtol=0)
+    torch.testing.assert_close(groups.var(2, correction=0), torch.ones(2, 8), atol=1e-3, rtol=0)
+    assert outputs[0].mean((2, 3)).abs().max() > 0.01  # a single channel is not centred
 
 
 def test_dropout_drops_whole_channels_after_its_stage_only(make: Make) -> None:
@@ -284,23 +288,31 @@ def test_the_same_network_gives_the_same_bytes_in_another_process(tmp_path: Path
     params = make(layers=2)
     models.save(seeded(params), tmp_path / "one.safetensors")
     models.save(seeded(params), tmp_path / "two.safetensors")
-    code = (
-        "import sys, torch; from pathlib import Path; from cifarlab import models; from cifarlab.params import ModelParams; torch.manual_seed(0); "
-        "params = ModelParams.model_validate_json(sys.argv[1]); models.save(models.Network(params, 32, ['a', 'b', 'c']), Path('three.safetensors'))"
-    )
+    code = """
+import sys
+from pathlib import Path
+import torch
+from cifarlab import models
+from cifarlab.architecture import ModelParams
+torch.manual_seed(0)
+models.save(models.Network(ModelParams.model_validate_json(sys.argv[1]), 32, ["a", "b", "c"]), Path("three.safetensors"))
+"""
     env = os.environ | {"PYTHONPATH": str(REPO / "src"), "PYTHONHASHSEED": "7"}
     subprocess.run([sys.executable, "-c", code, params.model_dump_json()], cwd=tmp_path, env=env, check=True, timeout=60)
     assert len({path.read_bytes() for path in tmp_path.iterdir()}) == 1
     assert len(list(tmp_path.iterdir())) == 3
 
 
-def test_the_file_is_safetensors_and_holds_no_pickle(trained: Network, tmp_path: Path) -> None:
+def test_the_file_holds_numbers_and_names_but_no_pickle(trained: Network, tmp_path: Path) -> None:
     path = tmp_path / "network.safetensors"
     models.save(trained, path)
-    with safe_open(path, "pt") as file:  # a format without code
-        assert set(file.keys()) == set(trained.state_dict())
-    with pytest.raises(Exception, match="invalid load key"):
-        torch.load(path, weights_only=False)  # the unpickler finds nothing
+    content = path.read_bytes()
+    end = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:end])
+    assert header.keys() == {"__metadata__", *trained.state_dict()}
+    rest = {name: content[end:][slice(*entry["data_offsets"])] for name, entry in header.items() if name != "__metadata__"}
+    assert rest == {name: tensor.contiguous().numpy().tobytes() for name, tensor in trained.state_dict().items()}
+    assert end + sum(map(len, rest.values())) == len(content)  # and nothing else
 
 
 def _missing(path: Path) -> None:
@@ -334,6 +346,6 @@ def test_a_file_that_holds_no_network_is_refused_in_one_sentence(trained: Networ
     path = tmp_path / "network.safetensors"
     models.save(trained, path)
     damage(path)
-    with pytest.raises(UserError, match="network.safetensors holds no network .* `dvc repro -f train`") as caught:
+    with pytest.raises(UserError, match=r"network\.safetensors holds no network .* `dvc repro -f train`") as caught:
         models.load(path)
     assert "\n" not in str(caught.value)

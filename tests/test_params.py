@@ -10,7 +10,8 @@ import pytest
 import yaml
 
 from cifarlab import UserError
-from cifarlab.params import ModelParams, Params, load_params
+from cifarlab.architecture import ModelParams
+from cifarlab.params import Params, load_params
 from tests.conftest import NOTEBOOK, REPO
 
 Make = Callable[..., Params]
@@ -35,6 +36,7 @@ def test_committed_parameters_are_valid_and_kept_as_they_are() -> None:
         {"data.sources": ["file:///tmp/cifar.tar.gz"], "data.sha256": None},
         {"model.residual": True, "model.layers": 4},
         {"model.norm": "group", "model.widths": [8, 16]},
+        {"model.norm": "group", "model.widths": [8, 8, 8, 8, 16, 16], "model.pool": "stride"},
         {"model.kernel_size": 4, "model.padding": "valid", "model.layers": 3},
         {"model.dropout": [0, 0.1, 0.999], "model.layers": 1},
         {"model.layers": 32, "model.kernel_size": 15, "model.head": [1] * 8},
@@ -68,20 +70,22 @@ REFUSED = [
     ({"model.dropout": 1}, ["model.dropout = 1 ", "at least 0 and below 1 or a list"]),
     ({"model.dropout": [0, 1.5, 0]}, ["model.dropout = [0, 1.5, 0]", "at least 0 and below 1 or a list"]),
     ({"model.pool": "mean"}, ["model.pool = 'mean'", "one of max, avg, stride, none"]),
-    ({"data.sha256": "6d958b"}, ["data.sha256 = '6d958b'", "64 hexadecimal digits or null"]),
+    ({"data.sha256": "6d958b"}, ["data.sha256 = '6d958b'", "64 lowercase hexadecimal digits or null"]),
     # Keys that do not go together.
     ({"data.image_size": 64}, ["data.image_size = 64", "cifar10 images are 32×32"]),
     ({"data.sha256": None}, ["data.sha256 = null", "https://www.cs.toronto.edu", "needs the SHA-256"]),
     ({"data.sources": []}, ["data.sources is empty", "cifar10 needs a URL or a path"]),
     ({"model.kernel_size": 4}, ["model.kernel_size = 4", "padding same needs an odd kernel size"]),
     ({"model.dropout": [0, 0.1]}, ["model.dropout = [0.0, 0.1]", "one share or 3", "model.widths = [32, 64, 128]"]),
-    ({"model.norm": "group", "model.widths": [32, 60, 128]}, ["model.widths = [32, 60, 128]", "model.norm: group", "60 is not a multiple of 8"]),
+    ({"model.norm": "group", "model.widths": [32, 60, 128]}, ["model.widths = [32, 60, 128]", "group", "60 is not a multiple of 8"]),
+    # Of one pixel in one channel a group's normalisation leaves nothing.
+    ({"model.norm": "group", "model.widths": [8] * 6, "model.pool": "stride"}, ["model.widths = [8, 8", "group", "layer 5", "1×1"]),
     ({"model.residual": True, "model.padding": "valid"}, ["model.residual = true", "needs model.padding: same"]),
     ({"model.residual": True, "model.layers": 3}, ["model.residual = true", "use model.layers of 4 or more"]),
     # 32 → 30 → 15 → 13 → 6 → 4 → 2: nothing is left for a fourth 3×3 kernel.
-    (NOTEBOOK | {"model.layers": 4, "model.widths": [8] * 4, "model.dropout": 0}, ["model.layers = 4", "layer 4", "2×2", "3×3 kernel", "same"]),
+    (NOTEBOOK | {"model.layers": 4, "model.widths": [8] * 4, "model.dropout": 0}, ["model.layers = 4", "layer 4", "2×2", "3×3 kernel"]),
     # 32 → 16 → 8 → 4 → 2 → 1: nothing is left for a sixth pooling.
-    ({"model.layers": 6, "model.widths": [8] * 6}, ["model.layers = 6", "the max-pooling after layer 6", "1×1 to nothing", "model.pool: none"]),
+    ({"model.layers": 6, "model.widths": [8] * 6}, ["model.layers = 6", "the max-pooling after layer 6", "1×1 to nothing"]),
     ({"train.translate": 32}, ["train.translate = 32", "below data.image_size = 32"]),
 ]  # fmt: skip
 
@@ -167,7 +171,9 @@ def test_check_refuses_a_bad_file_quickly_and_without_a_traceback(tmp_path: Path
     done = in_subprocess(["-m", "cifarlab", "check"], tmp_path)
     assert time.perf_counter() - started < 3
     assert done.returncode != 0
-    assert done.stderr.splitlines() == ["error: params.yaml: model.layers = 99 is refused; it must be a whole number at least 1 and at most 32"]
+    assert done.stderr.splitlines() == [
+        "error: params.yaml: model.layers = 99 is refused; it must be a whole number at least 1 and at most 32"
+    ]
     assert done.stdout == ""
 
 

@@ -55,7 +55,8 @@ class ModelParams(Section):
     def stages(self) -> list[int]:
         """Convolutions of each stage that is there."""
         n = min(len(self.widths), self.layers)
-        return [(s + 1) * self.layers // n - s * self.layers // n for s in range(n)]
+        each, more = divmod(self.layers, n)
+        return [each + (s >= n - more) for s in range(n)]
 
     @property
     def stage_dropout(self) -> list[float]:
@@ -84,6 +85,11 @@ class ModelParams(Section):
                     )
                 room = size - 1 if self.padding == "same" else size - self.kernel_size
                 out = room // stride + 1
+                if self.norm == "group" and out == 1 and self.widths[stage] == 8:
+                    raise ValueError(
+                        f"model.widths = {self.widths}: layer {layer} has 1×1 pixels and 8 channels, one value for each group of "
+                        "model.norm: group; use wider or fewer stages"
+                    )
                 yield Convolution(stage, channels, self.widths[stage], stride, size, out)
                 size, channels = out, self.widths[stage]
             if self.pool in ("max", "avg"):

@@ -55,9 +55,10 @@ class Dataset:
             meta = json.loads((folder / "dataset.json").read_text("utf-8"))
             images = {split: np.load(folder / f"{split}_images.npy", mmap_mode="r") for split in SPLITS}
             labels = {split: np.load(folder / f"{split}_labels.npy") for split in SPLITS}
-        except (OSError, ValueError) as error:
+            classes, name = meta["classes"], meta["name"]
+        except (OSError, EOFError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"{folder}/ is missing or damaged ({error}); `dvc repro -f download` makes it anew") from error
-        return cls(images, labels, meta["classes"], meta["name"])
+        return cls(images, labels, classes, name)
 
 
 def stratified_split(labels: npt.NDArray[np.int64], share: float) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:

@@ -54,5 +54,5 @@ def evaluate(probabilities: Floats, actual: Labels, classes: list[str], bins: in
     names = np.asarray(classes)
     predictions = pd.DataFrame({"actual": names[actual], "predicted": names[predicted], "confidence": probabilities.max(1)})
     per_class = pd.DataFrame({"class": names, "accuracy": recall, "precision": precision, "f1": f1, "images": images})
-    matrix = pd.DataFrame(confusion, index=pd.Index(names, name="actual"), columns=names).reset_index()
+    matrix = pd.DataFrame(confusion, index=pd.Index(names, name="actual/predicted"), columns=names).reset_index()
     return metrics, {"predictions": predictions, "per_class": per_class, "confusion": matrix}

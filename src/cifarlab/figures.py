@@ -1,6 +1,7 @@
 """seaborn pictures of a run: what was fed, how it learned, what it confuses."""
 
 import json
+import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -26,18 +27,23 @@ from cifarlab.files import atomic
 from cifarlab.params import Params
 
 CELL_NUMBERS_UP_TO = 30  # classes; beyond, numbers would be too small to read and the colours tell
-CAPTION = 12  # characters
+CAPTION, LABEL = 12, 40  # characters
 
 
 def draw_all(params: Params, data: Path, tables: Path) -> Iterator[Path]:
     """Draw every figure into `tables`, from the tables there and the images in `data`; yield their paths."""
-    sns.set_theme(style="whitegrid", context="notebook", rc={"axes.titleweight": "bold", "figure.constrained_layout.use": True})
+    sns.set_theme(
+        style="whitegrid",
+        context="notebook",
+        rc={"axes.titleweight": "bold", "figure.constrained_layout.use": True, "text.parse_math": False},
+    )
     images = Dataset.load(data)
     text = dict.fromkeys(("actual", "predicted", "class"), str)  # a class may be called 7
     predictions = pd.read_csv(tables / "predictions.csv", dtype=text, keep_default_na=False)
     accuracy = json.loads((tables.parent / "metrics" / "evaluate.json").read_text("utf-8"))["accuracy"]
     title = f"{images.name} · {params.model.describe()} · test accuracy {accuracy:.1%}"
-    confusion = pd.read_csv(tables / "confusion.csv", dtype=text, keep_default_na=False).set_index("actual")
+    corner = "actual/predicted"
+    confusion = pd.read_csv(tables / "confusion.csv", dtype={corner: str}, keep_default_na=False).set_index(corner)
     per_class = pd.read_csv(tables / "per_class.csv", dtype=text, keep_default_na=False)
     figures: dict[str, Callable[[], Figure]] = {
         "confusion": lambda: confusion_heatmap(confusion, title, normalized=False),
@@ -60,12 +66,12 @@ def confusion_heatmap(counts: pd.DataFrame, title: str, *, normalized: bool) -> 
     """Heatmap of a confusion matrix, rows actual and columns predicted; normalised, every row sums to one."""
     n = len(counts)
     many = n > CELL_NUMBERS_UP_TO
-    side = 0.18 * n + 3 if many else max(6.0, 0.62 * n + 2)
+    side = min(0.18 * n + 3, 40.0) if many else max(6.0, 0.62 * n + 2)
     figure, axes = plt.subplots(figsize=(side + 0.8, side))
     values = counts.div(counts.sum(axis=1).clip(lower=1), axis=0) if normalized else counts
     # The root makes the mistakes visible beside the much larger diagonal.
     norm = PowerNorm(0.5, vmin=0, vmax=1 if normalized else max(1, int(counts.to_numpy().max())))
-    labels = {"xticklabels": True, "yticklabels": True}
+    names = [_short(name, LABEL) for name in counts.index]
     sns.heatmap(
         values,
         norm=norm,
@@ -77,7 +83,8 @@ def confusion_heatmap(counts: pd.DataFrame, title: str, *, normalized: bool) -> 
         linewidths=0.5 if not many else 0,
         cbar_kws={"shrink": 0.8, "label": "share of the actual class" if normalized else "test images"},
         ax=axes,
-        **labels,
+        xticklabels=names,
+        yticklabels=names,
     )
     axes.set(xlabel="predicted", ylabel="actual")
     axes.tick_params(axis="x", rotation=90 if many else 45, labelsize=7 if many else 11)
@@ -98,7 +105,7 @@ def curves(history: pd.DataFrame, title: str) -> Figure:
             if column.notna().any():
                 sns.lineplot(x=history["epoch"], y=column, label=label, marker="o", color=color, ax=axes)
         axes.set(xlabel="epoch", ylabel=quantity)
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
     panels[1].yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     _headline(figure, "Learning curves", title)
     return figure
@@ -128,6 +135,7 @@ def per_class_bars(table: pd.DataFrame, accuracy: float, title: str) -> Figure:
     axes.set(xlim=(0, 1), xlabel="test accuracy", ylabel="")
     axes.set_xticks(np.arange(0, 1.01, 0.2))
     axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    axes.set_yticks(range(n), [_short(name, LABEL) for name in table["class"]])
     axes.tick_params(axis="y", labelsize=small)
     _headline(figure, "Accuracy of each class", title)
     return figure
@@ -140,7 +148,10 @@ def training_images(data: Dataset, params: Params, title: str) -> Figure:
     chosen = kept[torch.randperm(len(kept), generator=generator)[: params.plot.samples].numpy()]
     images = augment(torch.from_numpy(data.images["train"][chosen]), generator, flip=params.train.flip, translate=params.train.translate)
     return _gallery(
-        images, [data.classes[label][:CAPTION] for label in data.labels["train"][chosen]], "Training images as fed to the network", title
+        images,
+        [_short(data.classes[label], CAPTION) for label in data.labels["train"][chosen]],
+        "Training images as fed to the network",
+        title,
     )
 
 
@@ -156,14 +167,17 @@ def mistakes(data: Dataset, predictions: pd.DataFrame, count: int, title: str) -
         return figure
     images = torch.from_numpy(data.images["test"][wrong.index.to_numpy()]).permute(0, 3, 1, 2)
     rows = zip(wrong["actual"], wrong["predicted"], wrong["confidence"], strict=True)
-    captions = [f"{actual[:CAPTION]}\n→ {predicted[:CAPTION]} {confidence:.0%}" for actual, predicted, confidence in rows]
+    captions = [f"{_short(actual, CAPTION)}\n→ {_short(predicted, CAPTION)} {confidence:.0%}" for actual, predicted, confidence in rows]
     return _gallery(images, captions, "Most confident mistakes (actual → predicted)", title)
 
 
 def _gallery(images: Tensor, captions: Sequence[str], headline: str, title: str, side: int = 96) -> Figure:
     """Images uint8 (N, 3, height, width), eight a row, a caption under each."""
-    columns, gap = min(8, len(images)), 40
-    large = F.interpolate(images.float(), size=(side, side), mode="bicubic", antialias=True).clamp(0, 255).byte()
+    columns, gap = 8, 40
+    white = images.new_full((max(0, columns - len(images)), *images.shape[1:]), 255)  # fills up a first row
+    large = (
+        F.interpolate(torch.cat([images, white]).float(), size=(side, side), mode="bicubic", antialias=True).clamp(0, 255).round().byte()
+    )
     grid: npt.NDArray[np.uint8] = make_grid(large, nrow=columns, padding=gap, pad_value=255).permute(1, 2, 0).numpy()
     height, width, _ = grid.shape
     figure, axes = plt.subplots(figsize=(width / 95, height / 95 + 0.8))
@@ -185,4 +199,9 @@ def _gallery(images: Tensor, captions: Sequence[str], headline: str, title: str,
 
 
 def _headline(figure: Figure, headline: str, title: str) -> None:
-    figure.suptitle(f"{headline}\n{title}", fontsize=11.5)
+    lines = textwrap.wrap(title, int(figure.get_figwidth() * 72 / 7.5))  # a character is about 7.5 points wide
+    figure.suptitle("\n".join([headline, *lines]), fontsize=11.5)
+
+
+def _short(name: str, length: int) -> str:
+    return name if len(name) <= length else name[: length - 1] + "…"

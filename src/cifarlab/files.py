@@ -37,4 +37,6 @@ def _rounded(content: Any) -> Any:
         return round(content, 6)
     if isinstance(content, dict):
         return {key: _rounded(value) for key, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [_rounded(value) for value in content]
     return content

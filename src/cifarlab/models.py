@@ -9,7 +9,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from cifarlab import UserError
+from cifarlab import UserError, first_line
 from cifarlab.architecture import Convolution, ModelParams
 from cifarlab.files import atomic
 
@@ -179,5 +179,5 @@ def load(path: Path) -> Network:
             network = Network(ModelParams(**header["params"]), header["image_size"], header["classes"])
             network.load_state_dict({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118, not a dict
     except (OSError, SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise UserError(f"{path} holds no network of this version ({error}); `dvc repro -f train` trains it anew") from error
+        raise UserError(f"{path} holds no network of this version ({first_line(error)}); `dvc repro -f train` trains it anew") from error
     return network.eval()

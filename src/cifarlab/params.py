@@ -7,10 +7,15 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import Field, ValidationError, model_validator
 
-from cifarlab import UserError
+from cifarlab import UserError, first_line, without_secrets
 from cifarlab.architecture import ModelParams, Section, Share
 
 Count = Annotated[int, Field(ge=1)]
+
+
+def is_remote(source: str) -> bool:
+    """Tell a download from a local file or folder."""
+    return source.lower().startswith(("http://", "https://"))
 
 
 class DataParams(Section):
@@ -33,9 +38,9 @@ class DataParams(Section):
         if self.name != "digits":
             if not self.sources:
                 raise ValueError(f"data.sources is empty: {self.name} needs a URL or a path")
-            remote = next((s for s in self.sources if s.startswith(("http://", "https://"))), None)
+            remote = next(filter(is_remote, self.sources), None)
             if remote and self.sha256 is None:
-                raise ValueError(f"data.sha256 = null: the download {remote} needs the SHA-256 of the archive")
+                raise ValueError(f"data.sha256 = null: the download {without_secrets(remote)} needs the SHA-256 of the archive")
         return self
 
 
@@ -133,10 +138,10 @@ def load_params(path: Path = Path("params.yaml")) -> Params:
         raise UserError(
             f"{path} cannot be read: {error.strerror}; run from the top of the checkout, `git checkout {path}` brings it back"
         ) from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: not UTF-8, or a date that is none
         mark = getattr(error, "problem_mark", None)
         where = f" in line {mark.line + 1}" if mark else ""
-        raise UserError(f"{path} is not valid YAML{where}: {getattr(error, 'problem', None) or error}") from error
+        raise UserError(f"{path} is not valid YAML{where}: {getattr(error, 'problem', None) or first_line(error)}") from error
     if not isinstance(content, dict):
         raise UserError(f"{path} must hold the sections {', '.join(SECTIONS)}; it holds {content!r}")
     try:
@@ -166,6 +171,8 @@ def _sentence(fault: Any, content: dict[str, Any]) -> str:
         return f"unknown key {key} = {fault['input']!r}; did you mean {nearest}? ({known})"
     if fault["type"] == "missing":
         return f"{key} is missing; it must be {_allowed(key)}"
+    if fault["type"] == "invalid_key":
+        return f"the key {fault['input']!r} is refused; a key is text"
     section, _, name = key.partition(".")
     value = content[section][name] if name else content[section]
     return f"{key} = {value!r} is refused; it must be {_allowed(key)}"
@@ -194,11 +201,12 @@ def _in_words(schema: dict[str, Any]) -> str:
     if "const" in schema:
         return str(schema["const"])
     if schema["type"] == "array":
-        return "a list, each item " + _in_words(schema["items"])
+        size = f" of {schema.get('minItems', 0)} to {schema['maxItems']} items" if "maxItems" in schema else ""
+        return f"a list{size}, each item {_in_words(schema['items'])}"
     if schema["type"] in ("integer", "number"):
         bounds = [("minimum", "at least"), ("exclusiveMinimum", "above"), ("maximum", "at most"), ("exclusiveMaximum", "below")]
-        limits = " and ".join(f"{word} {schema[bound]:g}" for bound, word in bounds if bound in schema)
+        limits = " and ".join(f"{word} {schema[bound]}" for bound, word in bounds if bound in schema)
         return ("a whole number " if schema["type"] == "integer" else "a number ") + limits
     if "pattern" in schema:
-        return "64 hexadecimal digits"
-    return {"string": "text", "boolean": "true or false", "null": "null"}[schema["type"]]
+        return "64 lowercase hexadecimal digits"
+    return {"string": "text that is not empty", "boolean": "true or false", "null": "null"}[schema["type"]]

@@ -15,9 +15,9 @@ from urllib.parse import unquote, urlsplit
 import numpy as np
 import numpy.typing as npt
 
-from cifarlab import UserError
+from cifarlab import UserError, first_line, without_secrets
 from cifarlab.datasets import SPLITS, Dataset, stratified_split
-from cifarlab.params import DataParams
+from cifarlab.params import DataParams, is_remote
 
 ATTEMPTS = 3
 # What tarfile, zipfile and the decompressors below them raise for a damaged, encrypted or strange archive.
@@ -54,7 +54,9 @@ def fetch(params: DataParams, root: Path, cache: Path) -> Path:
                 return _fetch_one(source, params.sha256, root, cache)
             except UserError as error:
                 failures.append(str(error))
-        if not any(s.startswith(("http://", "https://")) for s in params.sources):
+            except (ValueError, RuntimeError) as error:  # a URL or a home folder that cannot be
+                failures.append(f"{without_secrets(source)}: {first_line(error)}")
+        if not any(map(is_remote, params.sources)):
             break  # a file that is not there now will not be there in a second
     reasons = "; ".join(dict.fromkeys(failures))
     raise UserError(
@@ -65,12 +67,12 @@ def fetch(params: DataParams, root: Path, cache: Path) -> Path:
 
 def _fetch_one(source: str, sha256: str | None, root: Path, cache: Path) -> Path:
     url = urlsplit(source)
-    if url.scheme in ("http", "https"):
+    if is_remote(source):
         assert sha256  # params.py refuses a download without
         return _download(source, sha256, cache)
     path = Path(unquote(url.path)) if url.scheme == "file" else root / Path(source).expanduser()
     if not path.exists():
-        raise UserError(f"{source} does not exist")
+        raise UserError(f"{without_secrets(source)} does not exist")
     if sha256 is not None:
         if path.is_dir():
             raise UserError(f"{source} is a directory, which has no checksum: set data.sha256: null")
@@ -87,7 +89,7 @@ def _download(url: str, sha256: str, cache: Path) -> Path:
 
     pooch.get_logger().setLevel("WARNING")
     # The checksum is in the name: another archive under the same URL never meets this one.
-    name = f"{sha256[:16]}-{PurePosixPath(urlsplit(url).path).name}"
+    name = f"{sha256[:16]}-{PurePosixPath(urlsplit(url).path).name[-100:]}"
     bar = not (cache / name).exists()
     host = urlsplit(url).hostname  # never the whole URL, it may hold a password
     try:
@@ -97,7 +99,7 @@ def _download(url: str, sha256: str, cache: Path) -> Path:
     except ValueError as error:
         raise UserError(f"{host} sent something else than the archive, its SHA-256 is not {sha256}") from error
     except OSError as error:
-        raise UserError(f"{cache} cannot be written: {error.strerror}") from error
+        raise UserError(f"{cache} cannot be written: {error.strerror or first_line(error)}") from error
 
 
 class ArrayUnpickler(pickle.Unpickler):
@@ -109,6 +111,8 @@ class ArrayUnpickler(pickle.Unpickler):
         ("numpy._core.multiarray", "_reconstruct"): RECONSTRUCT,
         ("numpy", "ndarray"): np.ndarray,
         ("numpy", "dtype"): np.dtype,
+        # How Python 3 writes bytes for Python 2; codecs of the user's choice stay out.
+        ("_codecs", "encode"): lambda text, _: text.encode("latin1"),
     }
 
     def find_class(self, module: str, name: str) -> Any:
@@ -129,20 +133,28 @@ def read_cifar10(archive: Path) -> Dataset:
             def batch(name: str) -> dict[bytes, Any]:
                 file = tar.extractfile(f"cifar-10-batches-py/{name}")
                 assert file is not None
-                content: dict[bytes, Any] = ArrayUnpickler(file, encoding="bytes").load()
+                try:
+                    content: dict[bytes, Any] = ArrayUnpickler(file, encoding="bytes").load()
+                except Exception as error:  # damaged bytes can raise anything, MemoryError and SystemError included
+                    raise ValueError(f"{name}: {first_line(error)}") from error
                 return content
 
             for split, names in (("train", [f"data_batch_{i}" for i in range(1, 6)]), ("test", ["test_batch"])):
                 for content in map(batch, names):
                     images[split].append(content[b"data"].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1))
-                    labels[split].extend(content[b"labels"])
+                    labels[split].append(np.asarray(content[b"labels"], np.int64))
+                    if len(labels[split][-1]) != len(images[split][-1]):
+                        raise ValueError("a batch has more images than labels, or fewer")
             classes = [name.decode() for name in batch("batches.meta")[b"label_names"]]
-    except (*ARCHIVE_ERRORS, KeyError, AssertionError, AttributeError, TypeError, ValueError, IndexError, pickle.UnpicklingError) as error:
+        joined = {split: np.concatenate(labels[split]) for split in SPLITS}
+        if not all(joined[split].min() >= 0 and joined[split].max() < len(classes) for split in SPLITS):
+            raise ValueError("a label has no class")
+    except (*ARCHIVE_ERRORS, LookupError, AssertionError, AttributeError, TypeError, ValueError) as error:
         raise UserError(
-            f"{archive} is not the archive of CIFAR-10 for Python: {error}; "
+            f"{archive} is not the archive of CIFAR-10 for Python: {first_line(error)}; "
             "set data.name: folder for images in train/<class>/ and test/<class>/"
         ) from error
-    return Dataset({s: np.concatenate(images[s]) for s in SPLITS}, {s: np.asarray(labels[s], np.int64) for s in SPLITS}, classes, "cifar10")
+    return Dataset({split: np.concatenate(images[split]) for split in SPLITS}, joined, classes, "cifar10")
 
 
 def read_folder(source: Path, image_size: int) -> Dataset:
@@ -158,12 +170,15 @@ def read_folder(source: Path, image_size: int) -> Dataset:
                 raise UserError(f"{source} holds two images called {split}/{label}/{file}; which one is meant?")
             try:
                 with open_file() as stream, Image.open(stream) as image:
+                    upright = ImageOps.exif_transpose(image)
+                    if upright.mode.startswith("I;16"):  # convert() would turn all but the darkest grey into white
+                        upright = Image.fromarray((np.asarray(upright) >> 8).astype(np.uint8))
                     # Centre crop to a square, so that nothing is stretched.
-                    found[split, label, file] = np.asarray(ImageOps.fit(image.convert("RGB"), (image_size, image_size)))
+                    found[split, label, file] = np.asarray(ImageOps.fit(upright.convert("RGB"), (image_size, image_size)))
             except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, ValueError) as error:
                 raise UserError(f"{source}: {name} is not a readable image ({error}); mend or remove it") from error
     except ARCHIVE_ERRORS as error:
-        raise UserError(f"{source} cannot be read as an archive: {error}") from error
+        raise UserError(f"{source} cannot be read as an archive: {first_line(error)}") from error
 
     names = {split: sorted({label for s, label, _ in found if s == split}) for split in SPLITS}
     if not names["train"] or names["train"] != names["test"]:

@@ -21,6 +21,7 @@ import pandas as pd
 import yaml
 from filelock import FileLock
 
+from cifarlab import first_line, without_secrets
 from cifarlab.files import root
 from cifarlab.params import Params
 
@@ -103,9 +104,8 @@ def harmless(method: "Callable[Concatenate[Mirror, P], None]") -> "Callable[Conc
             method(self, *args, **kwargs)
         except Exception as error:  # MLflow, requests, SQLAlchemy and the disk each raise their own
             self.client = None
-            reason = " ".join(str(error).split())[:200]
             print(
-                f"warning: MLflow does not get the rest of this {self.stage} stage ({type(error).__name__}: {_without_secrets(reason)}); "
+                f"warning: MLflow does not get the rest of this {self.stage} stage ({type(error).__name__}: {first_line(error)[:200]}); "
                 "the files are complete",
                 file=sys.stderr,
             )
@@ -132,7 +132,7 @@ class Mirror:
         try:
             self.client = connect()
         except Exception as error:  # a malformed MLFLOW_TRACKING_URI
-            print(f"warning: MLflow cannot be reached ({_without_secrets(str(error))}); the files will be complete", file=sys.stderr)
+            print(f"warning: MLflow cannot be reached ({first_line(error)}); the files will be complete", file=sys.stderr)
         self._open()
         self.clock = time.perf_counter()
         return self
@@ -241,7 +241,7 @@ class Mirror:
         data = Dataset.load(Path("data"))
         digest = json.loads(Path("data/dataset.json").read_text("utf-8"))["digest"]
         sources = ["sklearn.datasets.load_digits"] if self.params.data.name == "digits" else self.params.data.sources
-        source = CodeDatasetSource({"sources": [_without_secrets(s) for s in sources]})
+        source = CodeDatasetSource({"sources": [without_secrets(s) for s in sources]})
         # MLflow takes 36 characters, and would itself hash only the first 10,000 values.
         dataset = mlflow.data.from_numpy(data.images["train"], source, targets=data.labels["train"], name=data.name, digest=digest[:32])
         self.client.log_inputs(self.run_id, [DatasetInput(dataset._to_mlflow_entity(), [InputTag("mlflow.data.context", "training")])])
@@ -323,10 +323,6 @@ class Mirror:
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _without_secrets(text: str) -> str:
-    return re.sub(r"://[^/@\s]+@", "://…@", text)
 
 
 def _git_commit() -> str:

@@ -1,5 +1,6 @@
 """The training loop. Needs nothing but torch, so that it runs on a bare GPU machine."""
 
+import math
 import sys
 import time
 from collections.abc import Callable
@@ -75,11 +76,12 @@ def make_optimizer(network: Network, params: TrainParams, steps: int) -> tuple[t
         optimizer = kind(network.parameters(), params.lr, weight_decay=params.weight_decay, fused=True)
     if params.schedule == "constant":
         return optimizer, LambdaLR(optimizer, lambda _: 1.0)
+    # The rise ends at pct_start * total_steps - 1, which must not be 0, the first step itself.
     return optimizer, OneCycleLR(
         optimizer,
         params.lr,
         total_steps=steps + 1,
-        pct_start=0.25,
+        pct_start=0.25 if steps != 3 else 0.5,
         anneal_strategy="linear",
         cycle_momentum=False,
         div_factor=5,
@@ -129,14 +131,16 @@ def fit(network: Network, params: TrainParams, train: Images, validation: Images
                 if not bar.disable and step % 10 == 0:
                     bar.set_postfix(loss=f"{loss_sum.item() / step:.3f}", accuracy=f"{correct.item() / (step * batch_size):.1%}")
         train_loss = loss_sum.item() / batches
-        if not train_loss < float("inf"):
-            raise UserError(f"the training loss became {train_loss} in epoch {epoch}; try a train.lr below {params.lr:g}")
         val_loss: float | None = None
         val_accuracy: float | None = None
         if validation is not None:
             logits = predict(network, validation.images, 1000)
             val_loss = loss_function(params.loss)(logits, validation.labels).item()
             val_accuracy = (logits.argmax(1) == validation.labels).float().mean().item()
+        # What the last step broke shows in the weights or in the validation only.
+        finite = math.isfinite(train_loss) and all(bool(p.isfinite().all()) for p in network.parameters())
+        if not finite or (val_loss is not None and not math.isfinite(val_loss)):
+            raise UserError(f"the training diverged in epoch {epoch}; try a train.lr below {params.lr:g}")
         result = Epoch(epoch, train_loss, correct.item() / len(order), val_loss, val_accuracy, float(schedule.get_last_lr()[0]))
         seen += len(order)
         report(result, params.epochs, seen / (time.perf_counter() - started), time.perf_counter() - started)
