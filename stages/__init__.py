@@ -21,6 +21,8 @@ def run(stage: Callable[[Params], None]) -> None:
         stage(load_params())
     except UserError as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("interrupted; the same command starts this stage again")
     except OSError as error:
         if error.filename is None and error.errno is None:
             raise

@@ -32,11 +32,8 @@ CAPTION, LABEL = 12, 40  # characters
 
 def draw_all(params: Params, data: Path, tables: Path) -> Iterator[Path]:
     """Draw every figure into `tables`, from the tables there and the images in `data`; yield their paths."""
-    sns.set_theme(
-        style="whitegrid",
-        context="notebook",
-        rc={"axes.titleweight": "bold", "figure.constrained_layout.use": True, "text.parse_math": False},
-    )
+    # A class may be called $x$: no mathematics in names.
+    sns.set_theme(style="whitegrid", rc={"figure.constrained_layout.use": True, "text.parse_math": False})
     images = Dataset.load(data)
     text = dict.fromkeys(("actual", "predicted", "class"), str)  # a class may be called 7
     predictions = pd.read_csv(tables / "predictions.csv", dtype=text, keep_default_na=False)
