@@ -44,10 +44,8 @@ def training_key(params: Params, folder: Path = Path()) -> str:
     return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
 
 
-def lock_digest(lock: Path) -> str | None:
-    """Hash the entries of dvc.lock that made the network and its figures, as the last stage finds them and leaves them."""
-    if not lock.exists():
-        return None
+def lock_digest(lock: Path) -> str:
+    """Hash the entries that dvc.lock has of the stages before plot: DVC writes plot's own when the stage is over."""
     stages = yaml.safe_load(lock.read_text("utf-8"))["stages"]
     return hashlib.sha256(json.dumps({s: stages.get(s) for s in ("download", "train", "evaluate")}, sort_keys=True).encode()).hexdigest()
 
@@ -106,7 +104,7 @@ def harmless(method: "Callable[Concatenate[Mirror, P], None]") -> "Callable[Conc
             self.client = None
             print(
                 f"warning: MLflow does not get the rest of this {self.stage} stage ({type(error).__name__}: {first_line(error)[:200]}); "
-                "the files are complete",
+                "the files are not affected",
                 file=sys.stderr,
             )
 
@@ -132,7 +130,7 @@ class Mirror:
         try:
             self.client = connect()
         except Exception as error:  # a malformed MLFLOW_TRACKING_URI
-            print(f"warning: MLflow cannot be reached ({first_line(error)}); the files will be complete", file=sys.stderr)
+            print(f"warning: MLflow cannot be reached ({first_line(error)}); the files are not affected", file=sys.stderr)
         self._open()
         self.clock = time.perf_counter()
         return self
@@ -162,14 +160,11 @@ class Mirror:
             "version.python": platform.python_version(),
             **{f"version.{package}": version(package) for package in VERSIONS},
         }
-        tags |= {
-            "mlflow.source.git.commit": tags["git.commit"],
-            "mlflow.source.name": "dvc.yaml",
-            "mlflow.source.type": "PROJECT",
-        }  # for the UI
+        # Where the UI looks for them.
+        tags |= {"mlflow.source.git.commit": tags["git.commit"], "mlflow.source.name": "dvc.yaml", "mlflow.source.type": "PROJECT"}
         if runs:
             self.run_id = runs[0].info.run_id
-            self.client.set_terminated(self.run_id, "RUNNING")
+            self.client.update_run(self.run_id, "RUNNING")
         else:
             self.run_id = self.client.create_run(
                 experiment, run_name=name or self.params.model.describe(), tags={k: v for k, v in tags.items() if v or k == "dvc.exp.name"}
@@ -209,18 +204,16 @@ class Mirror:
         self.client.set_terminated(self.run_id, status)
 
     def _log_params(self) -> None:
+        from mlflow.entities import Param
+
         known = self.client.get_run(self.run_id).data.params
-        for key, value in self.params.flat().items():
-            if key not in known:
-                self.client.log_param(self.run_id, key, value)
-            elif known[key] != str(value):
-                # MLflow never changes a parameter. Only those that training does not depend on get here.
-                self.client.set_tag(self.run_id, f"changed.{key}", str(value))
+        params = {key: without_secrets(str(value)) for key, value in self.params.flat().items()}
+        self.client.log_batch(self.run_id, params=[Param(key, value) for key, value in params.items() if key not in known])
+        # MLflow never changes a parameter; that of a later stage may have changed since the training.
+        self._set_tags({f"changed.{key}": value for key, value in params.items() if known.get(key, value) != value})
 
     def _log_files(self, stage: str) -> None:
         {"train": self._log_training, "evaluate": self._log_evaluation, "plot": self._log_figures}[stage]()
-        if digest := lock_digest(Path("dvc.lock")):
-            self._set_tags({"dvc.lock": digest})
 
     def _log_training(self) -> None:
         history = pd.read_csv("plots/history.csv", index_col="epoch")
@@ -291,6 +284,8 @@ class Mirror:
     def _log_figures(self) -> None:
         for figure in sorted(Path("plots").glob("*.png")):
             self.client.log_artifact(self.run_id, str(figure), "figures")
+        if Path("dvc.lock").exists():  # not when a stage is run by hand before DVC ever ran
+            self._set_tags({"dvc.lock": lock_digest(Path("dvc.lock"))})
 
     def _epochs(self, rows: pd.DataFrame) -> None:
         """Log one row per epoch, but for the epochs that the run already has."""

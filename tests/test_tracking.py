@@ -1,0 +1,109 @@
+"""The training key, and what a run of MLflow gets when a stage ends one way or another."""
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import pandas as pd
+import pytest
+import yaml
+
+from cifarlab import models, sources, tracking
+from cifarlab.params import Params
+from cifarlab.training import Epoch
+from tests.conftest import REPO
+
+Make = Callable[..., Params]
+
+
+@pytest.fixture
+def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make_params: Make) -> Iterator[Path]:
+    """A folder with dvc.yaml, the code that train depends on, and what the train stage writes."""
+    stage = yaml.safe_load((REPO / "dvc.yaml").read_text())["stages"]["train"]
+    for name in ["dvc.yaml", *(dep for dep in stage["deps"] if dep.endswith(".py"))]:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(REPO / name, tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("DVC_ROOT", str(tmp_path))
+    for name in ("MLFLOW_TRACKING_URI", "DVC_EXP_NAME", "DVC_EXP_BASELINE_REV"):
+        monkeypatch.delenv(name, raising=False)
+    data = sources.digits()
+    data.save(tmp_path / "data")
+    models.save(models.Network(make_params().model, 32, data.classes), tmp_path / "models/network.safetensors")
+    for folder in ("plots", "metrics", ".dvc/tmp"):
+        (tmp_path / folder).mkdir(parents=True)
+    pd.DataFrame([EPOCH]).to_csv("plots/history.csv", index=False)
+    Path("metrics/train.json").write_text(json.dumps({"parameters": 7, "train_loss": 0.5}))
+    yield tmp_path
+    mlflow.set_tracking_uri(None)
+
+
+EPOCH = Epoch(1, 0.5, 0.9, None, None, 0.1)
+
+
+def the_run(folder: Path) -> Any:
+    client = mlflow.MlflowClient(f"sqlite:///{folder / 'mlflow.db'}")
+    [run] = client.search_runs([client.get_experiment_by_name("cifarlab").experiment_id])
+    return run
+
+
+@pytest.mark.parametrize(
+    ("change", "another"),
+    [
+        ("train.lr", 0.01),
+        ("model.layers", 2),
+        ("data.validation", 0.2),
+        ("plot.dpi", 50),
+        ("evaluate.batch_size", 7),
+        ("tracking.experiment", "x"),
+    ],
+)
+def test_the_key_names_what_training_depends_on(checkout: Path, make_params: Make, change: str, another: object) -> None:
+    before = tracking.training_key(make_params())
+    assert (tracking.training_key(make_params({change: another})) != before) == (
+        change.split(".", maxsplit=1)[0] in ("train", "model", "data")
+    )
+
+
+@pytest.mark.parametrize("name", ["src/cifarlab/training.py", "data/dataset.json"])
+def test_the_key_names_code_and_data(checkout: Path, make_params: Make, name: str) -> None:
+    before = tracking.training_key(make_params())
+    path = checkout / name
+    content = path.read_text()
+    path.write_text(content.replace('"digest": "', '"digest": "0') if name.endswith(".json") else content + "# another comment\n")
+    assert tracking.training_key(make_params()) != before
+
+
+def test_no_password_reaches_the_store(checkout: Path, make_params: Make) -> None:
+    params = make_params({"data.sources": ["https://me:hunter2@example.org/cifar.tar.gz"], "tracking.system_metrics": False})
+    with tracking.Mirror("train", params) as mirror:
+        mirror.epoch(EPOCH)
+    run = the_run(checkout)
+    assert run.data.params["data.sources"] == "['https://…@example.org/cifar.tar.gz']"
+    assert b"hunter2" not in b"".join(path.read_bytes() for path in checkout.glob("mlflow.db*"))
+    # A figure that is not there (nothing held out) is not logged; the final figures stand beside the epochs'.
+    assert run.data.metrics.keys() == {"train_loss", "train_accuracy", "learning_rate", "epoch_seconds", "parameters"}
+
+
+@pytest.mark.parametrize(("error", "status"), [(KeyboardInterrupt, "KILLED"), (ValueError, "FAILED")])
+def test_the_run_says_how_the_stage_ended(checkout: Path, make_params: Make, error: type[BaseException], status: str) -> None:
+    params = make_params({"tracking.system_metrics": False})
+    with pytest.raises(error), tracking.Mirror("train", params):
+        raise error
+    assert the_run(checkout).info.status == status
+    # The next try goes to the same run and ends it well.
+    with tracking.Mirror("train", params):
+        pass
+    assert the_run(checkout).info.status == "FINISHED"
+
+
+def test_a_store_that_breaks_in_the_middle_costs_one_warning(checkout: Path, make_params: Make, capsys: pytest.CaptureFixture[str]) -> None:
+    with tracking.Mirror("train", make_params({"tracking.system_metrics": False})) as mirror:
+        for path in checkout.glob("mlflow.db*"):
+            path.write_bytes(b"no database")
+        for epoch in range(1, 4):
+            mirror.epoch(EPOCH._replace(epoch=epoch))
+    assert capsys.readouterr().err.count("warning: MLflow") == 1
