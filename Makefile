@@ -54,7 +54,7 @@ notebook: setup  ## the network and training of the student's notebook, as an ex
 	dvc exp run --name notebook $(NOTEBOOK)
 
 ui: setup  ## compare runs in MLflow at http://127.0.0.1:5000 (PORT=…)
-	mlflow ui --host 127.0.0.1 --port $(PORT) --backend-store-uri $${MLFLOW_TRACKING_URI:-sqlite:///$(CURDIR)/mlflow.db}
+	mlflow ui --host 127.0.0.1 --port $(PORT) --workers 1 --backend-store-uri sqlite:///$(CURDIR)/mlflow.db
 
 diff: setup  ## page with the plots of the last experiments beside the workspace's: dvc_plots/index.html
 	dvc plots diff $$(dvc exp list --name-only | head -n 3)

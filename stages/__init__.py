@@ -4,6 +4,7 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 # The code that runs is that of the folder the stage runs in: a queued experiment runs its own snapshot's code,
 # which an installed package would hide.
@@ -11,8 +12,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "src"))
 # Must be set before CUDA starts, for deterministic matrix products.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
-from cifarlab import UserError
-from cifarlab.params import Params, load_params
+
+def _not_set_up(error: ModuleNotFoundError) -> NoReturn:
+    sys.exit(f"error: {error.name} is not installed for {sys.executable}; `make setup`, then `source .venv/bin/activate`")
+
+
+try:
+    from cifarlab import UserError
+    from cifarlab.params import Params, load_params
+except ModuleNotFoundError as error:
+    _not_set_up(error)
 
 
 def run(stage: Callable[[Params], None]) -> None:
@@ -21,6 +30,8 @@ def run(stage: Callable[[Params], None]) -> None:
         stage(load_params())
     except UserError as error:
         sys.exit(f"error: {error}")
+    except ModuleNotFoundError as error:
+        _not_set_up(error)
     except KeyboardInterrupt:
         sys.exit("interrupted; the same command starts this stage again")
     except OSError as error:

@@ -116,17 +116,9 @@ def per_class_bars(table: pd.DataFrame, accuracy: float, title: str) -> Figure:
     sns.barplot(table, x="accuracy", y="class", color=sns.color_palette("deep")[0], orient="h", ax=axes)
     small = 7 if n > CELL_NUMBERS_UP_TO else 10
     for place, value in enumerate(table["accuracy"]):
-        # Inside the bar, where the line of all classes does not cross it; a bar too short has it outside.
+        # At the foot of the bar, where the line of all classes does not cross it; a bar too short has it beside.
         inside = value > 0.12
-        axes.text(
-            value + (-0.008 if inside else 0.008),
-            place,
-            f"{value:.1%}",
-            va="center",
-            ha="right" if inside else "left",
-            fontsize=small,
-            color="white" if inside else "0.2",
-        )
+        axes.text(0.01 if inside else value + 0.01, place, f"{value:.1%}", va="center", fontsize=small, color="white" if inside else "0.2")
     axes.axvline(accuracy, color="0.3", linestyle="--", linewidth=1, label=f"all classes {accuracy:.1%}")
     axes.legend(loc="lower right", bbox_to_anchor=(1, 1), frameon=False, fontsize=10)
     axes.set(xlim=(0, 1), xlabel="test accuracy", ylabel="")
