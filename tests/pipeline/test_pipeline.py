@@ -129,6 +129,12 @@ def test_a_changed_model_trains_and_downloads_nothing(project: Project) -> None:
     project.dvc("checkout", "--quiet")
 
 
+def test_what_was_trained_before_is_not_trained_again(project: Project) -> None:
+    output = project.dvc("exp", "run", "--temp", "--name", "again", "-S", "model.layers=1")
+    assert stages_run(output) == []
+    assert "Stage 'train' is cached" in output
+
+
 def test_metrics_diff_is_the_difference(project: Project) -> None:
     row = json.loads(project.dvc("metrics", "diff", "HEAD", "one-layer", "--json"))["metrics/evaluate.json"]["accuracy"]
     runs = project.runs()
