@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -98,6 +99,20 @@ def test_the_run_says_how_the_stage_ended(checkout: Path, make_params: Make, err
     with tracking.Mirror("train", params):
         pass
     assert the_run(checkout).info.status == "FINISHED"
+
+
+def test_the_time_between_stages_is_no_time_of_the_run(checkout: Path, make_params: Make) -> None:
+    params = make_params({"tracking.system_metrics": False})
+    with tracking.Mirror("train", params):
+        pass
+    run = the_run(checkout)
+    # As if the first stage had ended at once, and the next had come as late as it does.
+    mlflow.MlflowClient().set_terminated(run.info.run_id, "FINISHED", run.info.start_time)
+    started = time.perf_counter()
+    with tracking.Mirror("train", params):
+        pass
+    second_stage = 1000 * (time.perf_counter() - started)
+    assert 0 < the_run(checkout).info.end_time - run.info.start_time <= second_stage
 
 
 def test_a_store_that_breaks_in_the_middle_costs_one_warning(checkout: Path, make_params: Make, capsys: pytest.CaptureFixture[str]) -> None:

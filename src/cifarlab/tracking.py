@@ -124,7 +124,8 @@ class Mirror:
         self.client: Any = None
         self.run_id = ""
         self.monitor: Any = None
-        self.clock = time.perf_counter()
+        self.opened = self.clock = time.perf_counter()
+        self.idle_since: int | None = None
 
     def __enter__(self) -> "Mirror":
         try:
@@ -163,7 +164,7 @@ class Mirror:
         # Where the UI looks for them.
         tags |= {"mlflow.source.git.commit": tags["git.commit"], "mlflow.source.name": "dvc.yaml", "mlflow.source.type": "PROJECT"}
         if runs:
-            self.run_id = runs[0].info.run_id
+            self.run_id, self.idle_since = runs[0].info.run_id, runs[0].info.end_time
             self.client.update_run(self.run_id, "RUNNING")
         else:
             self.run_id = self.client.create_run(
@@ -201,7 +202,9 @@ class Mirror:
             self.monitor.mlflow_logger.flush()
         if status == "FINISHED":
             self._log_files(self.stage)
-        self.client.set_terminated(self.run_id, status)
+        # The duration of a run is the time of its stages, not that between them: a figure drawn a day later adds seconds.
+        end = None if self.idle_since is None else self.idle_since + int(1000 * (time.perf_counter() - self.opened))
+        self.client.set_terminated(self.run_id, status, end)
 
     def _log_params(self) -> None:
         from mlflow.entities import Param
