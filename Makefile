@@ -53,7 +53,8 @@ repro: setup  ## run what params.yaml asks for (dvc repro)
 notebook: setup  ## the network and training of the student's notebook, as an experiment
 	dvc exp run --name notebook $(NOTEBOOK)
 
-ui: setup  ## compare runs in MLflow at http://127.0.0.1:5000 (PORT=…)
+ui: setup  ## compare runs in MLflow; prints the address (PORT=…)
+	@echo "open http://127.0.0.1:$(PORT)/#/experiments/1/runs?workflowType=machine_learning (Ctrl-C ends the server)"
 	mlflow ui --host 127.0.0.1 --port $(PORT) --workers 1 --backend-store-uri sqlite:///$(CURDIR)/mlflow.db
 
 diff: setup  ## page with the plots of the last experiments beside the workspace's: dvc_plots/index.html

@@ -78,8 +78,7 @@ def experiment_id(client: Any, name: str) -> str:
             artifacts = (root() / "mlartifacts").as_uri()
             with sqlite3.connect(root() / "mlflow.db") as database:
                 database.execute("PRAGMA journal_mode=WAL")  # a reader (the UI) and a writer do not stop each other
-        kind = {"mlflow.experimentKind": "custom_model_development"}  # the UI opens with runs and charts, not with traces
-        return str(client.create_experiment(name, artifacts, kind))
+        return str(client.create_experiment(name, artifacts))
 
 
 def _alone() -> FileLock:
