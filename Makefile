@@ -2,6 +2,7 @@
 PYTHON ?= python3.11
 VENV := .venv
 STAMP := $(VENV)/.requirements
+PAGE := .dvc/plots.html
 export PATH := $(abspath $(VENV))/bin:$(PATH)
 export PYTHONPATH := src
 export DVC_NO_ANALYTICS := 1
@@ -21,7 +22,7 @@ PORT ?= 5000
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1|/' | column -t -s '|'
 
-setup: $(STAMP)  ## make .venv from requirements.txt (done by every target when missing or stale)
+setup: $(STAMP) $(PAGE)  ## make .venv from requirements.txt (done by every target when missing or stale)
 	@echo "ready: source $(VENV)/bin/activate"
 
 $(STAMP): requirements.txt
@@ -29,13 +30,19 @@ $(STAMP): requirements.txt
 	@echo "making $(VENV) from requirements.txt (PyTorch with CUDA is large: a few minutes, 7 GB)"
 	$(PYTHON) -m venv $(VENV)
 	PYTHONPATH= $(VENV)/bin/pip install --quiet --disable-pip-version-check --requirement requirements.txt
-	$(VENV)/bin/python -m cifarlab page
 	@touch $@
 
+$(PAGE): $(STAMP)
+	@$(VENV)/bin/python -m cifarlab page
+
+# An experiment is a commit: Git wants a name for it, which a fresh machine may not have.
+demo: export GIT_AUTHOR_NAME = cifarlab demo
+demo: export GIT_AUTHOR_EMAIL = demo@localhost
+demo: export GIT_COMMITTER_NAME = cifarlab demo
+demo: export GIT_COMMITTER_EMAIL = demo@localhost
 demo: setup  ## offline, minutes: the pipeline and a variant on handwritten digits, compared
-	@dvc exp remove --quiet demo-6-layers demo-3-layers 2>/dev/null || true
-	dvc exp run --quiet --temp --name demo-6-layers $(DEMO)
-	dvc exp run --quiet --temp --name demo-3-layers $(DEMO) -S model.layers=3
+	dvc exp run --quiet --force --temp --name demo-6-layers $(DEMO)
+	dvc exp run --quiet --force --temp --name demo-3-layers $(DEMO) -S model.layers=3
 	dvc plots diff demo-6-layers demo-3-layers
 	@echo && python -m cifarlab compare --last 2
 	@echo
@@ -57,8 +64,8 @@ ui: setup  ## compare runs in MLflow; prints the address (PORT=…)
 	@echo "open http://127.0.0.1:$(PORT)/#/experiments/1/runs?workflowType=machine_learning (Ctrl-C ends the server)"
 	mlflow ui --host 127.0.0.1 --port $(PORT) --workers 1 --backend-store-uri sqlite:///$(CURDIR)/mlflow.db
 
-diff: setup  ## page with the plots of the last experiments beside the workspace's: dvc_plots/index.html
-	dvc plots diff $$(dvc exp list --name-only | head -n 3)
+diff: setup  ## page with the plots of the last three experiments: dvc_plots/index.html
+	dvc plots diff $$(git for-each-ref --sort=-creatordate --count=3 --format='%(refname:lstrip=4)' 'refs/exps/*/*/*')
 
 results: setup  ## keep parameters, lock, metrics and figures of the workspace under docs/results/NAME (NAME=…)
 	python -m cifarlab results $(NAME)

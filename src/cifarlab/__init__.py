@@ -9,7 +9,7 @@ class UserError(Exception):
 
 def first_line(error: BaseException) -> str:
     """Return the first line of an error's message, or its type where it has none, without passwords in URLs."""
-    return without_secrets(str(error).strip().partition("\n")[0] or type(error).__name__)
+    return without_secrets(str(error).strip().partition("\n")[0].rstrip(":") or type(error).__name__)
 
 
 def without_secrets(text: str) -> str:

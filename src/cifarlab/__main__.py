@@ -3,13 +3,14 @@
 import argparse
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
 from importlib.metadata import version
 from pathlib import Path
 
-from cifarlab import UserError
+from cifarlab import UserError, first_line
 from cifarlab.files import atomic, write_json
 from cifarlab.params import load_params
 
@@ -20,7 +21,11 @@ def compare(last: int) -> None:
     """Print the last runs of MLflow side by side."""
     from cifarlab import tracking
 
-    table = tracking.recent_runs(load_params().tracking.experiment, last)
+    experiment = load_params().tracking.experiment
+    try:
+        table = tracking.recent_runs(experiment, last)
+    except Exception as error:  # MLflow's, SQLAlchemy's, requests'
+        raise UserError(f"MLflow cannot be read ({first_line(error)[:200]}); is MLFLOW_TRACKING_URI right?") from error
     if table.empty:
         print("MLflow holds no run yet: `make demo` makes two in a few minutes")
     else:
@@ -51,9 +56,9 @@ def page() -> None:
 </body>
 </html>
 """
-    with atomic(Path(".dvc/tmp/plots.html")) as path:
+    with atomic(Path(".dvc/plots.html")) as path:
         path.write_text(template, "utf-8")
-    subprocess.run(["dvc", "config", "--local", "plots.html_template", "tmp/plots.html"], check=True)
+    subprocess.run(["dvc", "config", "--local", "plots.html_template", "plots.html"], check=True)
 
 
 def results(name: str) -> None:
@@ -63,6 +68,9 @@ def results(name: str) -> None:
     status = subprocess.run(["dvc", "status", "--quiet"], check=False)
     if status.returncode:
         raise UserError("the workspace does not hold what params.yaml says: run `dvc repro` or `dvc exp apply NAME` first")
+    if not re.fullmatch(r"\w[\w.-]*", name):
+        raise UserError(f"NAME = {name!r} is refused; it becomes a folder in {RESULTS}/: letters, digits, _ . and -")
+    timing = tracking.timing(load_params())
     target = RESULTS / name
     shutil.rmtree(target, ignore_errors=True)
     target.mkdir(parents=True)
@@ -75,7 +83,7 @@ def results(name: str) -> None:
         "platform": platform.platform(),
         "python": platform.python_version(),
         **{package: version(package) for package in tracking.VERSIONS},
-        **tracking.timing(load_params()),
+        **timing,
     }
     write_json(target / "machine.json", machine)
     print(f"kept in {target}/")
@@ -92,7 +100,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m cifarlab", description="Small commands around the pipeline.")
     commands = parser.add_subparsers(dest="command", required=True)
     comparing = commands.add_parser("compare", help="print the last runs side by side")
-    comparing.add_argument("--last", type=int, default=10, metavar="N")
+    comparing.add_argument("--last", type=int, default=10, choices=range(1, 1001), metavar="N")
     commands.add_parser("page", help="make the pages of `dvc plots` open offline")
     keeping = commands.add_parser("results", help="keep the evidence of the workspace's run under docs/results/")
     keeping.add_argument("name", metavar="NAME")

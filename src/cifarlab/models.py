@@ -159,10 +159,13 @@ def save(network: Network, path: Path) -> None:
     """Write the weights as safetensors; the header says how to build the network again."""
     # One key only: the order of several is not fixed, and the same network must give the same bytes.
     header = {"params": network.params.model_dump(), "image_size": network.image_size, "classes": network.classes}
+    tensors = {name: tensor.cpu().contiguous() for name, tensor in network.state_dict().items()}
     with atomic(path) as temporary:
-        save_file(
-            {name: tensor.cpu().contiguous() for name, tensor in network.state_dict().items()}, temporary, {"network": json.dumps(header)}
-        )
+        try:
+            save_file(tensors, temporary, {"network": json.dumps(header)})
+        except SafetensorError as error:  # what it makes of a full disk
+            raise UserError(f"{path} cannot be written: {first_line(error)}; make room and type the same command again") from error
+        temporary.chmod(0o644)  # safetensors lets nobody else read
 
 
 def load(path: Path) -> Network:

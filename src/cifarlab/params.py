@@ -168,7 +168,8 @@ def _sentence(fault: Any, content: dict[str, Any]) -> str:
             if section in SECTIONS
             else f"the sections are {', '.join(SECTIONS)}"
         )
-        return f"unknown key {key} = {fault['input']!r}; did you mean {nearest}? ({known})"
+        value = "" if isinstance(fault["input"], dict) else f" = {fault['input']!r}"
+        return f"unknown key {key}{value}; did you mean {nearest}? ({known})"
     if fault["type"] == "missing":
         return f"{key} is missing; it must be {_allowed(key)}"
     if fault["type"] == "invalid_key":

@@ -72,7 +72,7 @@ def _fetch_one(source: str, sha256: str | None, root: Path, cache: Path) -> Path
         return _download(source, sha256, cache)
     path = Path(unquote(url.path)) if url.scheme == "file" else root / Path(source).expanduser()
     if not path.exists():
-        raise UserError(f"{without_secrets(source)} does not exist")
+        raise UserError(f"{without_secrets(source)} does not exist (relative paths start at {root})")
     if sha256 is not None:
         if path.is_dir():
             raise UserError(f"{source} is a directory, which has no checksum: set data.sha256: null")
@@ -183,7 +183,7 @@ def read_folder(source: Path, image_size: int) -> Dataset:
     names = {split: sorted({label for s, label, _ in found if s == split}) for split in SPLITS}
     if not names["train"] or names["train"] != names["test"]:
         raise UserError(
-            f"{source} must hold images of the same classes in train/<class>/ and test/<class>/; "
+            f"{source} must hold PNG or JPEG images of the same classes in train/<class>/ and test/<class>/; "
             f"train has {names['train'] or 'none'}, test has {names['test'] or 'none'}"
         )
     if len(names["train"]) < 2:
@@ -197,7 +197,7 @@ def read_folder(source: Path, image_size: int) -> Dataset:
 def _image_files(source: Path) -> Iterator[tuple[str, Any]]:
     """Yield (name, function that opens it) of every image below train/ and test/."""
     if source.is_dir():
-        for path in sorted(source.glob("*/*/*")):
+        for path in sorted(source.rglob("*")):
             if _is_image(path.relative_to(source).as_posix()):
                 yield path.relative_to(source).as_posix(), lambda path=path: path.open("rb")
     elif zipfile.is_zipfile(source):

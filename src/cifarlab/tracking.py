@@ -72,6 +72,8 @@ def experiment_id(client: Any, name: str) -> str:
 
     with _alone():
         if found := client.get_experiment_by_name(name):
+            if found.lifecycle_stage == "deleted":  # its name stays taken
+                client.restore_experiment(found.experiment_id)
             return str(found.experiment_id)
         artifacts = None
         if mlflow.get_tracking_uri() == _local_store():
@@ -130,12 +132,14 @@ class Mirror:
         try:
             self.client = connect()
         except Exception as error:  # a malformed MLFLOW_TRACKING_URI
-            print(f"warning: MLflow cannot be reached ({first_line(error)}); the files are not affected", file=sys.stderr)
+            print(f"warning: MLflow cannot be reached ({first_line(error)[:200]}); the files are not affected", file=sys.stderr)
         self._open()
         self.clock = time.perf_counter()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self.monitor:
+            self.monitor.finish()  # raises nothing, and must end even where MLflow no longer answers
         self._close("FINISHED" if kind is None else "KILLED" if kind is KeyboardInterrupt else "FAILED")
 
     @harmless
@@ -194,7 +198,6 @@ class Mirror:
     @harmless
     def _close(self, status: str) -> None:
         if self.monitor:
-            self.monitor.finish()
             # A training shorter than the sampling interval has a sample, too.
             self.monitor.collect_metrics()
             self.monitor.publish_metrics(self.monitor.aggregate_metrics())
@@ -350,8 +353,18 @@ def recent_runs(experiment: str, last: int) -> pd.DataFrame:
 
 
 def timing(params: Params) -> dict[str, Any]:
-    """Return device, threads and seconds per epoch of the training that `params` name, as MLflow has them."""
-    client = connect()
+    """Return device, threads and seconds per epoch of the training that `params` name, as MLflow has them.
+
+    Empty where MLflow cannot be read or does not know the training.
+    """
+    try:
+        return _timing(connect(), params)
+    except Exception as error:  # MLflow's, SQLAlchemy's, requests'
+        print(f"warning: MLflow cannot be read ({first_line(error)[:200]}); no timings are kept", file=sys.stderr)
+        return {}
+
+
+def _timing(client: Any, params: Params) -> dict[str, Any]:
     found = client.get_experiment_by_name(params.tracking.experiment)
     runs = client.search_runs([found.experiment_id], f"tags.`{KEY}` = '{training_key(params)}'") if found else []
     for run in runs:

@@ -1,4 +1,4 @@
-"""The training loop. Needs nothing but torch, so that it runs on a bare GPU machine."""
+"""The training loop. Knows neither DVC nor MLflow nor where files lie: images in, a trained network out."""
 
 import math
 import sys

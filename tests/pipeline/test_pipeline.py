@@ -220,6 +220,11 @@ def test_results_keeps_the_evidence(project: Project) -> None:
     machine = json.loads((kept / "machine.json").read_text())
     assert machine["threads"] == "1"
     assert len(machine["epoch_seconds"]) == 3
+    for name in (".", "..", "../metrics", str(project.folder)):  # the folder is emptied before it is filled
+        refused = project.run("python", "-m", "cifarlab", "results", name, check=False, PYTHONPATH="src")
+        assert refused.returncode == 1
+        assert "NAME" in refused.stdout
+    assert (kept / "params.yaml").exists()
     project.edit("train", seed=1)
     refused = project.run("python", "-m", "cifarlab", "results", "small", check=False, PYTHONPATH="src")
     assert refused.returncode == 1
