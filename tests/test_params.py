@@ -33,7 +33,7 @@ def test_committed_parameters_are_valid_and_kept_as_they_are() -> None:
         NOTEBOOK,
         {"data.name": "digits", "data.sources": [], "data.sha256": None},
         {"data.name": "folder", "data.sources": ["photos.zip"], "data.sha256": None, "data.image_size": 64},
-        {"data.sources": ["file:///tmp/cifar.tar.gz"], "data.sha256": None},
+        {"data.sources": ["file:///data/cifar.tar.gz"], "data.sha256": None},
         {"model.residual": True, "model.layers": 4},
         {"model.norm": "group", "model.widths": [8, 16]},
         {"model.norm": "group", "model.widths": [8, 8, 8, 8, 16, 16], "model.pool": "stride"},
