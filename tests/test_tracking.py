@@ -122,3 +122,15 @@ def test_a_store_that_breaks_in_the_middle_costs_one_warning(checkout: Path, mak
         for epoch in range(1, 4):
             mirror.epoch(EPOCH._replace(epoch=epoch))
     assert capsys.readouterr().err.count("warning: MLflow") == 1
+
+
+def test_a_deleted_experiment_comes_back(checkout: Path, make_params: Make, capsys: pytest.CaptureFixture[str]) -> None:
+    params = make_params({"tracking.system_metrics": False})
+    with tracking.Mirror("train", params):
+        pass
+    client = mlflow.MlflowClient()
+    client.delete_experiment(client.get_experiment_by_name("cifarlab").experiment_id)
+    with tracking.Mirror("train", params):
+        pass
+    assert "warning" not in capsys.readouterr().err
+    assert client.get_experiment_by_name("cifarlab").lifecycle_stage == "active"
