@@ -7,20 +7,15 @@ export PATH := $(abspath $(VENV))/bin:$(PATH)
 export PYTHONPATH := src
 export DVC_NO_ANALYTICS := 1
 export MLFLOW_DISABLE_TELEMETRY := true
-DEMO := -S data.name=digits -S train.epochs=8 -S train.batch_size=32 -S train.flip=false
-# The network and the training of the student's notebook that this project started from.
-NOTEBOOK := -S model.layers=3 -S 'model.widths=[64,128,256]' -S model.padding=valid -S model.global_pool=none \
-  -S 'model.dropout=[0,0.1,0]' -S 'model.head=[128,256]' -S data.validation=0 -S train.optimizer=adam -S train.lr=0.001 \
-  -S train.batch_size=32 -S train.epochs=8 -S train.weight_decay=0 -S train.schedule=constant -S train.label_smoothing=0 \
-  -S train.flip=false -S train.translate=0
+DEMO := -S data.name=digits -S train.epochs=8 -S train.batch_size=32 -S train.flip=none
 NAME ?= latest
 PORT ?= 5000
 
-.PHONY: help setup demo repro notebook test lint format ui diff results lock
+.PHONY: help setup demo repro notebook tiny strong bench bench-quick bench-scaling test lint format ui diff results lock
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z -]+:.*## / {printf "  make %-22s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(STAMP) $(PAGE)  ## make .venv from requirements.txt (done by every target when missing or stale)
 	@echo "ready: source $(VENV)/bin/activate"
@@ -51,14 +46,14 @@ demo: setup  ## offline, minutes: the pipeline and a variant on handwritten digi
 	@echo "  open dvc_plots/index.html                    confusion matrices and curves side by side"
 	@echo "  source .venv/bin/activate                    then, as you like:"
 	@echo "  dvc exp show --only-changed                  every experiment, its parameters and metrics"
-	@echo "  dvc exp run -S data.name=digits -S train.flip=false -S model.norm=none"
+	@echo "  dvc exp run -S data.name=digits -S train.flip=none -S model.norm=none"
 	@echo "  dvc repro                                    the real thing: CIFAR-10"
 
 repro: setup  ## run what params.yaml asks for (dvc repro)
 	dvc repro
 
-notebook: setup  ## the network and training of the student's notebook, as an experiment
-	dvc exp run --name notebook $(NOTEBOOK)
+notebook tiny strong: setup  ## a variant of variants.yaml as an experiment: the student's notebook, 2 minutes, no limit
+	changes=$$(python -m cifarlab options $@) && dvc exp run --name $@ $$changes
 
 ui: setup  ## compare runs in MLflow; prints the address (PORT=…)
 	@echo "open http://127.0.0.1:$(PORT)/#/experiments/1/runs?workflowType=machine_learning (Ctrl-C ends the server)"
@@ -69,6 +64,17 @@ diff: setup  ## page with the plots of the last three experiments: dvc_plots/ind
 
 results: setup  ## keep parameters, lock, metrics and figures of the workspace under docs/results/NAME (NAME=…)
 	python -m cifarlab results $(NAME)
+
+bench: setup  ## against the notebook's way, three seeds side by side, an hour: bench/results/full.md
+	dvc repro --quiet download
+	python -m bench
+
+bench-quick: setup  ## speeds only, in five minutes: bench/results/quick.md
+	dvc repro --quiet download
+	python -m bench --quick
+
+bench-scaling: setup  ## how speed and memory grow: docs/scaling.csv, docs/scaling.png
+	python -m bench.scaling
 
 test: setup  ## all tests (a few minutes); TESTS=tests/test_models.py for some
 	python -m pytest $(TESTS)

@@ -23,6 +23,9 @@ def evaluate(params: Params) -> None:
         logits = models.predict(network.to(device), images, params.evaluate.batch_size)
         probabilities = logits.double().softmax(1).cpu().numpy()
         metrics, tables = evaluation.evaluate(probabilities, data.labels["test"], data.classes, params.evaluate.calibration_bins)
+        if params.evaluate.mirror:
+            both = logits + models.predict(network, images.flip(2), params.evaluate.batch_size)
+            metrics["accuracy_mirrored"] = float((both.argmax(1).cpu().numpy() == data.labels["test"]).mean())
         write_json(Path("metrics/evaluate.json"), metrics)
         for name, table in tables.items():
             with atomic(Path(f"plots/{name}.csv")) as path:

@@ -33,7 +33,7 @@ def train(params: Params) -> None:
 
     images, validation = to_device(kept), to_device(held_out) if len(held_out) else None
     network = models.Network(params.model, params.data.image_size, data.classes)
-    network.normalize.measure(images.images)
+    network.measure(images.images)
     network.to(device)
     history: list[training.Epoch] = []
     print(f"{data.name}: {params.model.describe()}, {network.count_parameters():,} parameters, on {device.type}")

@@ -9,9 +9,15 @@ import pytest
 import torch
 import yaml
 
-from cifarlab.params import Params, load_params
+from cifarlab.params import Params, TrainParams, load_params
 
 REPO = Path(__file__).resolve().parent.parent
+VARIANTS: dict[str, dict[str, Any]] = yaml.safe_load((REPO / "variants.yaml").read_text("utf-8"))
+NOTEBOOK = VARIANTS["notebook"]
+# What the tests of a part go without, unless they say so.
+PLAIN_NETWORK = {"stem": "none", "norm_scale": True, "activation": "relu", "pool_at": "end", "init": "default", "logit_scale": 1}
+PLAIN_TRAINING = {"optimizer": "sgd", "lr": 0.05, "momentum": 0.9, "weight_decay": 0.0005, "norm_bias_lr": 1, "schedule": "one_cycle"}
+MakeTrain = Callable[..., TrainParams]
 # One thread: the tests' networks are tiny, and results do not depend on the machine's cores.
 torch.set_num_threads(1)
 
@@ -37,16 +43,8 @@ def make_params(content: dict[str, Any], tmp_path: Path) -> Callable[..., Params
     return make
 
 
-NOTEBOOK = {
-    "model.layers": 3,
-    "model.widths": [64, 128, 256],
-    "model.padding": "valid",
-    "model.norm": "batch",
-    "model.activation": "relu",
-    "model.pool": "max",
-    "model.global_pool": "none",
-    "model.dropout": [0, 0.1, 0],
-    "model.residual": False,
-    "model.head": [128, 256],
-    "model.init": "default",
-}
+@pytest.fixture
+def train_params(content: dict[str, Any]) -> MakeTrain:
+    """Return a function: train_params(lr=0.1) gives the parameters of a plain and exact training on the CPU, with changes."""
+    exact = {"batch_size": 16, "label_smoothing": 0.1, "low_res_share": 0, "precision": "float32", "device": "cpu", "threads": 1}
+    return lambda **changes: TrainParams(**content["train"] | PLAIN_TRAINING | exact | changes)

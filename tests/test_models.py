@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 from cifarlab import UserError, models
 from cifarlab.architecture import ModelParams
-from cifarlab.models import Network, Normalize, predict
+from cifarlab.models import GlobalPool, Network, Normalize, Whiten, predict
 from cifarlab.params import Params
-from tests.conftest import NOTEBOOK, REPO
+from tests.conftest import NOTEBOOK, PLAIN_NETWORK, REPO
 
 Make = Callable[..., ModelParams]
 POOLS, PADDINGS = ("max", "avg", "stride", "none"), ("same", "valid")
@@ -28,9 +28,8 @@ POOLS, PADDINGS = ("max", "avg", "stride", "none"), ("same", "valid")
 
 @pytest.fixture
 def make(content: dict[str, Any]) -> Make:
-    """Return a function: make(layers=3) gives the committed model parameters with changes, small ones first of all."""
-    small = content["model"] | {"widths": [8, 16, 24]}
-    return lambda **changes: ModelParams(**small | changes)
+    """Return a function: make(layers=3) gives the committed model parameters with changes, first of all to a small plain network."""
+    return lambda **changes: ModelParams(**content["model"] | PLAIN_NETWORK | {"widths": [8, 16, 24]} | changes)
 
 
 def pixels(n: int, size: int = 32, seed: int = 0) -> Tensor:
@@ -45,6 +44,13 @@ def batch(n: int, size: int = 32) -> Tensor:
 def seeded(params: ModelParams, size: int = 32, seed: int = 0) -> Network:
     torch.manual_seed(seed)
     return Network(params, size, ["a", "b", "c"])
+
+
+def natural(n: int, size: int = 16) -> Tensor:
+    """Smooth images whose colours resemble each other: neighbouring numbers are correlated."""
+    noise = torch.rand(n, 3, size // 2 + 1, size // 2 + 1, generator=torch.Generator().manual_seed(0))
+    mixed = torch.einsum("oc,nchw->nohw", torch.tensor([[1.0, 0.2, 0.1], [0.7, 0.7, 0.1], [0.5, 0.3, 0.9]]), noise)
+    return (F.interpolate(mixed, (size, size), mode="bilinear") * 150).byte().permute(0, 2, 3, 1)
 
 
 def layers_of(network: nn.Module) -> list[nn.Conv2d | nn.Linear]:
@@ -77,51 +83,97 @@ def test_notebook_variant_is_the_handwritten_network(make_params: Callable[..., 
     assert network.count_parameters() == sum(p.numel() for p in reference.parameters()) == 538_506
 
 
-def torch_sizes(pool: str, padding: str, kernel: int, stages: list[int], size: int) -> list[tuple[int, int]] | None:
-    """In and out sizes of the convolutions by running torch's own on an image without data; None where one refuses."""
+def test_stem_pooling_at_the_start_momentum_and_scale_are_the_handwritten_network(make: Make) -> None:
+    choice = {"stem": "whiten", "layers": 3, "widths": [8, 16], "pool": "max", "pool_at": "start", "activation": "gelu"}
+    network = seeded(make(**choice, norm="batch", norm_momentum=0.4, global_pool="max", dropout=[0.2, 0], logit_scale=0.125), 16)
+    network.measure(pixels(4, 16))
+    reference = nn.Sequential(
+        *(nn.Conv2d(3, 24, 2), nn.GELU()),  # 15
+        *(nn.Conv2d(24, 8, 3, padding=1), nn.MaxPool2d(2), nn.BatchNorm2d(8, momentum=0.4), nn.GELU(), nn.Dropout2d(0.2)),  # 7
+        *(nn.Conv2d(8, 16, 3, padding=1), nn.MaxPool2d(2), nn.BatchNorm2d(16, momentum=0.4), nn.GELU()),  # 3
+        *(nn.Conv2d(16, 16, 3, padding=1), nn.BatchNorm2d(16, momentum=0.4), nn.GELU()),
+        *(nn.MaxPool2d(3), nn.Flatten(), nn.Linear(16, 3)),
+    )
+
+    def weights() -> list[Tensor]:
+        return [tensor for name, tensor in network.state_dict().items() if not name.startswith("normalize")]
+
+    reference.load_state_dict({name: tensor.clone() for name, tensor in zip(reference.state_dict(), weights(), strict=True)})
+    x = (batch(8, 16).float() - network.normalize.mean) / network.normalize.std
+    for mode in (True, True, False):  # in training mode the same seed drops the same channels, and the running statistics move
+        torch.manual_seed(1)
+        expected = reference.train(mode)(x) / 8
+        torch.manual_seed(1)
+        torch.testing.assert_close(network.train(mode)(batch(8, 16)), expected)
+    for ours, theirs in zip(weights(), reference.state_dict().values(), strict=True):
+        torch.testing.assert_close(ours, theirs)
+    assert network.count_parameters() == sum(p.numel() for p in reference.parameters()) - 24 * 3 * 2 * 2  # the frozen ones
+
+
+@pytest.mark.parametrize("head", [[], [6]])
+def test_logits_are_scaled(make: Make, head: list[int]) -> None:
+    one, quarter = (seeded(make(layers=2, head=head, logit_scale=scale)) for scale in (1, 0.25))
+    assert one(batch(4)).abs().max() > 0.01
+    torch.testing.assert_close(quarter(batch(4)), one(batch(4)) / 4)
+
+
+def torch_sizes(params: ModelParams, size: int) -> list[tuple[int, int, int]] | None:
+    """Sizes before and after each convolution, and pooled, by running torch's own on an image without data; None where one refuses."""
     sizes, x = [], torch.empty(1, 1, size, size, device="meta")
-    weight = torch.empty(1, 1, kernel, kernel, device="meta")
+    weight = torch.empty(1, 1, params.kernel_size, params.kernel_size, device="meta")
+    padding = params.kernel_size // 2 if params.padding == "same" else 0
     try:
-        for convolutions in stages:
-            for i in range(convolutions):
+        if params.stem == "whiten":
+            x = F.conv2d(x, torch.empty(1, 1, 2, 2, device="meta"))
+        for convolutions in params.stages:
+            places = ["alone"] if convolutions == 1 else ["first", *["middle"] * (convolutions - 2), "last"]
+            for place in places:
                 before = x.shape[-1]
-                x = F.conv2d(x, weight, stride=2 if pool == "stride" and i == 0 else 1, padding=kernel // 2 if padding == "same" else 0)
-                sizes.append((before, x.shape[-1]))
-            if pool in ("max", "avg"):
-                x = F.max_pool2d(x, 2)
+                x = F.conv2d(x, weight, stride=2 if params.pool == "stride" and place in ("alone", "first") else 1, padding=padding)
+                after = x.shape[-1]
+                if params.pool in ("max", "avg") and place in ("alone", {"start": "first", "end": "last"}[params.pool_at]):
+                    x = F.max_pool2d(x, 2)
+                sizes.append((before, after, x.shape[-1]))
     except RuntimeError:
         return None
     return sizes
 
 
+@pytest.mark.parametrize("pool_at", ["start", "end"])
+@pytest.mark.parametrize("stem", ["none", "whiten"])
 @pytest.mark.parametrize(("pool", "padding"), list(itertools.product(POOLS, PADDINGS)))
-def test_plan_has_the_sizes_of_torch_and_refuses_what_torch_does(make: Make, pool: str, padding: str) -> None:
+def test_plan_has_the_sizes_of_torch_and_refuses_what_torch_does(make: Make, pool: str, padding: str, stem: str, pool_at: str) -> None:
     accepted = refused = 0
     for kernel, layers, size in itertools.product((1, 2, 3, 5), range(1, 10), (1, 4, 7, 32)):
         if padding == "same" and kernel == 2:
             continue
-        params = make(pool=pool, padding=padding, kernel_size=kernel, layers=layers)
+        params = make(stem=stem, pool=pool, pool_at=pool_at, padding=padding, kernel_size=kernel, layers=layers)
         try:
-            planned = [(c.in_size, c.out_size) for c in params.plan(size)]
+            planned = [(c.in_size, c.out_size, c.out_size // 2 if c.pooled else c.out_size) for c in params.plan(size)]
         except ValueError:
             planned = None
-        assert planned == torch_sizes(pool, padding, kernel, params.stages, size), (kernel, layers, size)
+        assert planned == torch_sizes(params, size), (kernel, layers, size)
         accepted, refused = accepted + (planned is not None), refused + (planned is None)
-    assert accepted > 30
+    assert accepted > 20
     assert refused > 20 or (padding == "same" and pool in ("stride", "none"))
 
 
-@pytest.mark.parametrize(("pool", "padding"), list(itertools.product(POOLS, PADDINGS)))
-def test_every_valid_combination_computes_and_learns(make: Make, pool: str, padding: str) -> None:
-    activations = itertools.cycle(models.ACTIVATIONS)  # seven, prime to the sizes of the other choices: each meets each
+@pytest.mark.parametrize(
+    ("pool", "padding", "pool_at"),
+    [c for c in itertools.product(POOLS, PADDINGS, ("start", "end")) if c[0] in ("max", "avg") or c[2] == "end"],
+)
+def test_every_valid_combination_computes_and_learns(make: Make, pool: str, padding: str, pool_at: str) -> None:
+    # Seven and five, prime to the sizes of the other choices: each meets each.
+    activations, stems = itertools.cycle(models.ACTIVATIONS), itertools.cycle(["none", "whiten", "whiten", "none", "whiten"])
     options = itertools.product(range(1, 10), ("batch", "group", "none"), (False, True), ("max", "avg", "none"))
-    size = 24 if padding == "valid" else 16
+    size = 24 if padding == "valid" else 17
     built, images = 0, batch(4, size)
     for layers, norm, residual, global_pool in options:
-        choice = {"layers": layers, "norm": norm, "residual": residual, "global_pool": global_pool, "activation": next(activations)}
+        choice = {"layers": layers, "norm": norm, "residual": residual, "global_pool": global_pool}
+        choice |= {"activation": next(activations), "stem": next(stems)}
         try:
             # Two channels in a group at least: of one value, nothing is left by group normalisation.
-            params = make(pool=pool, padding=padding, widths=[16, 16, 32], head=[8], **choice)
+            params = make(pool=pool, padding=padding, pool_at=pool_at, widths=[16, 16, 32], head=[8], **choice)
             plan = list(params.plan(size))
         except ValueError:
             continue
@@ -136,15 +188,17 @@ def test_every_valid_combination_computes_and_learns(make: Make, pool: str, padd
         assert logits.isfinite().all(), choice
         F.cross_entropy(logits, torch.tensor([0, 1, 2, 0])).backward()  # type: ignore[no-untyped-call]
         for name, parameter in network.named_parameters():
-            assert parameter.grad is not None, (choice, name)
-            assert parameter.grad.isfinite().all(), (choice, name)
-        assert all(module.weight.grad is not None and module.weight.grad.any() for module in layers_of(network)), choice
+            assert (parameter.grad is None) == (name == "stem.0.weight"), (choice, name)
+            assert parameter.grad is None or parameter.grad.isfinite().all(), (choice, name)
+        trained = [module.weight.grad for module in layers_of(network) if not isinstance(module, Whiten)]
+        assert all(gradient is not None and gradient.any() for gradient in trained), choice
         built += 1
     assert built >= 27
 
 
-def test_residual_adds_the_first_output_to_the_last(make: Make) -> None:
-    params = make(residual=True, layers=4, norm="none", activation="relu", pool="max", padding="same")
+@pytest.mark.parametrize("pool_at", ["start", "end"])
+def test_residual_adds_the_first_output_to_the_last(make: Make, pool_at: str) -> None:
+    params = make(residual=True, layers=4, norm="none", activation="relu", pool="max", pool_at=pool_at, padding="same")
     network = seeded(params).eval()
     x = torch.randn(2, 3, 8, 8)
     conv = [(module.weight, module.bias) for module in network.stages.modules() if isinstance(module, nn.Conv2d)]
@@ -152,7 +206,11 @@ def test_residual_adds_the_first_output_to_the_last(make: Make) -> None:
     for i in (0, 1):  # a stage of one convolution has nothing to skip
         x = F.max_pool2d(layer[i](x), 2)
     first = layer[2](x)
-    torch.testing.assert_close(network.stages[2](x), F.max_pool2d(first + layer[3](first), 2))
+    if pool_at == "start":  # a maximum may be taken before or after the ReLU
+        first = F.max_pool2d(first, 2)
+        torch.testing.assert_close(network.stages[2](x), first + layer[3](first))
+    else:
+        torch.testing.assert_close(network.stages[2](x), F.max_pool2d(first + layer[3](first), 2))
 
 
 def test_group_norm_has_eight_groups(make: Make) -> None:
@@ -163,6 +221,23 @@ def test_group_norm_has_eight_groups(make: Make) -> None:
     torch.testing.assert_close(groups.mean(2), torch.zeros(2, 8), atol=1e-5, rtol=0)
     torch.testing.assert_close(groups.var(2, correction=0), torch.ones(2, 8), atol=1e-3, rtol=0)
     assert outputs[0].mean((2, 3)).abs().max() > 0.01  # a single channel is not centred
+
+
+@pytest.mark.parametrize("norm", ["batch", "group"])
+@pytest.mark.parametrize("scale", [True, False])
+def test_norm_scale_is_learned_or_one(make: Make, norm: str, scale: bool) -> None:
+    network = seeded(make(norm=norm, norm_scale=scale, layers=2))
+    norms = [module for module in network.modules() if isinstance(module, nn.BatchNorm2d | nn.GroupNorm)]
+    assert [(m.weight.requires_grad, m.bias.requires_grad) for m in norms] == [(scale, True)] * 2
+    assert all((m.weight == 1).all() for m in norms)
+    assert seeded(make(norm=norm, norm_scale=True, layers=2)).count_parameters() - network.count_parameters() == (0 if scale else 8 + 16)
+
+
+@pytest.mark.parametrize(("kind", "expected"), [("max", np.max), ("avg", np.mean)])
+def test_global_pooling_takes_maps_of_any_size(kind: str, expected: Callable[..., Any]) -> None:
+    for height, width in ((1, 1), (3, 4), (7, 2)):
+        x = torch.randn(5, 6, height, width)
+        np.testing.assert_allclose(GlobalPool(kind)(x), expected(x.numpy(), axis=(2, 3)), rtol=1e-5, atol=1e-6)
 
 
 def test_dropout_drops_whole_channels_after_its_stage_only(make: Make) -> None:
@@ -184,6 +259,68 @@ def test_dropout_drops_whole_channels_after_its_stage_only(make: Make) -> None:
 def test_a_single_share_drops_after_every_stage(make: Make) -> None:
     network = seeded(make(layers=2, dropout=0.25))
     assert [module.p for module in network.modules() if isinstance(module, nn.Dropout2d)] == [0.25, 0.25]
+
+
+# The whitening stem
+
+
+def test_whitened_patches_are_uncorrelated_with_unit_variance_and_both_signs(make: Make) -> None:
+    network, images = seeded(make(stem="whiten"), 16), natural(300)
+    values = images.numpy() / 255.0
+    patches = np.stack([values[:, y : y + 15, x : x + 15, c].ravel() for y in (0, 1) for x in (0, 1) for c in range(3)])
+    assert np.abs(np.corrcoef(patches) - np.eye(12)).max() > 0.5  # there is something to do
+    network.measure(images)
+    stem = network.stem[0]
+    out = (stem(network.normalize(images.permute(0, 3, 1, 2))) - stem.bias[:, None, None]).detach()
+    assert out.shape == (300, 24, 15, 15)
+    components = out.transpose(0, 1).flatten(1).double().numpy()
+    np.testing.assert_allclose(np.cov(components[:12]), np.eye(12), atol=0.04)
+    np.testing.assert_allclose(components[12:], -components[:12], atol=1e-5)
+
+
+def test_components_of_patches_that_do_not_vary_stay_finite(make: Make) -> None:
+    network, grey = seeded(make(stem="whiten"), 16), natural(20)[..., :1].expand(-1, -1, -1, 3)
+    for images in (grey, torch.full_like(grey, 7)):
+        network.measure(images)
+        assert predict(network, images, 20).isfinite().all()
+        assert network.stem[0].weight.abs().max() <= 1 / math.sqrt(5e-4)  # the faintest are not blown up
+
+
+def test_only_the_bias_of_the_stem_is_trained(make: Make) -> None:
+    network, without = seeded(make(stem="whiten", layers=2)), seeded(make(stem="none", layers=2))
+    # A bias for each of 24 channels, which the first layer of 8 takes instead of 3.
+    assert network.count_parameters() - without.count_parameters() == 24 + (24 - 3) * 9 * 8
+    assert [name for name, p in network.named_parameters() if not p.requires_grad] == ["stem.0.weight"]
+
+
+@pytest.mark.parametrize("init", ["zeros", "constant", "normal"])
+def test_no_initialisation_touches_the_stem(make: Make, init: str) -> None:
+    network = seeded(make(stem="whiten", init="default"))
+    network.measure(pixels(20))
+    before = [p.clone() for p in network.stem.parameters()]
+    models.initialise(network, init, 3.0)
+    assert all(map(torch.equal, network.stem.parameters(), before))
+
+
+@pytest.mark.xfail(strict=True, reason="only the first 2000 images are measured")
+def test_the_stem_is_measured_on_all_classes(make: Make) -> None:
+    """Folders come class by class: the first images are all of one."""
+    images = torch.cat([torch.full((2100, 16, 16, 3), 90, dtype=torch.uint8), natural(2100)])
+    network = seeded(make(stem="whiten", layers=1), 16)
+    network.measure(images)
+    stem = network.stem[0]
+    out = (stem(network.normalize(images.permute(0, 3, 1, 2))) - stem.bias[:, None, None]).detach()
+    second_moments = out[:, :12].double().square().mean((0, 2, 3))
+    assert 0.7 < second_moments.min() < second_moments.max() < 1.3
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_images_on_the_gpu_measure_the_same(make: Make) -> None:
+    here, there = seeded(make(stem="whiten"), 16), seeded(make(stem="whiten"), 16)
+    here.measure(natural(50))
+    there.measure(natural(50).cuda())  # before the network itself goes there
+    torch.testing.assert_close(predict(there, natural(9), 9), predict(here, natural(9), 9))
 
 
 # Initial weights
@@ -213,13 +350,17 @@ def test_weights_without_chance(make: Make, init: str, gain: float, expected: fl
 
 
 @pytest.mark.parametrize("gain", [1.0, 2.0])
-def test_dirac_passes_channels_on(make: Make, gain: float) -> None:
-    first, second = layers_of(seeded(make(init="dirac", init_gain=gain, widths=[8], layers=2)))[:2]
+def test_dirac_passes_channels_on_and_leaves_the_rest_to_chance(make: Make, gain: float) -> None:
+    choice = {"widths": [8, 4], "layers": 3, "init_gain": gain}
+    layers, default = layers_of(seeded(make(init="dirac", **choice))), layers_of(seeded(make(init="default", **choice)))
+    first, second, third = layers[:3]
     x = torch.randn(2, 3, 5, 5)
     torch.testing.assert_close(first(x)[:, :3], gain * x)
-    assert not first(x)[:, 3:].any()
+    assert torch.equal(first.weight[3:], default[0].weight[3:])
     x = torch.randn(2, 8, 5, 5)
-    torch.testing.assert_close(second(x), gain * x)
+    torch.testing.assert_close(second(x), gain * x[:, :4])
+    torch.testing.assert_close(third(x[:, :4]), gain * x[:, :4])
+    assert torch.equal(layers[3].weight, default[3].weight)  # the classifier
 
 
 @pytest.mark.parametrize("init", ["default", "kaiming", "xavier", "dirac", "normal", "constant", "zeros"])
@@ -266,8 +407,8 @@ def test_predict_evaluates_and_puts_the_mode_back(make: Make, mode: bool) -> Non
 @pytest.fixture
 def trained(make: Make) -> Network:
     """A network none of whose numbers are the initial ones."""
-    network = seeded(make(layers=4, dropout=[0, 0.5, 0], residual=True, head=[6])).train()
-    network.normalize.measure(pixels(3))
+    network = seeded(make(stem="whiten", layers=4, dropout=[0, 0.5, 0], residual=True, head=[6], logit_scale=0.5)).train()
+    network.measure(pixels(3))
     network(batch(8)).sum().backward()
     torch.optim.SGD(network.parameters(), 0.1).step()
     return network.to(memory_format=torch.channels_last)
@@ -281,6 +422,7 @@ def test_round_trip_is_exact(trained: Network, tmp_path: Path) -> None:
     assert loaded.state_dict().keys() == trained.state_dict().keys()
     assert all(torch.equal(loaded.state_dict()[name], tensor) for name, tensor in trained.state_dict().items())
     assert not loaded.training
+    assert loaded.count_parameters() == trained.count_parameters()
     torch.testing.assert_close(predict(loaded, pixels(5), 5), predict(trained, pixels(5), 5))
 
 

@@ -1,4 +1,6 @@
 import os
+import re
+import shutil
 import subprocess
 import sys
 import time
@@ -12,7 +14,7 @@ import yaml
 from cifarlab import UserError
 from cifarlab.architecture import ModelParams
 from cifarlab.params import Params, load_params
-from tests.conftest import NOTEBOOK, REPO
+from tests.conftest import NOTEBOOK, REPO, VARIANTS
 
 Make = Callable[..., Params]
 
@@ -30,17 +32,22 @@ def test_committed_parameters_are_valid_and_kept_as_they_are() -> None:
 @pytest.mark.parametrize(
     "changes",
     [
-        NOTEBOOK,
+        *VARIANTS.values(),
         {"data.name": "digits", "data.sources": [], "data.sha256": None},
         {"data.name": "folder", "data.sources": ["photos.zip"], "data.sha256": None, "data.image_size": 64},
         {"data.sources": ["file:///data/cifar.tar.gz"], "data.sha256": None},
         {"model.residual": True, "model.layers": 4},
         {"model.norm": "group", "model.widths": [8, 16]},
         {"model.norm": "group", "model.widths": [8, 8, 8, 8, 16, 16], "model.pool": "stride"},
-        {"model.kernel_size": 4, "model.padding": "valid", "model.layers": 3},
+        {"model.norm": "group", "model.widths": [8, 8, 8, 16, 16], "model.layers": 4, "model.pool_at": "start"},
+        {"model.stem": "none", "model.pool_at": "end", "model.norm_momentum": 1, "model.logit_scale": 1},
+        {"model.kernel_size": 4, "model.padding": "valid", "model.layers": 3, "train.low_res_share": 0},
         {"model.dropout": [0, 0.1, 0.999], "model.layers": 1},
         {"model.layers": 32, "model.kernel_size": 15, "model.head": [1] * 8},
-        {"model.widths": [8] * 5, "model.layers": 5},
+        {"model.stem": "none", "model.widths": [8] * 5, "model.layers": 5, "train.low_res_share": 0},
+        {"model.global_pool": "none", "train.low_res_share": 0, "train.low_res_size": 500},
+        {"model.norm_scale": True, "train.low_res_share": 1, "train.low_res_size": 32, "train.optimizer": "adamw"},
+        {"train.flip": "random", "train.precision": "bfloat16", "train.norm_bias_lr": 0.5, "evaluate.mirror": True},
         {"train.translate": 31, "train.seed": 2**31 - 1, "train.threads": 1024},
     ],
 )
@@ -54,6 +61,8 @@ def test_scientific_notation_without_a_point_is_a_number(make_params: Make) -> N
     assert make_params({"train.lr": "1e-3"}).train.lr == 0.001
 
 
+STEM = {"model.stem": "whiten", "model.pool_at": "start"}
+NO_STEM = {"model.stem": "none", "model.pool_at": "end"}
 REFUSED = [
     # One key: its name, its value, what is allowed.
     ({"model.layer": 3}, ["model.layer = 3", "did you mean model.layers?"]),
@@ -63,7 +72,18 @@ REFUSED = [
     ({"train.lr": "fast"}, ["train.lr = 'fast'", "a number above 0"]),
     ({"train.lr": float("nan")}, ["train.lr = nan", "a number above 0"]),
     ({"train.epochs": 2.5}, ["train.epochs = 2.5", "a whole number at least 1"]),
-    ({"train.flip": "maybe"}, ["train.flip = 'maybe'", "true or false"]),
+    ({"train.flip": "maybe"}, ["train.flip = 'maybe'", "one of none, random, alternating"]),
+    ({"train.flip": True}, ["train.flip = True", "one of none, random, alternating"]),
+    ({"train.optimizer": "lion"}, ["train.optimizer = 'lion'", "one of sgd, muon, adam, adamw"]),
+    ({"train.schedule": "cosine"}, ["train.schedule = 'cosine'", "one of linear, one_cycle, constant"]),
+    ({"train.low_res_share": 1.5}, ["train.low_res_share = 1.5", "at least 0 and at most 1"]),
+    ({"train.precision": 16}, ["train.precision = 16", "one of auto, float32, bfloat16"]),
+    ({"train.norm_bias_lr": 0}, ["train.norm_bias_lr = 0", "a number above 0"]),
+    ({"evaluate.mirror": "maybe"}, ["evaluate.mirror = 'maybe'", "true or false"]),
+    ({"model.stem": "white"}, ["model.stem = 'white'", "one of none, whiten"]),
+    ({"model.pool_at": "middle"}, ["model.pool_at = 'middle'", "one of end, start"]),
+    ({"model.norm_momentum": 0}, ["model.norm_momentum = 0", "a number above 0 and at most 1"]),
+    ({"model.logit_scale": -1}, ["model.logit_scale = -1", "a number above 0"]),
     ({"train.threads": "many"}, ["train.threads = 'many'", "at least 1 and at most 1024 or auto"]),
     ({"train.batch_size": None}, ["train.batch_size = None", "a whole number at least 2"]),
     ({"model.layers": 99}, ["model.layers = 99", "at least 1 and at most 32"]),
@@ -76,16 +96,25 @@ REFUSED = [
     ({"data.sha256": None}, ["data.sha256 = null", "https://www.cs.toronto.edu", "needs the SHA-256"]),
     ({"data.sources": []}, ["data.sources is empty", "cifar10 needs a URL or a path"]),
     ({"model.kernel_size": 4}, ["model.kernel_size = 4", "padding same needs an odd kernel size"]),
-    ({"model.dropout": [0, 0.1]}, ["model.dropout = [0.0, 0.1]", "one share or 3", "model.widths = [32, 64, 128]"]),
+    ({"model.dropout": [0, 0.1], "model.widths": [8, 8, 9]}, ["model.dropout = [0.0, 0.1]", "one share or 3", "model.widths = [8, 8, 9]"]),
     ({"model.norm": "group", "model.widths": [32, 60, 128]}, ["model.widths = [32, 60, 128]", "group", "60 is not a multiple of 8"]),
     # Of one pixel in one channel a group's normalisation leaves nothing.
     ({"model.norm": "group", "model.widths": [8] * 6, "model.pool": "stride"}, ["model.widths = [8, 8", "group", "layer 5", "1×1"]),
+    # 31 → 15 → 7 → 3 → 1, pooled before it is normalised.
+    (STEM | {"model.norm": "group", "model.widths": [8] * 4, "model.layers": 4}, ["model.widths = [8, 8", "group", "layer 4", "1×1"]),
+    (STEM | {"data.name": "folder", "data.image_size": 1, "train.translate": 0}, ["model.stem = whiten", "2×2 pixels or more, not 1×1"]),
     ({"model.residual": True, "model.padding": "valid"}, ["model.residual = true", "needs model.padding: same"]),
     ({"model.residual": True, "model.layers": 3}, ["model.residual = true", "use model.layers of 4 or more"]),
     # 32 → 30 → 15 → 13 → 6 → 4 → 2: nothing is left for a fourth 3×3 kernel.
     (NOTEBOOK | {"model.layers": 4, "model.widths": [8] * 4, "model.dropout": 0}, ["model.layers = 4", "layer 4", "2×2", "3×3 kernel"]),
     # 32 → 16 → 8 → 4 → 2 → 1: nothing is left for a sixth pooling.
-    ({"model.layers": 6, "model.widths": [8] * 6}, ["model.layers = 6", "the max-pooling after layer 6", "1×1 to nothing"]),
+    (NO_STEM | {"model.layers": 6, "model.widths": [8] * 6}, ["model.layers = 6", "the max-pooling after layer 6", "1×1 to nothing"]),
+    # The stem costs a pixel, and with it a pooling: 31 → 15 → 7 → 3 → 1.
+    (STEM | {"model.layers": 5, "model.widths": [8] * 5}, ["model.layers = 5", "the max-pooling after layer 5", "1×1 to nothing"]),
+    ({"train.low_res_share": 0.1, "train.low_res_size": 33}, ["train.low_res_size = 33", "must not exceed data.image_size = 32"]),
+    ({"train.low_res_share": 0.1, "model.global_pool": "none"}, ["model.global_pool = none", "train.low_res_share: 0"]),
+    # 7 → 3 → 1
+    (STEM | {"train.low_res_share": 0.1, "train.low_res_size": 8, "model.layers": 3}, ["train.low_res_size = 8", "layer 3", "1×1"]),
     ({"train.translate": 32}, ["train.translate = 32", "below data.image_size = 32"]),
 ]  # fmt: skip
 
@@ -108,7 +137,7 @@ def test_missing_key_is_named_with_what_it_must_be(make_params: Make, content: d
 
 def test_missing_section_is_named_with_its_keys(make_params: Make, content: dict[str, Any]) -> None:
     del content["evaluate"]
-    with pytest.raises(UserError, match=r"evaluate is missing; it must be a section with the keys batch_size, calibration_bins$"):
+    with pytest.raises(UserError, match=r"evaluate is missing; it must be a section with the keys batch_size, calibration_bins, mirror$"):
         make_params()
 
 
@@ -180,3 +209,44 @@ def test_check_refuses_a_bad_file_quickly_and_without_a_traceback(tmp_path: Path
 def test_check_accepts_the_committed_file() -> None:
     done = in_subprocess(["-m", "cifarlab", "check"], REPO)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+# Variants
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_options_of_a_variant_are_what_dvc_makes_its_parameters_of(make_params: Make, tmp_path: Path, variant: str) -> None:
+    from dvc.utils.hydra import apply_overrides
+
+    done = in_subprocess(["-m", "cifarlab", "options", variant], REPO)
+    assert (done.returncode, done.stderr) == (0, "")
+    words = done.stdout.split()  # as the shell does that `make` hands them to: no quotes
+    assert set(words[::2]) == {"-S"}
+    shutil.copy(REPO / "params.yaml", tmp_path / "changed.yaml")
+    apply_overrides(tmp_path / "changed.yaml", words[1::2])
+    assert load_params(tmp_path / "changed.yaml") == make_params(VARIANTS[variant])
+    assert len(words) == 2 * len(VARIANTS[variant])
+
+
+def test_options_of_the_notebook_in_full_and_in_order() -> None:
+    words = in_subprocess(["-m", "cifarlab", "options", "notebook"], REPO).stdout.split()
+    assert [word.split("=")[0] for word in words[1::2]] == list(NOTEBOOK)
+    assert {"model.widths=[64,128,256]", "model.dropout=[0,0.1,0]", "model.stem=none", "train.lr=0.001"} < set(words)
+
+
+def test_the_notebook_trains_plainly(make_params: Make) -> None:
+    train = make_params(NOTEBOOK).train
+    assert (train.optimizer, train.lr, train.batch_size, train.epochs, train.schedule) == ("adam", 0.001, 32, 8, "constant")
+    assert (train.weight_decay, train.norm_bias_lr, train.label_smoothing, train.loss) == (0, 1, 0, "cross_entropy")
+    assert (train.flip, train.translate, train.low_res_share) == ("none", 0, 0)
+
+
+def test_an_unknown_variant_is_refused_in_one_sentence() -> None:
+    done = in_subprocess(["-m", "cifarlab", "options", "note"], REPO)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.splitlines() == [f"error: variants.yaml has no note; it has {', '.join(VARIANTS)}"]
+
+
+def test_every_variant_is_a_target_of_make() -> None:
+    targets = re.findall(r"^([a-z ]+): setup.*\n\tdvc exp run .*options", (REPO / "Makefile").read_text("utf-8"), re.MULTILINE)
+    assert [target.split() for target in targets] == [list(VARIANTS)]

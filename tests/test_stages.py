@@ -1,14 +1,24 @@
-"""What a stage says when it cannot run."""
+"""What a stage says when it cannot run, and what evaluate writes about mirror images."""
 
+import json
 import shutil
 import subprocess
 import sys
 import venv
+from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 import yaml
+from sklearn.metrics import accuracy_score
 
+from cifarlab import models, tracking
+from cifarlab.datasets import Dataset
+from cifarlab.params import Params
+from stages.evaluate import evaluate
 from tests.conftest import REPO
 
 STAGES = ["download", "train", "evaluate", "plot"]
@@ -57,3 +67,31 @@ def test_no_network(folder: Path) -> None:
     assert "make demo" in said
     assert "data.sources" in said
     assert not (folder / "data").exists()
+
+
+@pytest.mark.parametrize("mirror", [True, False])
+def test_accuracy_of_the_mean_over_images_and_mirror_images(
+    make_params: Callable[..., Params], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mirror: bool
+) -> None:
+    folder = {"data.name": "folder", "data.sources": ["a.zip"], "data.sha256": None, "data.image_size": 8, "train.low_res_share": 0}
+    params = make_params({**folder, "model.widths": [8], "model.layers": 2, "evaluate.mirror": mirror, "evaluate.batch_size": 7})
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (60, 8, 8, 3), dtype=np.uint8)
+    torch.manual_seed(0)
+    network = models.Network(params.model, 8, ["a", "b", "c"])
+
+    def logits(pictures: np.ndarray) -> np.ndarray:
+        return models.predict(network, torch.from_numpy(pictures.copy()), 60).double().numpy()
+
+    mean = (logits(images) + logits(images[:, :, ::-1])) / 2
+    labels = np.where(np.arange(60) % 4 == 0, 0, mean.argmax(1))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(tracking, "Mirror", lambda *_: nullcontext())
+    Dataset({"train": images, "test": images}, {"train": labels, "test": labels}, ["a", "b", "c"], "noise").save(Path("data"))
+    models.save(network, Path("models/network.safetensors"))
+    evaluate(params)
+    metrics = json.loads(Path("metrics/evaluate.json").read_text())
+    plain, mirrored = accuracy_score(labels, logits(images).argmax(1)), accuracy_score(labels, mean.argmax(1))
+    assert plain != mirrored
+    assert metrics["accuracy"] == pytest.approx(plain)
+    assert metrics.get("accuracy_mirrored") == (pytest.approx(mirrored) if mirror else None)

@@ -6,6 +6,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
+from PIL import Image
 from sklearn.metrics import accuracy_score, log_loss
 from torch import Tensor, nn
 
@@ -13,10 +15,10 @@ from cifarlab import UserError
 from cifarlab.architecture import ModelParams
 from cifarlab.models import Network, predict
 from cifarlab.params import TrainParams
-from cifarlab.training import Epoch, Images, fit, loss_function, make_optimizer, set_up
+from cifarlab.training import Epoch, Images, fit, loss_function, precision, set_up
+from tests.conftest import NOTEBOOK, PLAIN_NETWORK, MakeTrain
 
 SIZE = 8
-MakeTrain = Callable[..., TrainParams]
 MakeNetwork = Callable[..., Network]
 
 
@@ -25,20 +27,17 @@ def _settings_put_back() -> Iterator[None]:
     """What set_up switches on is torch's for the whole process."""
     yield
     torch.use_deterministic_algorithms(False)
+    torch.utils.deterministic.fill_uninitialized_memory = True
     torch.set_num_threads(1)
-
-
-@pytest.fixture
-def train_params(content: dict[str, Any]) -> MakeTrain:
-    return lambda **changes: TrainParams(**content["train"] | {"batch_size": 16, "device": "cpu", "threads": 1} | changes)
 
 
 @pytest.fixture
 def make_network(content: dict[str, Any]) -> MakeNetwork:
     def make(**changes: Any) -> Network:
         torch.manual_seed(0)
-        network = Network(ModelParams(**content["model"] | {"layers": 2, "widths": [8, 8]} | changes), SIZE, ["red", "green", "blue"])
-        network.normalize.measure(coloured(96).images)
+        small = {"layers": 2, "widths": [8, 8]}
+        network = Network(ModelParams(**content["model"] | small | PLAIN_NETWORK | changes), SIZE, ["red", "green", "blue"])
+        network.measure(coloured(96).images)
         return network
 
     return make
@@ -93,71 +92,6 @@ def test_gradient_of_the_losses(name: str, smoothing: float) -> None:
     np.testing.assert_allclose(logits.grad, gradient / 6, rtol=1e-5)
 
 
-# Steps
-
-
-@pytest.mark.parametrize(
-    ("changes", "expected"),
-    [
-        # One step from 2 with gradient 1; weight decay 0.5 makes it 1 + 0.5 · 2 = 2.
-        ({"optimizer": "sgd", "momentum": 0}, 2 - 0.1 * 2),
-        ({"optimizer": "sgd", "momentum": 0.9}, 2 - 0.1 * (2 + 0.9 * 2)),  # Nesterov looks one step ahead
-        ({"optimizer": "adam"}, 2 - 0.1),  # the first step has length lr
-        ({"optimizer": "adamw"}, 2 * (1 - 0.1 * 0.5) - 0.1),  # the decay goes beside it
-    ],
-)
-def test_first_step_of_the_optimizers(train_params: MakeTrain, changes: dict[str, Any], expected: float) -> None:
-    weight = nn.Linear(1, 1, bias=False)
-    nn.init.constant_(weight.weight, 2)
-    optimizer, _ = make_optimizer(weight, train_params(lr=0.1, weight_decay=0.5, schedule="constant", **changes), 10)  # type: ignore[arg-type]
-    weight(torch.ones(1, 1)).sum().backward()
-    optimizer.step()
-    assert weight.weight.item() == pytest.approx(expected, abs=1e-6)
-
-
-def rates(params: TrainParams, steps: int) -> list[float]:
-    """Return the learning rate of every step, and the one left at the end."""
-    optimizer, schedule = make_optimizer(nn.Linear(1, 1), params, steps)  # type: ignore[arg-type]
-    found = [optimizer.param_groups[0]["lr"]]
-    for _ in range(steps):
-        optimizer.step()
-        schedule.step()
-        found.append(optimizer.param_groups[0]["lr"])
-    return found
-
-
-@pytest.mark.parametrize("optimizer", ["sgd", "adam", "adamw"])
-def test_one_cycle_rises_for_a_quarter_and_falls_to_zero(train_params: MakeTrain, optimizer: str) -> None:
-    lrs = np.array(rates(train_params(lr=0.4, optimizer=optimizer), 200))
-    peak = int(lrs.argmax())
-    assert peak / 200 == pytest.approx(0.25, abs=0.01)
-    assert lrs[peak] == pytest.approx(0.4, rel=0.02)
-    assert (lrs <= 0.4).all()
-    assert (np.diff(lrs[: peak + 1]) > 0).all()
-    assert (np.diff(lrs[peak:]) < 0).all()
-    assert np.ptp(np.diff(lrs[peak + 1 :])) < 1e-9  # a straight line
-    assert 0 < lrs[-1] < 1e-4
-
-
-@pytest.mark.parametrize("steps", range(1, 9))
-def test_one_cycle_fits_the_shortest_training(train_params: MakeTrain, steps: int) -> None:
-    lrs = rates(train_params(lr=0.4), steps)
-    assert 0.1 < max(lrs) <= 0.4
-    assert 0 < lrs[-1] < 1e-4
-
-
-def test_one_cycle_leaves_the_momentum_alone(train_params: MakeTrain) -> None:
-    optimizer, schedule = make_optimizer(nn.Linear(1, 1), train_params(momentum=0.7), 20)  # type: ignore[arg-type]
-    for _ in range(10):
-        optimizer.step()
-        schedule.step()
-        assert optimizer.param_groups[0]["momentum"] == 0.7
-
-
-def test_constant_schedule_stays(train_params: MakeTrain) -> None:
-    assert set(rates(train_params(lr=0.4, schedule="constant"), 20)) == {0.4}
-
-
 # Training
 
 
@@ -166,9 +100,13 @@ def test_constant_schedule_stays(train_params: MakeTrain) -> None:
     [
         {"optimizer": "sgd", "lr": 0.05},
         {"optimizer": "sgd", "momentum": 0, "lr": 0.2, "schedule": "constant"},
+        {"optimizer": "muon"},
         {"optimizer": "adam", "lr": 0.02},
         {"optimizer": "adamw", "lr": 0.02, "schedule": "constant"},
         {"optimizer": "sgd", "lr": 0.2, "loss": "quadratic", "label_smoothing": 0},
+        {"optimizer": "sgd", "precision": "bfloat16"},
+        {"optimizer": "sgd", "norm_bias_lr": 64, "flip": "alternating"},
+        {"optimizer": "sgd", "low_res_share": 0.5, "low_res_size": 5},
     ],
     ids=lambda c: "-".join(str(v) for v in c.values()),
 )
@@ -183,19 +121,96 @@ def test_learns_colours(train_params: MakeTrain, make_network: MakeNetwork, chan
     assert (predict(network, unseen.images, 60).argmax(1) == unseen.labels).float().mean() > 0.9
 
 
+def test_the_committed_recipe_learns_colours(content: dict[str, Any], make_network: MakeNetwork) -> None:
+    network = make_network(**{key: content["model"][key] for key in PLAIN_NETWORK})
+    params = TrainParams(**content["train"] | {"epochs": 12, "batch_size": 16, "low_res_size": 6, "device": "cpu", "threads": 1})
+    fit(network, params, coloured(96), None, ignore)
+    unseen = coloured(60, seed=2)
+    assert (predict(network, unseen.images, 60).argmax(1) == unseen.labels).float().mean() > 0.9
+
+
+def test_without_additions_the_loop_is_the_textbook_s(train_params: MakeTrain, make_network: MakeNetwork) -> None:
+    """The notebook's training, written down: Adam on the mean cross-entropy of batches in random order."""
+    notebook = {key.removeprefix("train."): value for key, value in NOTEBOOK.items() if key.startswith("train.")}
+    ours, data = make_network(norm="group", widths=[16, 16], dropout=[0, 0.1]), coloured(40)
+    theirs, steps = copy.deepcopy(ours).train().to(memory_format=torch.channels_last), 0
+    fit(ours, train_params(**notebook | {"seed": 3, "epochs": 2, "batch_size": 16}), data, None, ignore)
+    optimizer = torch.optim.Adam(theirs.parameters(), 0.001)
+    for epoch in (1, 2):
+        torch.manual_seed(3 * 100_003 + epoch)
+        order = torch.randperm(40)
+        for chosen in (order[:16], order[16:32]):
+            optimizer.zero_grad()
+            F.cross_entropy(theirs(data.images[chosen].permute(0, 3, 1, 2)), data.labels[chosen]).backward()
+            optimizer.step()
+            steps += 1
+    assert steps == 4
+    for (name, a), b in zip(ours.state_dict().items(), theirs.state_dict().values(), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4, msg=name)
+
+
+def test_the_stem_stays_as_measured_but_for_its_bias(train_params: MakeTrain, make_network: MakeNetwork) -> None:
+    network = make_network(stem="whiten")
+    weight, bias = (p.detach().clone() for p in network.stem.parameters())
+    fit(network, train_params(epochs=1, weight_decay=0.1), coloured(48), None, ignore)
+    assert torch.equal(network.stem[0].weight, weight)
+    assert not torch.equal(network.stem[0].bias, bias)
+
+
+@pytest.mark.parametrize("flip", ["none", "random", "alternating"])
+def test_every_epoch_shows_each_image_once_and_mirrored_as_asked(train_params: MakeTrain, make_network: MakeNetwork, flip: str) -> None:
+    data, seen = coloured(48), []
+    data.images[..., 0] = 100
+    data.images[:, :, 0, 0] = 0  # red is missing in the left column, in the right one of a mirror image
+    data.images[:, 0, :, 1] = torch.arange(48, dtype=torch.uint8)[:, None]  # green at the top is the number of the image
+    network = make_network()
+    network.normalize.register_forward_pre_hook(lambda _, x: seen.append(x[0].clone()))
+    fit(network, train_params(epochs=2, flip=flip, translate=0, seed=5), data, None, ignore)
+    ways: list[Tensor] = []
+    for epoch in (torch.cat(seen[:3]), torch.cat(seen[3:])):
+        images = epoch[epoch[:, 1, 0, 0].argsort()]
+        assert torch.equal(images[:, 1, 0, 0], torch.arange(48, dtype=torch.uint8))
+        mirrored = images[:, 0, 0, 0] == 100
+        assert torch.equal(torch.where(mirrored[:, None, None, None], images.flip(3), images).permute(0, 2, 3, 1), data.images)
+        ways.append(mirrored)
+    changed = (ways[0] != ways[1]).float().mean().item()
+    assert changed == {"none": 0, "alternating": 1, "random": pytest.approx(0.5, abs=0.3)}[flip]
+    assert ways[0].float().mean().item() == (0 if flip == "none" else pytest.approx(0.5, abs=0.3))
+
+
+@pytest.mark.parametrize(("share", "epochs", "low"), [(0, 3, 0), (0.3, 3, 0), (0.5, 3, 1), (0.5, 4, 2), (1, 2, 2)])
+def test_the_first_epochs_see_shrunk_images(
+    train_params: MakeTrain, make_network: MakeNetwork, share: float, epochs: int, low: int
+) -> None:
+    network, data, seen = make_network(), coloured(16), []
+    network.normalize.register_forward_pre_hook(lambda _, x: seen.append(x[0].clone()))
+    params = train_params(epochs=epochs, low_res_share=share, low_res_size=5, flip="none", translate=0)
+    fit(network, params, data, coloured(9, seed=1), ignore)
+    training, held_out = seen[::2], seen[1::2]
+    assert [images.shape for images in training] == [(16, 3, 5, 5)] * low + [(16, 3, SIZE, SIZE)] * (epochs - low)
+    assert {images.shape for images in held_out} == {(9, 3, SIZE, SIZE)}
+    for epoch, images in enumerate(training[:low], 1):
+        torch.manual_seed(params.seed * 100_003 + epoch)
+        shrunk = [Image.fromarray(data.images[i].numpy()).resize((5, 5), Image.Resampling.BILINEAR) for i in torch.randperm(16)]
+        np.testing.assert_allclose(images.permute(0, 2, 3, 1), np.stack(shrunk), atol=1.01)  # Pillow rounds, twice
+
+
+@pytest.mark.parametrize(
+    "recipe", [{"precision": "float32"}, {"precision": "bfloat16"}, {"optimizer": "muon", "low_res_share": 0.5, "low_res_size": 5}], ids=str
+)
 @pytest.mark.parametrize(
     "device",
     ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")])],
 )
 def test_same_seed_same_bits_other_seed_other_bits(
-    train_params: MakeTrain, make_network: MakeNetwork, monkeypatch: pytest.MonkeyPatch, device: str
+    train_params: MakeTrain, make_network: MakeNetwork, monkeypatch: pytest.MonkeyPatch, device: str, recipe: dict[str, Any]
 ) -> None:
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what the stages set
-    start = make_network(dropout=0.3, pool="avg", global_pool="max")
+    start = make_network(stem="whiten", dropout=0.3, pool="avg", global_pool="max")
     data = coloured(40)
 
     def trained(seed: int, noise: int) -> tuple[Tensor, list[Epoch]]:
-        params = train_params(seed=seed, epochs=2, device=device, flip=True, translate=1)
+        params = train_params(seed=seed, epochs=2, device=device, flip="alternating", translate=1, **recipe)
         network, rows = copy.deepcopy(start).to(set_up(params)), []
         torch.manual_seed(noise)  # whatever has been drawn before does not matter
         fit(network, params, Images(data.images.to(device), data.labels.to(device)), None, rows.append)
@@ -208,7 +223,7 @@ def test_same_seed_same_bits_other_seed_other_bits(
 
 
 @pytest.mark.parametrize(
-    "changes", [{"flip": False, "translate": 0}, {"batch_size": 40, "flip": True, "translate": 1}], ids=["order", "augmentation"]
+    "changes", [{"flip": "none", "translate": 0}, {"batch_size": 40, "flip": "random", "translate": 1}], ids=["order", "augmentation"]
 )
 def test_seed_decides_order_and_augmentation(train_params: MakeTrain, make_network: MakeNetwork, changes: dict[str, Any]) -> None:
     losses = [fit(make_network(), train_params(seed=seed, epochs=1, **changes), coloured(40), None, ignore).train_loss for seed in (0, 1)]
@@ -228,7 +243,7 @@ def test_training_figures_are_those_of_the_batches(train_params: MakeTrain, make
     # One batch of all images, nothing random in the network: the first epoch's figures are the untrained network's.
     network, data = make_network(norm="none"), coloured(33)
     p = probabilities(predict(network, data.images, 33))
-    params = train_params(epochs=1, batch_size=33, flip=False, translate=0, label_smoothing=0.2)
+    params = train_params(epochs=1, batch_size=33, flip="none", translate=0, label_smoothing=0.2)
     last = fit(network, params, data, None, ignore)
     assert last.train_loss == pytest.approx(0.8 * log_loss(data.labels, p) - 0.2 * np.log(p).mean(), rel=1e-5)
     assert last.train_accuracy == pytest.approx(accuracy_score(data.labels, p.argmax(1)))
@@ -246,11 +261,12 @@ def test_validation_figures_are_those_of_the_network_in_evaluation(train_params:
     assert last.val_accuracy == pytest.approx(accuracy_score(held_out.labels, p.argmax(1)))
 
 
-def test_validation_does_not_change_the_training(train_params: MakeTrain, make_network: MakeNetwork) -> None:
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_validation_does_not_change_the_training(train_params: MakeTrain, make_network: MakeNetwork, precision: str) -> None:
     start = make_network(dropout=0.5)
     with_it, without = copy.deepcopy(start), copy.deepcopy(start)
-    fit(with_it, train_params(epochs=2), coloured(48), coloured(9, seed=1), ignore)
-    fit(without, train_params(epochs=2), coloured(48), None, ignore)
+    fit(with_it, train_params(epochs=2, precision=precision), coloured(48), coloured(9, seed=1), ignore)
+    fit(without, train_params(epochs=2, precision=precision), coloured(48), None, ignore)
     assert all(torch.equal(a, b) for a, b in zip(with_it.state_dict().values(), without.state_dict().values(), strict=True))
 
 
@@ -274,6 +290,69 @@ def test_divergence_is_told_with_the_epoch_and_the_way_out(train_params: MakeTra
     with pytest.raises(UserError, match=r"in epoch 1; try a train\.lr below 1e\+38"):
         fit(make_network(norm="none"), params, coloured(n), coloured(9, seed=1), rows.append)
     assert rows == []
+
+
+# The precision
+
+
+def test_bfloat16_is_for_the_arithmetic_and_not_for_the_weights(train_params: MakeTrain, make_network: MakeNetwork) -> None:
+    start, computed = make_network(stem="whiten"), set()
+    exact, coarse = copy.deepcopy(start), copy.deepcopy(start)
+    for module in coarse.modules():
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            module.register_forward_hook(lambda _, __, out: computed.add(out.dtype))
+    held_out = coloured(60, seed=1)
+    one = fit(exact, train_params(epochs=2, lr=0.01), coloured(48), held_out, ignore)
+    other = fit(coarse, train_params(epochs=2, lr=0.01, precision="bfloat16"), coloured(48), held_out, ignore)
+    assert computed == {torch.bfloat16}
+    assert {p.dtype for p in coarse.parameters()} == {torch.float32}
+    assert predict(coarse, held_out.images, 60).dtype == torch.float32
+    # Eight bits of mantissa: close, not equal.
+    assert other.train_loss != one.train_loss
+    assert other[1:] == pytest.approx(one[1:], abs=0.1)
+    moved = [(p - q).norm() for p, q in zip(exact.parameters(), start.parameters(), strict=True)]
+    apart = [(p - q).norm() for p, q in zip(exact.parameters(), coarse.parameters(), strict=True)]
+    assert 0 < sum(apart) < 0.2 * sum(moved)
+
+
+def test_the_loss_of_bfloat16_logits_is_reckoned_in_float32(train_params: MakeTrain, make_network: MakeNetwork) -> None:
+    network, data, seen = make_network(), coloured(33), []
+    network.head.register_forward_hook(lambda _, __, out: seen.append(out.detach()))
+    params = train_params(epochs=1, batch_size=33, precision="bfloat16", label_smoothing=0)
+    last = fit(network, params, data, None, ignore)
+    torch.manual_seed(params.seed * 100_003 + 1)
+    assert seen[0].dtype == torch.bfloat16
+    assert last.train_loss == pytest.approx(log_loss(data.labels[torch.randperm(33)], probabilities(seen[0])), rel=1e-5)
+
+
+@pytest.mark.parametrize("asked", ["float32", "bfloat16"])
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_precision_is_what_is_asked_for(train_params: MakeTrain, monkeypatch: pytest.MonkeyPatch, asked: str, device: str) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": asked == "float32"})
+    assert precision(train_params(precision=asked), torch.device(device)) == getattr(torch, asked)
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "expected"),
+    [
+        ({}, torch.float32),
+        ({"avx2": True, "avx512_bf16": False, "amx_bf16": False}, torch.float32),
+        ({"avx512_bf16": True, "amx_bf16": False}, torch.bfloat16),
+        ({"amx_bf16": True}, torch.bfloat16),
+    ],
+)
+def test_auto_is_bfloat16_where_the_processor_has_it(
+    train_params: MakeTrain, monkeypatch: pytest.MonkeyPatch, capabilities: dict[str, bool], expected: torch.dtype
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+    assert precision(train_params(precision="auto"), torch.device("cpu")) == expected
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_auto_is_bfloat16_where_the_gpu_has_it(train_params: MakeTrain, monkeypatch: pytest.MonkeyPatch, native: bool) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": not native})
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: native or including_emulation)
+    assert precision(train_params(precision="auto"), torch.device("cuda")) == (torch.bfloat16 if native else torch.float32)
 
 
 # The device

@@ -1,6 +1,7 @@
 """Small commands around the pipeline: `python -m cifarlab compare`, called by the Makefile."""
 
 import argparse
+import json
 import os
 import platform
 import re
@@ -9,6 +10,8 @@ import subprocess
 import sys
 from importlib.metadata import version
 from pathlib import Path
+
+import yaml
 
 from cifarlab import UserError, first_line
 from cifarlab.files import atomic, write_json
@@ -78,7 +81,7 @@ def results(name: str) -> None:
     for file in [Path("params.yaml"), Path("dvc.lock"), *Path("metrics").glob("*.json"), *tables, *Path("plots").glob("*.png")]:
         shutil.copy(file, target / file.name)
     machine = {
-        "processor": _processor(),
+        "processor": processor(),
         "cores": os.cpu_count(),
         "platform": platform.platform(),
         "python": platform.python_version(),
@@ -89,7 +92,20 @@ def results(name: str) -> None:
     print(f"kept in {target}/")
 
 
-def _processor() -> str:
+def options(variant: str) -> None:
+    """Print what `dvc exp run` needs to be told for a variant of variants.yaml."""
+    try:
+        variants = yaml.safe_load(Path("variants.yaml").read_text("utf-8"))
+    except OSError as error:
+        raise UserError(f"variants.yaml cannot be read: {error.strerror}; run from the top of the checkout") from error
+    if variant not in variants:
+        raise UserError(f"variants.yaml has no {variant}; it has {', '.join(variants)}")
+    values = {k: v if isinstance(v, str) else json.dumps(v, separators=(",", ":")) for k, v in variants[variant].items()}
+    print(*(f"-S {key}={value}" for key, value in values.items()))
+
+
+def processor() -> str:
+    """Return the name of the CPU."""
     info = Path("/proc/cpuinfo")
     names = [line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
     return names[0] if names else platform.processor() or platform.machine()
@@ -104,6 +120,8 @@ def main() -> None:
     commands.add_parser("page", help="make the pages of `dvc plots` open offline")
     keeping = commands.add_parser("results", help="keep the evidence of the workspace's run under docs/results/")
     keeping.add_argument("name", metavar="NAME")
+    choosing = commands.add_parser("options", help="print a variant of variants.yaml as options of `dvc exp run`")
+    choosing.add_argument("variant", metavar="VARIANT")
     commands.add_parser("check", help="validate params.yaml")
     args = parser.parse_args()
     try:
@@ -114,6 +132,8 @@ def main() -> None:
                 page()
             case "results":
                 results(args.name)
+            case "options":
+                options(args.variant)
             case "check":
                 load_params()
     except UserError as error:

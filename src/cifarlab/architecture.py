@@ -6,6 +6,7 @@ from typing import Annotated, Literal, NamedTuple
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Share = Annotated[float, Field(ge=0, lt=1)]
+STEM_CHANNELS = 24  # a 2×2 patch of three colours has 12 principal components, each taken with both signs
 Width = Annotated[int, Field(ge=1, le=4096)]
 
 
@@ -16,7 +17,7 @@ class Section(BaseModel):
 
 
 class Convolution(NamedTuple):
-    """One convolution of the plan: channels, stride, and the side of its square input and output in pixels."""
+    """One convolution of the plan: channels, stride, the side of its square input and output in pixels, is it pooled 2×2."""
 
     stage: int
     in_channels: int
@@ -24,11 +25,14 @@ class Convolution(NamedTuple):
     stride: int
     in_size: int
     out_size: int
+    pooled: bool
 
 
 class ModelParams(Section):
     """One member of the `cnn` family."""
 
+    stem: Literal["none", "whiten"]
+    """A frozen 2×2 convolution that decorrelates the pixels, before the first layer (Page 2019, "How to train your ResNet 8")."""
     layers: Annotated[int, Field(ge=1, le=32)]
     """Convolutions, spread evenly over the stages; with fewer layers than stages the last stages are left out."""
     widths: Annotated[list[Width], Field(min_length=1, max_length=8)]
@@ -37,9 +41,15 @@ class ModelParams(Section):
     padding: Literal["same", "valid"]
     norm: Literal["batch", "group", "none"]
     """Batch normalisation (Ioffe & Szegedy 2015), group normalisation of 8 groups (Wu & He 2018)."""
+    norm_scale: bool
+    """Learn the scale of normalisation layers; false leaves it at one and learns their bias only (Page 2019)."""
+    norm_momentum: Annotated[float, Field(gt=0, le=1)]
+    """Weight of the newest batch in the running statistics of batch normalisation, as PyTorch counts it."""
     activation: Literal["relu", "leaky_relu", "gelu", "silu", "elu", "tanh", "sigmoid"]
     pool: Literal["max", "avg", "stride", "none"]
-    """How a stage halves the image: 2×2 pooling at its end, or a stride of 2 in its first convolution."""
+    """How a stage halves the image: 2×2 pooling, or a stride of 2 in its first convolution."""
+    pool_at: Literal["end", "start"]
+    """After the stage's last activation, or right after its first convolution, before its norm (Jordan 2024, airbench)."""
     global_pool: Literal["max", "avg", "none"]
     """What turns the last feature maps into a vector; none flattens them."""
     dropout: Share | list[Share]
@@ -50,6 +60,8 @@ class ModelParams(Section):
     """Hidden sizes of the classifier."""
     init: Literal["default", "kaiming", "xavier", "dirac", "normal", "constant", "zeros"]
     init_gain: Annotated[float, Field(gt=0)]
+    logit_scale: Annotated[float, Field(gt=0)]
+    """Multiplies the logits; below 1 the network starts out unsure (Page 2019)."""
 
     @property
     def stages(self) -> list[int]:
@@ -73,6 +85,10 @@ class ModelParams(Section):
             A layer or a pooling has no pixel left to work on.
         """
         size, channels, layer = image_size, 3, 0
+        if self.stem == "whiten":
+            if size < 2:
+                raise ValueError(f"model.stem = whiten: needs images of 2×2 pixels or more, not {size}×{size}")
+            size, channels = size - 1, STEM_CHANNELS
         for stage, convolutions in enumerate(self.stages):
             for i in range(convolutions):
                 layer += 1
@@ -85,20 +101,20 @@ class ModelParams(Section):
                     )
                 room = size - 1 if self.padding == "same" else size - self.kernel_size
                 out = room // stride + 1
-                if self.norm == "group" and out == 1 and self.widths[stage] == 8:
+                pooled = self.pool in ("max", "avg") and i == (0 if self.pool_at == "start" else convolutions - 1)
+                if pooled and out < 2:
+                    raise ValueError(
+                        f"model.layers = {self.layers}: the {self.pool}-pooling after layer {layer} would shrink {out}×{out} to nothing; "
+                        "use fewer layers or widths, model.padding: same, or model.pool: none"
+                    )
+                normed = out // 2 if pooled and self.pool_at == "start" else out
+                if self.norm == "group" and normed == 1 and self.widths[stage] == 8:
                     raise ValueError(
                         f"model.widths = {self.widths}: layer {layer} has 1×1 pixels and 8 channels, one value for each group of "
                         "model.norm: group; use wider or fewer stages"
                     )
-                yield Convolution(stage, channels, self.widths[stage], stride, size, out)
-                size, channels = out, self.widths[stage]
-            if self.pool in ("max", "avg"):
-                if size < 2:
-                    raise ValueError(
-                        f"model.layers = {self.layers}: the {self.pool}-pooling after layer {layer} would shrink {size}×{size} to nothing; "
-                        "use fewer layers or widths, model.padding: same, or model.pool: none"
-                    )
-                size //= 2
+                yield Convolution(stage, channels, self.widths[stage], stride, size, out, pooled)
+                size, channels = out // 2 if pooled else out, self.widths[stage]
 
     @model_validator(mode="after")
     def _consistent(self) -> "ModelParams":

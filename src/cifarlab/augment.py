@@ -1,37 +1,60 @@
 """Augmentation of whole batches where they lie, on CPU or GPU."""
 
+from typing import Literal, NamedTuple
+
+import numpy as np
 import torch
 from torch import Tensor
 
 
-def augment(images: Tensor, generator: torch.Generator, *, flip: bool, translate: int) -> Tensor:
-    """Mirror and shift every image of a batch on its own.
+class Draws(NamedTuple):
+    """What chance has decided for each of N images."""
 
-    One gather does both: column and row indices are drawn for each image, reflected at the border.
+    mirrored: Tensor
+    """bool (N,): left and right swapped."""
+    shifts: Tensor
+    """int64 (N, 2): pixels by which the picture moves up and to the left."""
+
+
+def draw(n: int, seed: int, epoch: int, *, flip: Literal["none", "random", "alternating"], translate: int) -> Draws | None:
+    """Draw the augmentation of all `n` images for an epoch (1, 2, …), on the CPU, the same whatever the device; None for none.
+
+    random mirrors with probability ½ in each epoch; alternating does so in the first, and from then on shows each
+    image the other way round every time, so that two epochs in a row never repeat a view (Jordan 2024, airbench).
+    """
+    if flip == "none" and not translate:
+        return None
+    # Alternating tosses its coins once for all epochs.
+    coins = np.random.default_rng([seed, 0 if flip == "alternating" else epoch])
+    mirrored = coins.random(n) < 0.5 if flip != "none" else np.zeros(n, dtype=bool)
+    if flip == "alternating" and epoch % 2 == 0:
+        mirrored = ~mirrored
+    shifts = np.random.default_rng([seed, epoch, 1]).integers(-translate, translate, (n, 2), endpoint=True)
+    return Draws(torch.from_numpy(mirrored), torch.from_numpy(shifts))
+
+
+def augment(images: Tensor, draws: Draws | None) -> Tensor:
+    """Mirror and shift every image of a batch as drawn; what a shift uncovers is reflected at the border.
+
+    One gather does both, of the pixels whose row and column each image asks for.
 
     Parameters
     ----------
     images : uint8 (N, height, width, channels)
-    generator : on the CPU, so that the draws are the same on every device
-    flip : mirror left and right with probability ½
-    translate : shift by up to this many pixels, less than height and width, in both directions
+    draws : of these N images, on the same device; shifts less than height and width
 
     Returns
     -------
     uint8 (N, channels, height, width) in channels-last memory
     """
+    if draws is None:
+        return images.permute(0, 3, 1, 2)
     n, height, width, _ = images.shape
-    rows, columns = torch.arange(height).expand(n, -1), torch.arange(width).expand(n, -1)
-    if translate:
-        shift = torch.randint(-translate, translate + 1, (2, n, 1), generator=generator)
-        rows, columns = _reflect(rows + shift[0], height), _reflect(columns + shift[1], width)
-    if flip:
-        mirrored = torch.rand((n, 1), generator=generator) < 0.5
-        columns = torch.where(mirrored, columns.flip(1), columns)
-    if flip or translate:
-        rows, columns = rows.to(images.device), columns.to(images.device)
-        images = images[torch.arange(n, device=images.device)[:, None, None], rows[:, :, None], columns[:, None, :]]
-    return images.permute(0, 3, 1, 2)
+    device = images.device
+    columns = torch.arange(width, device=device)
+    rows = _reflect(torch.arange(height, device=device) + draws.shifts[:, :1], height)
+    columns = _reflect(torch.where(draws.mirrored[:, None], width - 1 - columns, columns) + draws.shifts[:, 1:], width)
+    return images[torch.arange(n, device=device)[:, None, None], rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
 
 
 def _reflect(index: Tensor, size: int) -> Tensor:

@@ -21,7 +21,7 @@ from matplotlib.ticker import PercentFormatter
 from torch import Tensor
 from torchvision.utils import make_grid
 
-from cifarlab.augment import augment
+from cifarlab.augment import augment, draw
 from cifarlab.datasets import Dataset, stratified_split
 from cifarlab.files import atomic
 from cifarlab.params import Params
@@ -50,8 +50,8 @@ def draw_all(params: Params, data: Path, tables: Path) -> Iterator[Path]:
         "training_images": lambda: training_images(images, params, title),
         "mistakes": lambda: mistakes(images, predictions, params.plot.mistakes, title),
     }
-    for name, draw in figures.items():
-        figure = draw()
+    for name, make in figures.items():
+        figure = make()
         with atomic(tables / f"{name}.png") as path:
             # Without the version of matplotlib, the same figure gives the same bytes.
             figure.savefig(path, dpi=params.plot.dpi, metadata={"Software": None})
@@ -135,7 +135,8 @@ def training_images(data: Dataset, params: Params, title: str) -> Figure:
     generator = torch.Generator().manual_seed(params.train.seed)
     kept, _ = stratified_split(data.labels["train"], params.data.validation)
     chosen = kept[torch.randperm(len(kept), generator=generator)[: params.plot.samples].numpy()]
-    images = augment(torch.from_numpy(data.images["train"][chosen]), generator, flip=params.train.flip, translate=params.train.translate)
+    draws = draw(len(chosen), params.train.seed, 1, flip=params.train.flip, translate=params.train.translate)
+    images = augment(torch.from_numpy(data.images["train"][chosen]), draws)
     return _gallery(
         images,
         [_short(data.classes[label], CAPTION) for label in data.labels["train"][chosen]],

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from cifarlab import UserError, first_line
-from cifarlab.architecture import Convolution, ModelParams
+from cifarlab.architecture import STEM_CHANNELS, Convolution, ModelParams
 from cifarlab.files import atomic
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {
@@ -52,15 +52,51 @@ class Normalize(nn.Module):
         return (images.float() - self.mean) / self.std
 
 
+class GlobalPool(nn.Module):
+    """Maximum or mean of each feature map, of any size; unlike those of torch's adaptive pooling its gradient is deterministic on CUDA."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (N, channels, height, width) to (N, channels)."""
+        return x.amax((2, 3)) if self.kind == "max" else x.mean((2, 3))
+
+
+class Whiten(nn.Conv2d):
+    """Maps 2×2 patches to their principal components, each at unit variance and with both signs; only the bias is trained.
+
+    Page 2019 ("How to train your ResNet 8"), in the form of hlb-CIFAR10 (tysam-code) and airbench (Jordan 2024).
+    """
+
+    IMAGES = 2000  # enough for a covariance of 12 numbers
+    EPSILON = 5e-4  # keeps the faintest components from being all noise
+
+    def __init__(self) -> None:
+        super().__init__(3, STEM_CHANNELS, 2)
+        self.weight.requires_grad = False
+
+    def measure(self, images: Tensor) -> None:
+        """Set the filters from normalised images, float32 (N, 3, height, width)."""
+        moments, count = torch.zeros(12, 12, dtype=torch.float64), 0
+        for batch in images.split(32):  # all patches at once are a dozen times the images
+            patches = batch.unfold(2, 2, 1).unfold(3, 2, 1).permute(0, 2, 3, 1, 4, 5).reshape(-1, 12).double()
+            moments, count = moments + patches.T @ patches, count + len(patches)
+        variance, components = torch.linalg.eigh(moments / count)
+        filters = (components / (variance + self.EPSILON).sqrt()).T.reshape(12, 3, 2, 2)
+        self.weight.data.copy_(torch.cat([filters, -filters]))
+
+
 class Stage(nn.Module):
-    """Convolutions of one width, then pooling and dropout."""
+    """Convolutions of one width, pooling and dropout."""
 
     def __init__(self, params: ModelParams, convolutions: list[Convolution], dropout: float) -> None:
         super().__init__()
         self.first = _layer(params, convolutions[0])
         self.rest = nn.Sequential(*(_layer(params, c) for c in convolutions[1:]))
         self.residual = params.residual and len(convolutions) > 1
-        self.pool = POOLS[params.pool](2) if params.pool in POOLS else nn.Identity()
+        self.pool = POOLS[params.pool](2) if params.pool in POOLS and params.pool_at == "end" else nn.Identity()
         self.dropout = nn.Dropout2d(dropout) if dropout else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -73,10 +109,12 @@ class Stage(nn.Module):
 def _layer(params: ModelParams, c: Convolution) -> nn.Sequential:
     padding = params.kernel_size // 2 if params.padding == "same" else 0
     layer = nn.Sequential(nn.Conv2d(c.in_channels, c.out_channels, params.kernel_size, c.stride, padding))
-    if params.norm == "batch":
-        layer.append(nn.BatchNorm2d(c.out_channels))
-    elif params.norm == "group":
-        layer.append(nn.GroupNorm(8, c.out_channels))
+    if c.pooled and params.pool_at == "start":
+        layer.append(POOLS[params.pool](2))
+    if params.norm != "none":
+        norm = nn.BatchNorm2d(c.out_channels, momentum=params.norm_momentum) if params.norm == "batch" else nn.GroupNorm(8, c.out_channels)
+        norm.weight.requires_grad = params.norm_scale
+        layer.append(norm)
     return layer.append(ACTIVATIONS[params.activation]())
 
 
@@ -92,14 +130,14 @@ class Network(nn.Module):
         self.params, self.image_size, self.classes = params, image_size, classes
         plan = list(params.plan(image_size))
         self.normalize = Normalize()
+        self.stem = nn.Sequential(Whiten(), ACTIVATIONS[params.activation]()) if params.stem == "whiten" else nn.Identity()
         self.stages = nn.Sequential(
             *(Stage(params, [c for c in plan if c.stage == s], dropout) for s, dropout in enumerate(params.stage_dropout))
         )
-        side = plan[-1].out_size // (2 if params.pool in POOLS else 1)
+        side = plan[-1].out_size // (2 if plan[-1].pooled else 1)
         self.global_pool: nn.Module = nn.Identity()
         if params.global_pool != "none":
-            # A fixed window, not an adaptive one, whose gradient is not deterministic on CUDA.
-            self.global_pool, side = POOLS[params.global_pool](side), 1
+            self.global_pool, side = GlobalPool(params.global_pool), 1
         head: list[nn.Module] = [nn.Flatten()]
         features = plan[-1].out_channels * side**2
         for hidden in params.head:
@@ -110,22 +148,33 @@ class Network(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Return the logits of a batch."""
-        return cast(Tensor, self.head(self.global_pool(self.stages(self.normalize(images)))))
+        features = self.stages(self.stem(self.normalize(images)))
+        return cast(Tensor, self.head(self.global_pool(features)) * self.params.logit_scale)
+
+    def measure(self, images: Tensor) -> None:
+        """Fit what is not trained, normalisation and stem, to the training images, uint8 (N, height, width, 3).
+
+        The network must still be on the CPU, the images need not.
+        """
+        self.normalize.measure(images)
+        if isinstance(self.stem, nn.Sequential):
+            some = images[:: max(1, len(images) // Whiten.IMAGES)].cpu()  # from end to end: images may lie in order of class
+            cast(Whiten, self.stem[0]).measure(self.normalize(some.permute(0, 3, 1, 2)))
 
     def count_parameters(self) -> int:
         """How many numbers training may change."""
-        return sum(p.numel() for p in self.parameters())
+        return sum(p.numel() for p in self.parameters() if p.requires_grad)
 
 
 def initialise(network: nn.Module, init: str, gain: float) -> None:
     """Set the weights of convolutions and linear layers from torch's global generator; biases zero but for "default".
 
-    kaiming: He et al. 2015; xavier: Glorot & Bengio 2010; dirac: the identity, as far as channels go
-    (Zagoruyko & Komodakis 2017), linear layers as by default; normal and constant: `gain` is the
+    kaiming: He et al. 2015; xavier: Glorot & Bengio 2010; dirac: the first filters pass the input channels on
+    (Zagoruyko & Komodakis 2017), what is left and linear layers as by default; normal and constant: `gain` is the
     standard deviation or the value itself.
     """
     for module in network.modules():
-        if not isinstance(module, nn.Conv2d | nn.Linear):
+        if not isinstance(module, nn.Conv2d | nn.Linear) or isinstance(module, Whiten):
             continue
         weight = module.weight.data
         if init == "kaiming":
@@ -133,7 +182,7 @@ def initialise(network: nn.Module, init: str, gain: float) -> None:
         elif init == "xavier":
             nn.init.xavier_normal_(weight)
         elif init == "dirac" and isinstance(module, nn.Conv2d):
-            nn.init.dirac_(weight)
+            nn.init.dirac_(weight[: weight.shape[1]])
         elif init == "normal":
             nn.init.normal_(weight)
         elif init == "constant":

@@ -50,20 +50,31 @@ class TrainParams(Section):
     seed: Annotated[int, Field(ge=0, lt=2**31)]
     epochs: Count
     batch_size: Annotated[int, Field(ge=2)]
-    optimizer: Literal["sgd", "adam", "adamw"]
-    """Stochastic gradient descent with Nesterov momentum, Adam (Kingma & Ba 2014), AdamW (Loshchilov & Hutter 2017)."""
+    optimizer: Literal["sgd", "muon", "adam", "adamw"]
+    """Stochastic gradient descent with Nesterov momentum, Muon (Jordan 2024), Adam (Kingma & Ba 2014), AdamW (Loshchilov & Hutter 2017)."""
     lr: Annotated[float, Field(gt=0)]
     momentum: Share
-    """Of sgd; the others have their own."""
+    """Of sgd; adam and adamw have their own."""
+    muon_lr: Annotated[float, Field(gt=0)]
+    muon_momentum: Share
     weight_decay: Annotated[float, Field(ge=0)]
-    schedule: Literal["one_cycle", "constant"]
-    """Of the learning rate: constant, or up and down in one triangle (Smith & Topin 2017)."""
+    norm_bias_lr: Annotated[float, Field(gt=0)]
+    """Learning rate of the biases of normalisation layers, in multiples of lr (Page 2019; 64 in airbench)."""
+    schedule: Literal["linear", "one_cycle", "constant"]
+    """Of the learning rates: down to zero, or up and down in one triangle (Smith & Topin 2017), or as they are."""
     loss: Literal["cross_entropy", "quadratic"]
     """quadratic: ½ Σ (softmax(z) - y)² over the classes."""
     label_smoothing: Share
-    flip: bool
+    flip: Literal["none", "random", "alternating"]
+    """Mirror left and right: with probability ½, or every image the other way round in the next epoch (Jordan 2024, airbench)."""
     translate: Annotated[int, Field(ge=0)]
     """Pixels, by reflection at the border."""
+    low_res_share: Annotated[float, Field(ge=0, le=1)]
+    """Share of the epochs, the first ones, trained on shrunk images (Howard 2018, progressive resizing; Touvron et al. 2019)."""
+    low_res_size: Annotated[int, Field(ge=1)]
+    """Height and width of the shrunk images in pixels."""
+    precision: Literal["auto", "float32", "bfloat16"]
+    """Of the arithmetic in training (Micikevicius et al. 2017); weights and evaluation are float32."""
     device: Literal["auto", "cpu", "cuda"]
     threads: Annotated[int, Field(ge=1, le=1024)] | Literal["auto"]
 
@@ -73,6 +84,8 @@ class EvaluateParams(Section):
 
     batch_size: Count
     calibration_bins: Count
+    mirror: bool
+    """Test-time augmentation: also report the accuracy of the mean over each image and its mirror image."""
 
 
 class PlotParams(Section):
@@ -106,6 +119,16 @@ class Params(Section):
         list(self.model.plan(self.data.image_size))
         if self.train.translate >= self.data.image_size:
             raise ValueError(f"train.translate = {self.train.translate}: must stay below data.image_size = {self.data.image_size}")
+        if self.train.low_res_share:
+            size = self.train.low_res_size
+            if size > self.data.image_size:
+                raise ValueError(f"train.low_res_size = {size}: must not exceed data.image_size = {self.data.image_size}")
+            if self.model.global_pool == "none":
+                raise ValueError("model.global_pool = none: a network for one image size only; use train.low_res_share: 0")
+            try:
+                list(self.model.plan(size))
+            except ValueError as error:
+                raise ValueError(f"train.low_res_size = {size}: {error}; or train.low_res_share: 0") from error
         return self
 
     def flat(self) -> dict[str, Any]:

@@ -185,9 +185,15 @@ class Mirror:
         import torch
         from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
+        from cifarlab.training import precision
+
         cuda = self.params.train.device != "cpu" and torch.cuda.is_available()
         self._set_tags(
-            {"device": torch.cuda.get_device_name() if cuda else f"cpu ({platform.machine()})", "threads": str(torch.get_num_threads())}
+            {
+                "device": torch.cuda.get_device_name() if cuda else f"cpu ({platform.machine()})",
+                "threads": str(torch.get_num_threads()),
+                "precision": str(precision(self.params.train, torch.device("cuda" if cuda else "cpu"))).removeprefix("torch."),
+            }
         )
         if self.params.tracking.system_metrics:
             self.monitor = SystemMetricsMonitor(
@@ -373,6 +379,7 @@ def _timing(client: Any, params: Params) -> dict[str, Any]:
             return {
                 "device": tags.get("device"),
                 "threads": tags.get("threads"),
+                "precision": tags.get("precision"),
                 "epoch_seconds": [round(p.value, 1) for p in sorted(points, key=lambda p: p.step)],
             }
     return {}

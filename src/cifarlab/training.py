@@ -1,5 +1,6 @@
 """The training loop. Knows neither DVC nor MLflow nor where files lie: images in, a trained network out."""
 
+import ctypes
 import math
 import sys
 import time
@@ -9,12 +10,12 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.optim.lr_scheduler import LambdaLR, LRScheduler, OneCycleLR
 from tqdm import tqdm
 
 from cifarlab import UserError
-from cifarlab.augment import augment
+from cifarlab.augment import Draws, augment, draw
 from cifarlab.models import Network, predict
+from cifarlab.optimizers import make_optimizers
 from cifarlab.params import TrainParams
 
 
@@ -42,10 +43,33 @@ def set_up(params: TrainParams) -> torch.device:
         raise UserError("train.device = cuda: PyTorch sees no CUDA device here; use train.device: auto or cpu")
     torch.manual_seed(params.seed)
     torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # all is written before it is read
+    _keep_memory()
     torch.backends.cudnn.benchmark = False
     if params.threads != "auto":
         torch.set_num_threads(params.threads)
     return torch.device("cuda" if params.device != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def _keep_memory() -> None:
+    """Let glibc keep the large blocks that every batch needs again: from the kernel they come back page by page."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt:
+        mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD
+        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+
+
+def precision(params: TrainParams, device: torch.device) -> torch.dtype:
+    """Return the type that convolutions and matrix products compute in; auto is bfloat16 where the hardware has it."""
+    if params.precision == "auto":
+        capabilities = torch.cpu.get_capabilities()
+        native = (
+            torch.cuda.is_bf16_supported(including_emulation=False)
+            if device.type == "cuda"
+            else capabilities.get("avx512_bf16") or capabilities.get("amx_bf16")
+        )
+        return torch.bfloat16 if native else torch.float32
+    return torch.bfloat16 if params.precision == "bfloat16" else torch.float32
 
 
 def loss_function(name: str, label_smoothing: float = 0.0) -> Callable[[Tensor, Tensor], Tensor]:
@@ -64,31 +88,6 @@ def loss_function(name: str, label_smoothing: float = 0.0) -> Callable[[Tensor, 
     return quadratic
 
 
-def make_optimizer(network: Network, params: TrainParams, steps: int) -> tuple[torch.optim.Optimizer, LRScheduler]:
-    """Return the optimiser and the schedule of its learning rate over `steps` batches."""
-    optimizer: torch.optim.Optimizer
-    if params.optimizer == "sgd":
-        optimizer = torch.optim.SGD(
-            network.parameters(), params.lr, params.momentum, weight_decay=params.weight_decay, nesterov=params.momentum > 0, fused=True
-        )
-    else:
-        kind = torch.optim.Adam if params.optimizer == "adam" else torch.optim.AdamW
-        optimizer = kind(network.parameters(), params.lr, weight_decay=params.weight_decay, fused=True)
-    if params.schedule == "constant":
-        return optimizer, LambdaLR(optimizer, lambda _: 1.0)
-    # The rise ends at pct_start * total_steps - 1, which must not be 0, the first step itself.
-    return optimizer, OneCycleLR(
-        optimizer,
-        params.lr,
-        total_steps=steps + 1,
-        pct_start=0.25 if steps != 3 else 0.5,
-        anneal_strategy="linear",
-        cycle_momentum=False,
-        div_factor=5,
-        final_div_factor=1e4,
-    )
-
-
 def fit(network: Network, params: TrainParams, train: Images, validation: Images | None, on_epoch: Callable[[Epoch], None]) -> Epoch:
     """Train `network` in place; `on_epoch` is called after every epoch. Returns the last epoch.
 
@@ -102,29 +101,35 @@ def fit(network: Network, params: TrainParams, train: Images, validation: Images
     n = len(train.labels)
     batch_size = min(params.batch_size, n)
     batches = n // batch_size  # what is left over waits for another epoch's order
+    device, dtype = train.images.device, precision(params, train.images.device)
     network.to(memory_format=torch.channels_last)
-    optimizer, schedule = make_optimizer(network, params, params.epochs * batches)
+    optimizers = make_optimizers(network, params, params.epochs * batches)
     loss_of = loss_function(params.loss, params.label_smoothing)
     started, seen = time.perf_counter(), 0
     result: Epoch | None = None
     for epoch in range(1, params.epochs + 1):
         network.train()
-        # Dropout draws from the global generator, on the device.
-        torch.manual_seed(_mix(params.seed, epoch))
-        generator = torch.Generator().manual_seed(_mix(params.seed, epoch))
-        order = torch.randperm(n, generator=generator)[: batches * batch_size]
-        loss_sum, correct = torch.zeros((), device=train.images.device), torch.zeros((), device=train.images.device)
+        # The order, and on the device dropout, draw from the global generators.
+        torch.manual_seed(params.seed * 100_003 + epoch)
+        order = torch.randperm(n)[: batches * batch_size].to(device)
+        draws = draw(n, params.seed, epoch, flip=params.flip, translate=params.translate)
+        draws = draws and Draws(*(drawn.to(device)[order] for drawn in draws))
+        loss_sum, correct = torch.zeros((), device=device), torch.zeros((), device=device)
         with tqdm(total=len(order), desc=f"epoch {epoch}/{params.epochs}", unit=" images", disable=None, leave=False) as bar:
             for step, chosen in enumerate(torch.split(order, batch_size), 1):
-                indices = chosen.to(train.images.device)
-                labels = train.labels[indices]
-                images = augment(train.images[indices], generator, flip=params.flip, translate=params.translate)
-                logits = network(images)
-                loss = loss_of(logits, labels)
-                optimizer.zero_grad()
+                labels = train.labels[chosen]
+                batch = slice((step - 1) * batch_size, step * batch_size)
+                images = augment(train.images[chosen], draws and Draws(*(drawn[batch] for drawn in draws)))
+                if epoch <= round(params.low_res_share * params.epochs):
+                    images = F.interpolate(images.float(), size=2 * [params.low_res_size], mode="bilinear", antialias=True)
+                with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+                    logits = network(images)
+                loss = loss_of(logits.float(), labels)
+                network.zero_grad()
                 loss.backward()  # type: ignore[no-untyped-call]
-                optimizer.step()
-                schedule.step()
+                for optimizer, schedule in optimizers:
+                    optimizer.step()
+                    schedule.step()
                 loss_sum += loss.detach()
                 correct += (logits.detach().argmax(1) == labels).sum()
                 bar.update(batch_size)
@@ -134,23 +139,20 @@ def fit(network: Network, params: TrainParams, train: Images, validation: Images
         val_loss: float | None = None
         val_accuracy: float | None = None
         if validation is not None:
-            logits = predict(network, validation.images, 1000)
+            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+                logits = predict(network, validation.images, 1000).float()
             val_loss = loss_function(params.loss)(logits, validation.labels).item()
             val_accuracy = (logits.argmax(1) == validation.labels).float().mean().item()
         # What the last step broke shows in the weights or in the validation only.
         finite = math.isfinite(train_loss) and all(bool(p.isfinite().all()) for p in network.parameters())
         if not finite or (val_loss is not None and not math.isfinite(val_loss)):
             raise UserError(f"the training diverged in epoch {epoch}; try a train.lr below {params.lr:g}")
-        result = Epoch(epoch, train_loss, correct.item() / len(order), val_loss, val_accuracy, float(schedule.get_last_lr()[0]))
+        result = Epoch(epoch, train_loss, correct.item() / len(order), val_loss, val_accuracy, float(optimizers[0][1].get_last_lr()[0]))
         seen += len(order)
         report(result, params.epochs, seen / (time.perf_counter() - started), time.perf_counter() - started)
         on_epoch(result)
     assert result is not None
     return result
-
-
-def _mix(seed: int, epoch: int) -> int:
-    return seed * 100_003 + epoch
 
 
 def report(epoch: Epoch, epochs: int, speed: float, elapsed: float) -> None:

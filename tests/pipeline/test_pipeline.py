@@ -144,7 +144,7 @@ def test_metrics_diff_is_the_difference(project: Project) -> None:
 
 
 def test_temp_and_queued_experiments_reach_the_same_store(project: Project) -> None:
-    project.dvc("exp", "run", "--temp", "--name", "temp", "-S", "model.activation=gelu")
+    project.dvc("exp", "run", "--temp", "--name", "temp", "-S", "model.activation=relu")
     project.dvc("exp", "run", "--queue", "--name", "queued-a", "-S", "train.lr=0.02")
     project.dvc("exp", "run", "--queue", "--name", "queued-b", "-S", "model.norm=none")
     # The snapshots are taken: what the main checkout's code does from here on is not their business.
@@ -157,7 +157,7 @@ def test_temp_and_queued_experiments_reach_the_same_store(project: Project) -> N
         plot.write_text(original)
     runs = project.runs()
     for name, (key, value) in {
-        "temp": ("model.activation", "gelu"),
+        "temp": ("model.activation", "relu"),
         "queued-a": ("train.lr", "0.02"),
         "queued-b": ("model.norm", "none"),
     }.items():

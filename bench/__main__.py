@@ -1,0 +1,157 @@
+"""`make bench`: every measurement several times, the notebook's way and ours in turn, then one table.
+
+Each single run is appended to a file in bench/results/ as soon as it is there: an interrupted benchmark continues.
+"""
+
+import argparse
+import json
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from importlib.metadata import version
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from cifarlab.__main__ import processor
+
+RESULTS = Path("bench/results")
+Run = dict[str, Any]
+
+
+def measured(*arguments: str) -> Run:
+    """Run one measurement in a process of its own."""
+    done = subprocess.run([sys.executable, "-m", "bench.measure", *arguments], stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])  # type: ignore[no-any-return]
+
+
+def pipeline() -> Run:
+    """Time `dvc repro` of the default parameters for one epoch, in a clone, data already there; and again, with nothing to do.
+
+    What is neither training nor evaluating is overhead: interpreter and imports of three stages, DVC, MLflow, plots.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        clone = Path(folder) / "cifarlab"
+        subprocess.run(["git", "clone", "--quiet", ".", clone], check=True)
+        for name in ("params.yaml", "dvc.lock"):
+            shutil.copy(name, clone)
+        environment = {k: v for k, v in os.environ.items() if not k.startswith(("DVC_ROOT", "MLFLOW_"))} | {"PYTHONPATH": "src"}
+
+        def run(*command: str) -> float:
+            start = time.perf_counter()
+            subprocess.run(command, cwd=clone, env=environment, check=True, stdout=subprocess.DEVNULL)
+            return time.perf_counter() - start
+
+        run("dvc", "cache", "dir", "--local", str(Path(".dvc/cache").resolve()))
+        run("dvc", "repro", "--quiet", "download")
+        params = clone / "params.yaml"
+        params.write_text(re.sub(r"(?m)^  epochs: \d+", "  epochs: 1", params.read_text("utf-8")), "utf-8")
+        times = {"whole": run("dvc", "repro", "--quiet"), "nothing": run("dvc", "repro", "--quiet")}
+        run(sys.executable, "-m", "cifarlab", "results", "bench")
+        [epoch] = json.loads((clone / "docs/results/bench/machine.json").read_text("utf-8"))["epoch_seconds"]
+    return times | {"epoch": epoch}
+
+
+def plan(quick: bool, seeds: int) -> list[tuple[str, ...]]:
+    """Return the measurements in the order they are made: the two ways in turn, so that a slow hour hits both."""
+    if quick:  # speeds, of as many images as give a steady one
+        one = [("reference", "0", "6400"), ("ours", "notebook", "0", "1"), ("ours", "dash", "0"), ("ours", "default", "0", "1")]
+        return [("matmul",), *one, ("pipeline",)]
+    turns = [("reference", "{}"), ("ours", "dash", "{}"), ("ours", "default", "{}"), ("ours", "notebook", "{}", "2")]
+    return [("pipeline",)] + [("matmul",)] * seeds + [tuple(a.format(seed) for a in turn) for seed in range(seeds) for turn in turns]
+
+
+def machine() -> Run:
+    """Return what the figures depend on."""
+    data = json.loads(Path("data/dataset.json").read_text("utf-8"))
+    return {
+        "processor": processor(),
+        "cores": os.cpu_count(),
+        "platform": platform.platform(),
+        "python": platform.python_version(),
+        **{package: version(package) for package in ("torch", "torchvision", "numpy", "dvc", "mlflow")},
+        "commit": subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=True).stdout.strip(),
+        "data": f"{data['name']} {data['digest'][:12]}",
+    }
+
+
+def table(runs: dict[str, list[Run]]) -> str:
+    """Return the figures as a Markdown table: medians, and in brackets the extremes."""
+
+    def row(label: str, goal: str, ours: list[float], theirs: list[float] | None = None, form: str = ".0f") -> str:
+        columns = [
+            "" if v is None else f"{median(v):{form}}" + (f" ({min(v):{form}}–{max(v):{form}})" if len(v) > 1 else "")
+            for v in (theirs, ours)
+        ]
+        ratio = "" if theirs is None else f"{median(ours) / median(theirs):.2f}"
+        return "| " + " | ".join([label, goal, *columns, ratio]) + " |"
+
+    reference, default, dash, notebook = (
+        {field: [run[field] for run in runs[what]] for field in runs[what][0]}
+        for what in ("reference", "ours default", "ours dash", "ours notebook")
+    )
+    [pipeline] = runs["pipeline"]
+    overhead = pipeline["whole"] - pipeline["epoch"] - median(default["evaluation_seconds"])
+    product = [run["gflop_per_second"] for run in runs["matmul"]]
+    rows = [
+        row("the notebook's network and batch size, images/s", "≥ 1.8", notebook["images_per_second"], reference["images_per_second"]),
+        row("the same network on the test images, s", "≤ 0.5", notebook["evaluation_seconds"], reference["evaluation_seconds"], ".1f"),
+        row("default network in training; 4096³ float32 product, GFLOP/s", "≥ 0.7", default["gflop_per_second"], product),
+        row("`dvc repro` beside training and evaluating, s", "≤ 25", [overhead], form=".1f"),
+        row("`dvc repro` with nothing to do, s", "≤ 2", [pipeline["nothing"]], form=".1f"),
+        row("peak memory of a training, MB", "≤ 2500", default["memory_mb"]),
+    ]
+    if reference["accuracy"][0] is not None:
+        rows = [
+            row("test accuracy of `dash`, to reach that of the notebook", "≥ 1", dash["accuracy"], reference["accuracy"], ".2%"),
+            row("its training, s", "≤ 0.083", dash["seconds"], reference["seconds"]),
+            row("test accuracy of the default parameters", "≥ 91 %", default["accuracy"], reference["accuracy"], ".2%"),
+            row("their training, s", "≤ 1", default["seconds"], reference["seconds"]),
+            *rows,
+        ]
+    return "\n".join(["| | goal | the notebook's way, or as named | cifarlab | ratio |", "|---|---|---|---|---|", *rows])
+
+
+def main() -> None:
+    """Measure what is missing, then write and print the table."""
+    parser = argparse.ArgumentParser(prog="python -m bench", description="cifarlab against the notebook's way, on this machine.")
+    parser.add_argument("--quick", action="store_true", help="speeds only, in under five minutes")
+    parser.add_argument("--seeds", type=int, default=3)
+    args = parser.parse_args()
+    here = machine()
+    target = RESULTS / ("quick" if args.quick else "full")
+    record = target.with_suffix(".jsonl")
+    target.parent.mkdir(exist_ok=True)
+    lines = [json.loads(line) for line in record.read_text("utf-8").splitlines()] if record.exists() else []
+    kept = [line for line in lines if line["machine"] == here]
+    runs: dict[str, list[Run]] = {}
+    for measurement in plan(args.quick, args.seeds):
+        known = next((line for line in kept if line["measurement"] == list(measurement)), None)
+        if known:
+            kept.remove(known)
+        else:
+            print(" ".join(measurement), flush=True)
+            known = {
+                "machine": here,
+                "measurement": measurement,
+                "result": pipeline() if measurement == ("pipeline",) else measured(*measurement),
+            }
+            with record.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(known) + "\n")
+            print(f"  {known['result']}", flush=True)
+        runs.setdefault(" ".join(a for a in measurement if not a.isdigit()), []).append(known["result"])
+    text = table(runs)
+    facts = ", ".join(f"{name} {value}" for name, value in here.items())
+    target.with_suffix(".md").write_text(
+        f"{text}\n\nMedian (lowest–highest) of {args.seeds if not args.quick else 1} seeds. {facts}\n", "utf-8"
+    )
+    print(f"\n{text}\n\n{facts}")
+
+
+if __name__ == "__main__":
+    main()

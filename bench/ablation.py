@@ -1,0 +1,89 @@
+"""`make ablation`: what each trick of the default parameters is worth, one taken away at a time, on the validation split.
+
+Every point is a DVC experiment, ablation-NAME-SEED, of a network small enough that a table takes half an hour; those that are there
+are not trained again. Two train side by side, one thread each.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from statistics import mean
+
+import numpy as np
+import pandas as pd
+from scipy import stats
+
+BASE = ["model.widths=[32,64,128]", "train.epochs=6", "train.threads=1", "tracking.system_metrics=false", "tracking.log_model=false"]
+TRICKS: dict[str, list[str]] = {
+    "the default parameters, small": [],
+    "no whitening stem": ["model.stem=none"],
+    "pooling at the end of a stage": ["model.pool_at=end"],
+    "norm_momentum 0.1": ["model.norm_momentum=0.1"],
+    "norm_scale true": ["model.norm_scale=true"],
+    "ReLU for GELU": ["model.activation=relu"],
+    "default initialisation for dirac": ["model.init=default"],
+    "logit_scale 1": ["model.logit_scale=1"],
+    "SGD for Muon": ["train.optimizer=sgd"],
+    "norm_bias_lr 1": ["train.norm_bias_lr=1"],
+    "label_smoothing 0": ["train.label_smoothing=0"],
+    "random flip": ["train.flip=random"],
+    "no flip": ["train.flip=none"],
+    "translate 0": ["train.translate=0"],
+    "no low_res": ["train.low_res_share=0"],
+    "float32": ["train.precision=float32"],
+}
+
+
+def validation_accuracy(label: str, seed: int) -> float:
+    """Return the validation accuracy of an experiment, run now where it is missing."""
+    name = "ablation-" + "".join(c if c.isalnum() else "-" for c in label.lower()).strip("-") + f"-{seed}"
+    found = subprocess.run(
+        ["git", "for-each-ref", "--format=%(refname)", f"refs/exps/*/*/{name}"], capture_output=True, text=True, check=True
+    )
+    if not found.stdout:
+        changes = [*BASE, f"train.seed={seed}", *TRICKS[label]]
+        options = [option for change in changes for option in ("-S", change)]
+        log = Path(".dvc/tmp") / f"{name}.log"
+        with log.open("w") as output:
+            subprocess.run(["dvc", "exp", "run", "--temp", "--name", name, *options], stdout=output, stderr=output, check=True)
+        found = subprocess.run(
+            ["git", "for-each-ref", "--format=%(refname)", f"refs/exps/*/*/{name}"], capture_output=True, text=True, check=True
+        )
+    metrics = subprocess.run(["git", "show", f"{found.stdout.split()[0]}:metrics/train.json"], capture_output=True, text=True, check=True)
+    accuracy = float(json.loads(metrics.stdout)["val_accuracy"])
+    print(f"{name} {accuracy:.2%}", flush=True)
+    return accuracy
+
+
+def main() -> None:
+    """Run what is missing and write docs/ablation.csv."""
+    parser = argparse.ArgumentParser(prog="python -m bench.ablation")
+    parser.add_argument("--seeds", type=int, default=3)
+    seeds = range(parser.parse_args().seeds)
+    os.environ["OMP_NUM_THREADS"] = "1"
+    with ThreadPoolExecutor(2) as pool:
+        points = {(label, seed): pool.submit(validation_accuracy, label, seed) for seed in seeds for label in TRICKS}
+        found = {label: np.array([100 * points[label, seed].result() for seed in seeds]) for label in TRICKS}
+    base = next(iter(found.values()))
+    rows = []
+    for label, accuracy in found.items():
+        difference = accuracy - base  # paired: the same seed draws the same order and the same views
+        half = stats.t.ppf(0.975, len(seeds) - 1) * difference.std(ddof=1) / len(seeds) ** 0.5
+        rows.append(
+            {
+                "variant": label,
+                "validation accuracy %": f"{mean(accuracy):.2f} ± {accuracy.std(ddof=1):.2f}",
+                "difference": f"{mean(difference):+.2f}",
+                "95 % interval": f"{mean(difference) - half:+.2f} … {mean(difference) + half:+.2f}",
+            }
+        )
+    table = pd.DataFrame(rows)
+    table.to_csv("docs/ablation.csv", index=False)
+    print(table.to_string(index=False))
+
+
+if __name__ == "__main__":
+    main()
