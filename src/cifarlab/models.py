@@ -80,7 +80,7 @@ class Whiten(nn.Conv2d):
     def measure(self, images: Tensor) -> None:
         """Set the filters from normalised images, float32 (N, 3, height, width)."""
         moments, count = torch.zeros(12, 12, dtype=torch.float64), 0
-        for batch in images.split(32):  # all patches at once are a dozen times the images
+        for batch in torch.split(images, 32):  # all patches at once are a dozen times the images
             patches = batch.unfold(2, 2, 1).unfold(3, 2, 1).permute(0, 2, 3, 1, 4, 5).reshape(-1, 12).double()
             moments, count = moments + patches.T @ patches, count + len(patches)
         variance, components = torch.linalg.eigh(moments / count)
