@@ -13,6 +13,7 @@ class ConvolutionMuon(torch.optim.Muon):
     """Torch's Muon (Jordan 2024), which takes matrices, for filters: each is a row, channels-last as it lies in memory.
 
     Orthogonalising the update does not mind the order of columns, so this is Muon of the usual (out, in · height · width).
+    As in airbench (Jordan 2024) each bank has the norm √out before its step: steps stay as large beside it as they were.
     """
 
     def __init__(self, weights: list[nn.Parameter], **options: Any) -> None:
@@ -26,6 +27,7 @@ class ConvolutionMuon(torch.optim.Muon):
         """Update from the gradients of the weights."""
         for weight, matrix in zip(self.weights, self.matrices, strict=True):
             matrix.grad = None if weight.grad is None else weight.grad.permute(0, 2, 3, 1).flatten(1)
+            matrix.data.mul_(len(matrix) ** 0.5 / matrix.data.norm().clamp(min=1e-7))
         super().step(closure)  # type: ignore[no-untyped-call]
 
 
@@ -52,7 +54,7 @@ def make_optimizers(network: nn.Module, params: TrainParams, steps: int) -> list
         kind = torch.optim.Adam if params.optimizer == "adam" else torch.optim.AdamW
         optimizers = [kind(groups, params.lr, fused=True)]
     if filters:
-        optimizers.append(ConvolutionMuon(filters, lr=params.muon_lr, momentum=params.muon_momentum, weight_decay=params.weight_decay))
+        optimizers.append(ConvolutionMuon(filters, lr=params.muon_lr, momentum=params.muon_momentum, weight_decay=0))
     return [(optimizer, _schedule(optimizer, params.schedule, steps)) for optimizer in optimizers]
 
 
