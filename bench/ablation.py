@@ -37,7 +37,6 @@ TRICKS: dict[str, list[str]] = {
     "flip random": ["train.flip=random"],
     "flip none": ["train.flip=none"],
     "translate 0": ["train.translate=0"],
-    "low_res_share 0.5, 8 epochs": ["train.low_res_share=0.5", "train.epochs=8"],
     "precision float32": ["train.precision=float32"],
 }
 

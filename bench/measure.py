@@ -85,12 +85,10 @@ def ours(name: str, seed: int, epochs: int | None = None) -> dict[str, Any]:
     evaluated = time.perf_counter()
     batch_size = min(params.train.batch_size, len(train.labels))
     seen = params.train.epochs * (len(train.labels) // batch_size) * batch_size
-    low_res = round(params.train.low_res_share * params.train.epochs) / params.train.epochs
-    flops = (1 - low_res) * operations(network, params.data.image_size) + low_res * operations(network, params.train.low_res_size)
     return {
         "seconds": trained - start,
         "images_per_second": seen / (trained - start),
-        "gflop_per_second": flops * seen / (trained - start) / 1e9,
+        "gflop_per_second": operations(network, params.data.image_size) * seen / (trained - start) / 1e9,
         "accuracy": accuracy,
         "evaluation_seconds": evaluated - trained,
         "parameters": network.count_parameters(),

@@ -46,5 +46,5 @@ def make_params(content: dict[str, Any], tmp_path: Path) -> Callable[..., Params
 @pytest.fixture
 def train_params(content: dict[str, Any]) -> MakeTrain:
     """Return a function: train_params(lr=0.1) gives the parameters of a plain and exact training on the CPU, with changes."""
-    exact = {"batch_size": 16, "label_smoothing": 0.1, "low_res_share": 0, "precision": "float32", "device": "cpu", "threads": 1}
+    exact = {"batch_size": 16, "label_smoothing": 0.1, "precision": "float32", "device": "cpu", "threads": 1}
     return lambda **changes: TrainParams(**content["train"] | PLAIN_TRAINING | exact | changes)

@@ -85,7 +85,7 @@ def runs() -> dict[str, list[dict[str, float]]]:
 
     return {
         "reference": [run(100, 10, 0.7), run(120, 12, 0.8), run(140, 11, 0.75)],
-        "ours dash": [run(9, 1, 0.8), run(8, 1, 0.8), run(10, 1, 0.8)],
+        "ours tiny": [run(9, 1, 0.8), run(8, 1, 0.8), run(10, 1, 0.8)],
         "ours default": [run(90, 1, 0.9), run(91, 1, 0.9), run(89, 1, 0.9)],
         "ours notebook": [run(50, 22, 0.8), run(50, 30, 0.8), run(50, 20, 0.8)],
         "matmul": [{"gflop_per_second": 120.0}],

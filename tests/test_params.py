@@ -41,12 +41,12 @@ def test_committed_parameters_are_valid_and_kept_as_they_are() -> None:
         {"model.norm": "group", "model.widths": [8, 8, 8, 8, 16, 16], "model.pool": "stride"},
         {"model.norm": "group", "model.widths": [8, 8, 8, 16, 16], "model.layers": 4, "model.pool_at": "start"},
         {"model.stem": "none", "model.pool_at": "end", "model.norm_momentum": 1, "model.logit_scale": 1},
-        {"model.kernel_size": 4, "model.padding": "valid", "model.layers": 3, "train.low_res_share": 0},
+        {"model.kernel_size": 4, "model.padding": "valid", "model.layers": 3},
         {"model.dropout": [0, 0.1, 0.999], "model.layers": 1},
         {"model.layers": 32, "model.kernel_size": 15, "model.head": [1] * 8},
-        {"model.stem": "none", "model.widths": [8] * 5, "model.layers": 5, "train.low_res_share": 0},
-        {"model.global_pool": "none", "train.low_res_share": 0, "train.low_res_size": 500},
-        {"model.norm_scale": True, "train.low_res_share": 1, "train.low_res_size": 32, "train.optimizer": "adamw"},
+        {"model.stem": "none", "model.widths": [8] * 5, "model.layers": 5},
+        {"model.global_pool": "none"},
+        {"model.norm_scale": True, "train.optimizer": "adamw"},
         {"train.flip": "random", "train.precision": "bfloat16", "train.norm_bias_lr": 0.5, "evaluate.mirror": True},
         {"train.translate": 31, "train.seed": 2**31 - 1, "train.threads": 1024},
     ],
@@ -76,7 +76,6 @@ REFUSED = [
     ({"train.flip": True}, ["train.flip = True", "one of none, random, alternating"]),
     ({"train.optimizer": "lion"}, ["train.optimizer = 'lion'", "one of sgd, muon, adam, adamw"]),
     ({"train.schedule": "cosine"}, ["train.schedule = 'cosine'", "one of linear, one_cycle, constant"]),
-    ({"train.low_res_share": 1.5}, ["train.low_res_share = 1.5", "at least 0 and at most 1"]),
     ({"train.precision": 16}, ["train.precision = 16", "one of auto, float32, bfloat16"]),
     ({"train.norm_bias_lr": 0}, ["train.norm_bias_lr = 0", "a number above 0"]),
     ({"evaluate.mirror": "maybe"}, ["evaluate.mirror = 'maybe'", "true or false"]),
@@ -111,10 +110,7 @@ REFUSED = [
     (NO_STEM | {"model.layers": 6, "model.widths": [8] * 6}, ["model.layers = 6", "the max-pooling after layer 6", "1×1 to nothing"]),
     # The stem costs a pixel, and with it a pooling: 31 → 15 → 7 → 3 → 1.
     (STEM | {"model.layers": 5, "model.widths": [8] * 5}, ["model.layers = 5", "the max-pooling after layer 5", "1×1 to nothing"]),
-    ({"train.low_res_share": 0.1, "train.low_res_size": 33}, ["train.low_res_size = 33", "must not exceed data.image_size = 32"]),
-    ({"train.low_res_share": 0.1, "model.global_pool": "none"}, ["model.global_pool = none", "train.low_res_share: 0"]),
     # 7 → 3 → 1
-    (STEM | {"train.low_res_share": 0.1, "train.low_res_size": 8, "model.layers": 3}, ["train.low_res_size = 8", "layer 3", "1×1"]),
     ({"train.translate": 32}, ["train.translate = 32", "below data.image_size = 32"]),
 ]  # fmt: skip
 
@@ -238,7 +234,7 @@ def test_the_notebook_trains_plainly(make_params: Make) -> None:
     train = make_params(NOTEBOOK).train
     assert (train.optimizer, train.lr, train.batch_size, train.epochs, train.schedule) == ("adam", 0.001, 32, 8, "constant")
     assert (train.weight_decay, train.norm_bias_lr, train.label_smoothing, train.loss) == (0, 1, 0, "cross_entropy")
-    assert (train.flip, train.translate, train.low_res_share) == ("none", 0, 0)
+    assert (train.flip, train.translate) == ("none", 0)
 
 
 def test_an_unknown_variant_is_refused_in_one_sentence() -> None:
@@ -248,5 +244,5 @@ def test_an_unknown_variant_is_refused_in_one_sentence() -> None:
 
 
 def test_every_variant_is_a_target_of_make() -> None:
-    targets = re.findall(r"^([a-z ]+): setup.*\n\tdvc exp run .*options", (REPO / "Makefile").read_text("utf-8"), re.MULTILINE)
+    targets = re.findall(r"^([a-z ]+): setup.*\n\t.*cifarlab options .*dvc exp run", (REPO / "Makefile").read_text("utf-8"), re.MULTILINE)
     assert [target.split() for target in targets] == [list(VARIANTS)]

@@ -73,7 +73,7 @@ def test_no_network(folder: Path) -> None:
 def test_accuracy_of_the_mean_over_images_and_mirror_images(
     make_params: Callable[..., Params], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mirror: bool
 ) -> None:
-    folder = {"data.name": "folder", "data.sources": ["a.zip"], "data.sha256": None, "data.image_size": 8, "train.low_res_share": 0}
+    folder = {"data.name": "folder", "data.sources": ["a.zip"], "data.sha256": None, "data.image_size": 8}
     params = make_params({**folder, "model.widths": [8], "model.layers": 2, "evaluate.mirror": mirror, "evaluate.batch_size": 7})
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (60, 8, 8, 3), dtype=np.uint8)

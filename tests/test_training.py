@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from sklearn.metrics import accuracy_score, log_loss
 from torch import Tensor, nn
 
@@ -106,7 +105,6 @@ def test_gradient_of_the_losses(name: str, smoothing: float) -> None:
         {"optimizer": "sgd", "lr": 0.2, "loss": "quadratic", "label_smoothing": 0},
         {"optimizer": "sgd", "precision": "bfloat16"},
         {"optimizer": "sgd", "norm_bias_lr": 64, "flip": "alternating"},
-        {"optimizer": "sgd", "low_res_share": 0.5, "low_res_size": 5},
     ],
     ids=lambda c: "-".join(str(v) for v in c.values()),
 )
@@ -123,7 +121,7 @@ def test_learns_colours(train_params: MakeTrain, make_network: MakeNetwork, chan
 
 def test_the_committed_recipe_learns_colours(content: dict[str, Any], make_network: MakeNetwork) -> None:
     network = make_network(**{key: content["model"][key] for key in PLAIN_NETWORK})
-    params = TrainParams(**content["train"] | {"epochs": 12, "batch_size": 16, "low_res_size": 6, "device": "cpu", "threads": 1})
+    params = TrainParams(**content["train"] | {"epochs": 12, "batch_size": 16, "device": "cpu", "threads": 1})
     fit(network, params, coloured(96), None, ignore)
     unseen = coloured(60, seed=2)
     assert (predict(network, unseen.images, 60).argmax(1) == unseen.labels).float().mean() > 0.9
@@ -178,26 +176,7 @@ def test_every_epoch_shows_each_image_once_and_mirrored_as_asked(train_params: M
     assert ways[0].float().mean().item() == (0 if flip == "none" else pytest.approx(0.5, abs=0.3))
 
 
-@pytest.mark.parametrize(("share", "epochs", "low"), [(0, 3, 0), (0.3, 3, 0), (0.5, 3, 1), (0.5, 4, 2), (1, 2, 2)])
-def test_the_first_epochs_see_shrunk_images(
-    train_params: MakeTrain, make_network: MakeNetwork, share: float, epochs: int, low: int
-) -> None:
-    network, data, seen = make_network(), coloured(16), []
-    network.normalize.register_forward_pre_hook(lambda _, x: seen.append(x[0].clone()))
-    params = train_params(epochs=epochs, low_res_share=share, low_res_size=5, flip="none", translate=0)
-    fit(network, params, data, coloured(9, seed=1), ignore)
-    training, held_out = seen[::2], seen[1::2]
-    assert [images.shape for images in training] == [(16, 3, 5, 5)] * low + [(16, 3, SIZE, SIZE)] * (epochs - low)
-    assert {images.shape for images in held_out} == {(9, 3, SIZE, SIZE)}
-    for epoch, images in enumerate(training[:low], 1):
-        torch.manual_seed(params.seed * 100_003 + epoch)
-        shrunk = [Image.fromarray(data.images[i].numpy()).resize((5, 5), Image.Resampling.BILINEAR) for i in torch.randperm(16)]
-        np.testing.assert_allclose(images.permute(0, 2, 3, 1), np.stack(shrunk), atol=1.01)  # Pillow rounds, twice
-
-
-@pytest.mark.parametrize(
-    "recipe", [{"precision": "float32"}, {"precision": "bfloat16"}, {"optimizer": "muon", "low_res_share": 0.5, "low_res_size": 5}], ids=str
-)
+@pytest.mark.parametrize("recipe", [{"precision": "float32"}, {"precision": "bfloat16"}, {"optimizer": "muon"}], ids=str)
 @pytest.mark.parametrize(
     "device",
     ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")])],

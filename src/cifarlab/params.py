@@ -69,10 +69,6 @@ class TrainParams(Section):
     """Mirror left and right: with probability ½, or every image the other way round in the next epoch (Jordan 2024, airbench)."""
     translate: Annotated[int, Field(ge=0)]
     """Pixels, by reflection at the border."""
-    low_res_share: Annotated[float, Field(ge=0, le=1)]
-    """Share of the epochs, the first ones, trained on shrunk images (Howard 2018, progressive resizing; Touvron et al. 2019)."""
-    low_res_size: Annotated[int, Field(ge=1)]
-    """Height and width of the shrunk images in pixels."""
     precision: Literal["auto", "float32", "bfloat16"]
     """Of the arithmetic in training (Micikevicius et al. 2017); weights and evaluation are float32."""
     device: Literal["auto", "cpu", "cuda"]
@@ -119,16 +115,6 @@ class Params(Section):
         list(self.model.plan(self.data.image_size))
         if self.train.translate >= self.data.image_size:
             raise ValueError(f"train.translate = {self.train.translate}: must stay below data.image_size = {self.data.image_size}")
-        if self.train.low_res_share:
-            size = self.train.low_res_size
-            if size > self.data.image_size:
-                raise ValueError(f"train.low_res_size = {size}: must not exceed data.image_size = {self.data.image_size}")
-            if self.model.global_pool == "none":
-                raise ValueError("model.global_pool = none: a network for one image size only; use train.low_res_share: 0")
-            try:
-                list(self.model.plan(size))
-            except ValueError as error:
-                raise ValueError(f"train.low_res_size = {size}: {error}; or train.low_res_share: 0") from error
         return self
 
     def flat(self) -> dict[str, Any]:

@@ -120,8 +120,6 @@ def fit(network: Network, params: TrainParams, train: Images, validation: Images
                 labels = train.labels[chosen]
                 batch = slice((step - 1) * batch_size, step * batch_size)
                 images = augment(train.images[chosen], draws and Draws(*(drawn[batch] for drawn in draws)))
-                if epoch <= round(params.low_res_share * params.epochs):
-                    images = F.interpolate(images.float(), size=2 * [params.low_res_size], mode="bilinear", antialias=True)
                 with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
                     logits = network(images)
                 loss = loss_of(logits.float(), labels)
