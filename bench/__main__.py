@@ -69,13 +69,14 @@ def plan(quick: bool, seeds: int) -> list[tuple[str, ...]]:
 def machine() -> Run:
     """Return what the figures depend on."""
     data = json.loads(Path("data/dataset.json").read_text("utf-8"))
+    code = ["git", "log", "-1", "--format=%h", "--", "src", "stages", "bench/*.py"]
     return {
         "processor": processor(),
         "cores": os.cpu_count(),
         "platform": platform.platform(),
         "python": platform.python_version(),
         **{package: version(package) for package in ("torch", "torchvision", "numpy", "dvc", "mlflow")},
-        "commit": subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=True).stdout.strip(),
+        "commit": subprocess.run(code, capture_output=True, text=True, check=True).stdout.strip(),
         "data": f"{data['name']} {data['digest'][:12]}",
     }
 
