@@ -4,6 +4,7 @@ Each single run is appended to a file in bench/results/ as soon as it is there: 
 """
 
 import argparse
+import hashlib
 import json
 import os
 import platform
@@ -18,9 +19,11 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from bench.measure import variant
 from cifarlab.__main__ import processor
 
 RESULTS = Path("bench/results")
+VARIANTS = ("notebook", "tiny", "default")
 Run = dict[str, Any]
 
 
@@ -77,6 +80,9 @@ def machine() -> Run:
         "python": platform.python_version(),
         **{package: version(package) for package in ("torch", "torchvision", "numpy", "dvc", "mlflow")},
         "commit": subprocess.run(code, capture_output=True, text=True, check=True).stdout.strip(),
+        "parameters": hashlib.sha256(
+            json.dumps([variant(name).model_dump(include={"model", "train"}) for name in VARIANTS]).encode()
+        ).hexdigest()[:12],
         "data": f"{data['name']} {data['digest'][:12]}",
     }
 
