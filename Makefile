@@ -11,7 +11,7 @@ DEMO := -S data.name=digits -S train.epochs=8 -S train.batch_size=32 -S train.fl
 NAME ?= latest
 PORT ?= 5000
 
-.PHONY: help setup demo repro notebook tiny strong bench bench-quick bench-scaling test lint format ui diff results lock
+.PHONY: help setup demo repro notebook tiny strong bench bench-quick bench-scaling ablation test lint format ui diff results lock
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -72,6 +72,10 @@ bench: setup  ## against the notebook's way, three seeds side by side, an hour: 
 bench-quick: setup  ## speeds only, in five minutes: bench/results/quick.md
 	dvc repro --quiet download
 	python -m bench --quick
+
+ablation: setup  ## what each trick of the default parameters is worth, half an hour: docs/ablation.csv
+	dvc repro --quiet download
+	python -m bench.ablation
 
 bench-scaling: setup  ## how speed and memory grow: docs/scaling.csv, docs/scaling.png
 	python -m bench.scaling

@@ -13,7 +13,8 @@ class ConvolutionMuon(torch.optim.Muon):
     """Torch's Muon (Jordan 2024), which takes matrices, for filters: each is a row, channels-last as it lies in memory.
 
     Orthogonalising the update does not mind the order of columns, so this is Muon of the usual (out, in · height · width).
-    As in airbench (Jordan 2024) each bank has the norm √out before its step: steps stay as large beside it as they were.
+    As in airbench (Jordan 2024) three Newton–Schulz iterations do, and each bank has the norm √out before its step, so
+    that steps stay as large beside it as they were.
     """
 
     def __init__(self, weights: list[nn.Parameter], **options: Any) -> None:
@@ -54,7 +55,7 @@ def make_optimizers(network: nn.Module, params: TrainParams, steps: int) -> list
         kind = torch.optim.Adam if params.optimizer == "adam" else torch.optim.AdamW
         optimizers = [kind(groups, params.lr, fused=True)]
     if filters:
-        optimizers.append(ConvolutionMuon(filters, lr=params.muon_lr, momentum=params.muon_momentum, weight_decay=0))
+        optimizers.append(ConvolutionMuon(filters, lr=params.muon_lr, momentum=params.muon_momentum, weight_decay=0, ns_steps=3))
     return [(optimizer, _schedule(optimizer, params.schedule, steps)) for optimizer in optimizers]
 
 
