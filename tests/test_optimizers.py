@@ -129,7 +129,7 @@ def test_muon_of_filters_is_muon_of_matrices(train_params: MakeTrain, make_netwo
     filters = [network.get_parameter(f"stages.{stage}.first.0.weight") for stage in (0, 1)]
     matrices = [nn.Parameter(w.detach().flatten(1).clone()) for w in filters]
     start = [m.detach().clone() for m in matrices]
-    theirs = torch.optim.Muon(matrices, lr=0.1, momentum=0.6, weight_decay=0)
+    theirs = torch.optim.Muon(matrices, lr=0.1, momentum=0.6, weight_decay=0, ns_steps=3)
     params = train_params(optimizer="muon", muon_lr=0.1, muon_momentum=0.6, weight_decay=0.05, schedule="constant")
     [_, (ours, _schedule)] = make_optimizers(network, params, 10)
     for seed in range(3):
