@@ -106,7 +106,11 @@ def test_a_changed_plot_runs_plot_only(project: Project) -> None:
 
 
 def test_a_changed_evaluate_does_not_train(project: Project) -> None:
-    assert stages_run(project.dvc("exp", "run", "--name", "bins", "-S", "evaluate.calibration_bins=10")) == ["evaluate"]
+    # Another number of bins may change the figure that the pictures' titles come with.
+    assert stages_run(project.dvc("exp", "run", "--name", "bins", "-S", "evaluate.calibration_bins=10")) in (
+        ["evaluate"],
+        ["evaluate", "plot"],
+    )
     # No stage before evaluate ran in this experiment: its run has what they wrote, from their files.
     run = project.runs()["bins"]
     assert len(project.client().get_metric_history(run.info.run_id, "train_loss")) == 3
