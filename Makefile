@@ -52,8 +52,8 @@ demo: setup  ## offline, minutes: the pipeline and a variant on handwritten digi
 repro: setup  ## run what params.yaml asks for (dvc repro)
 	dvc repro
 
-notebook tiny strong: setup  ## a variant of variants.yaml as an experiment: the student's notebook, 2 minutes, no limit
-	changes=$$(python -m cifarlab options $@) && dvc exp run --name $@ $$changes
+notebook tiny strong: setup  ## a variant of variants.yaml as an experiment beside the workspace
+	changes=$$(python -m cifarlab options $@) && dvc exp run --temp --force --name $@ $$changes
 
 ui: setup  ## compare runs in MLflow; prints the address (PORT=…)
 	@echo "open http://127.0.0.1:$(PORT)/#/experiments/1/runs?workflowType=machine_learning (Ctrl-C ends the server)"
@@ -73,7 +73,7 @@ bench-quick: setup  ## speeds only, in five minutes: bench/results/quick.md
 	dvc repro --quiet download
 	python -m bench --quick
 
-ablation: setup  ## what each trick of the default parameters is worth, half an hour: docs/ablation.csv
+ablation: setup  ## what each trick of the default parameters is worth, an hour: docs/ablation.csv
 	dvc repro --quiet download
 	python -m bench.ablation
 

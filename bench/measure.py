@@ -1,6 +1,6 @@
-"""One measurement, printed as JSON: `python -m bench.measure training default 0`. A process of its own for each, on CPU.
+"""One measurement, printed as JSON: `python -m bench.measure ours default 0`. A process of its own for each.
 
-Where there is a GPU, cifarlab's side uses it, the notebook's way does as well as a notebook does: on the CPU.
+cifarlab's side uses a GPU where there is one, the notebook's way the CPU: compare the two on machines without one.
 """
 
 import json
@@ -116,7 +116,11 @@ def cost(images: int, *changes: str) -> dict[str, Any]:
     training.fit(network.to(device), params.train, training.Images(pixels, torch.arange(images, device=device) % 10), None, lambda _: None)
     synchronize()
     seconds = time.perf_counter() - start
-    return {"milliseconds_per_image": 1e3 * seconds / images, "memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}
+    return {
+        "milliseconds_per_image": 1e3 * seconds / images,
+        "memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        "gflop_per_image": operations(network, params.data.image_size) / 1e9,
+    }
 
 
 def matmul(size: int = 4096, repeats: int = 7) -> dict[str, Any]:

@@ -14,7 +14,6 @@ from matplotlib.ticker import NullLocator, ScalarFormatter
 
 from bench.__main__ import measured
 
-WIDTHS = [64, 256, 256]
 SMALL = "model.widths=[16,32,32]"  # for many images in little time
 POINTS: dict[str, list[tuple[int, int, list[str]]]] = {
     # what grows: its value, training images, changes to params.yaml
@@ -45,15 +44,9 @@ def draw(table: pd.DataFrame) -> Figure:
             panel = axes[row, column]
             sns.lineplot(x=part["value"], y=part[field], marker="o", ax=panel)
             if field == "milliseconds_per_image" and what in ("layers", "width of the last stage"):
-                exponent = 1 if what == "layers" else 2
                 base = part.iloc[1]
-                panel.plot(
-                    part["value"],
-                    base[field] * (part["value"] / base["value"]) ** exponent,
-                    "--",
-                    color="0.5",
-                    label="as the arithmetic grows",
-                )
+                arithmetic = base[field] * part["gflop_per_image"] / base["gflop_per_image"]
+                panel.plot(part["value"], arithmetic, "--", color="0.5", label="as the arithmetic grows")
                 panel.legend(frameon=False)
             panel.set(xscale="log", ylabel=label if column == 0 else "", xlabel=what if row else "", ylim=(0, None))
             panel.set_xticks(part["value"])

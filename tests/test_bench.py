@@ -95,7 +95,7 @@ def runs() -> dict[str, list[dict[str, float]]]:
 
 def test_table_has_medians_and_ratios() -> None:
     lines = {line.split(" | ")[0].strip("| "): line for line in bench.table(runs()).splitlines()}
-    assert "120 (100–140) | 9 (8–10) | 0.07 |" in lines["its training, s"]
+    assert "120 (100–140) | 9 (8–10) | 0.07 |" in lines["training of `tiny`, s"]
     assert "11 (10–12) | 22 (20–30) | 2.00 |" in lines["the notebook's network and batch size, images/s"]
     assert "| 20.0 |" in lines["`dvc repro` beside training and evaluating, s"]  # 30 - 8 - 2
 

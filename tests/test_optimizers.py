@@ -118,7 +118,7 @@ def test_muon_moves_the_filters_only_and_all_directions_alike(train_params: Make
         assert step.shape == before[name].shape
         gradient = network.get_parameter(name).grad
         u, _, v = np.linalg.svd(gradient.flatten(1).numpy(), full_matrices=False)
-        # In the directions of the gradient steps are of about the same length, which five iterations leave within 0.7 … 1.2.
+        # In the directions of the gradient steps are of about the same length, which a few iterations leave within 0.7 … 1.2.
         lengths = np.einsum("oi,ok,ki->k", step.flatten(1).numpy() / 0.1, u, v)
         assert 0.6 < lengths[:-1].min() < lengths.max() < 1.3, name
         assert np.linalg.norm(step.flatten(1).numpy() / 0.1) ** 2 == pytest.approx((lengths**2).sum(), rel=0.02)  # and nowhere else

@@ -54,8 +54,7 @@ def set_up(params: TrainParams) -> torch.device:
 def _keep_memory() -> None:
     """Let glibc keep the large blocks that every batch needs again: from the kernel they come back page by page."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt:
-        mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD
+    if mallopt and (mallopt(-3, 1 << 30) or mallopt(-3, 1 << 25)):  # M_MMAP_THRESHOLD; older glibc takes 32 MiB at most
         mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 
 
@@ -91,7 +90,7 @@ def loss_function(name: str, label_smoothing: float = 0.0) -> Callable[[Tensor, 
 def fit(network: Network, params: TrainParams, train: Images, validation: Images | None, on_epoch: Callable[[Epoch], None]) -> Epoch:
     """Train `network` in place; `on_epoch` is called after every epoch. Returns the last epoch.
 
-    Every epoch draws its order and its augmentation from a generator of its own, seeded by (seed, epoch).
+    The order and the augmentation of an epoch depend on (seed, epoch) only, not on how the epochs before it went.
 
     Raises
     ------
@@ -144,7 +143,10 @@ def fit(network: Network, params: TrainParams, train: Images, validation: Images
         # What the last step broke shows in the weights or in the validation only.
         finite = math.isfinite(train_loss) and all(bool(p.isfinite().all()) for p in network.parameters())
         if not finite or (val_loss is not None and not math.isfinite(val_loss)):
-            raise UserError(f"the training diverged in epoch {epoch}; try a train.lr below {params.lr:g}")
+            raise UserError(
+                f"the training diverged in epoch {epoch}; try a train.lr below {params.lr:g}"
+                + (" or a lower train.muon_lr" if params.optimizer == "muon" else "")
+            )
         result = Epoch(epoch, train_loss, correct.item() / len(order), val_loss, val_accuracy, float(optimizers[0][1].get_last_lr()[0]))
         seen += len(order)
         report(result, params.epochs, seen / (time.perf_counter() - started), time.perf_counter() - started)
