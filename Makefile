@@ -7,7 +7,7 @@ export PATH := $(abspath $(VENV))/bin:$(PATH)
 export PYTHONPATH := src
 export DVC_NO_ANALYTICS := 1
 export MLFLOW_DISABLE_TELEMETRY := true
-DEMO := -S data.name=digits -S train.epochs=8 -S train.batch_size=32 -S train.flip=none
+DEMO := -S data.name=digits -S 'model.widths=[16,32,64]' -S train.epochs=8 -S train.batch_size=32 -S train.flip=none
 NAME ?= latest
 PORT ?= 5000
 
@@ -46,7 +46,7 @@ demo: setup  ## offline, minutes: the pipeline and a variant on handwritten digi
 	@echo "  open dvc_plots/index.html                    confusion matrices and curves side by side"
 	@echo "  source .venv/bin/activate                    then, as you like:"
 	@echo "  dvc exp show --only-changed                  every experiment, its parameters and metrics"
-	@echo "  dvc exp run -S data.name=digits -S train.flip=none -S model.norm=none"
+	@echo "  dvc exp run -S data.name=digits -S train.flip=none -S model.activation=relu"
 	@echo "  dvc repro                                    the real thing: CIFAR-10"
 
 repro: setup  ## run what params.yaml asks for (dvc repro)
