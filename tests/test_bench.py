@@ -100,6 +100,16 @@ def test_table_has_medians_and_ratios() -> None:
     assert "| 20.0 |" in lines["`dvc repro` beside training and evaluating, s"]  # 30 - 8 - 2
 
 
+@pytest.mark.parametrize("page", ["README.md", "docs/performance.md", "bench/results/full.md"])
+def test_the_table_on_the_pages_is_that_of_the_recorded_runs(page: str) -> None:
+    recorded: dict[str, list[dict[str, float]]] = {}
+    for line in (REPO / "bench/results/full.jsonl").read_text("utf-8").splitlines():
+        run = json.loads(line)
+        recorded.setdefault(" ".join(a for a in run["measurement"] if not a.isdigit()), []).append(run["result"])
+    assert len(recorded["reference"]) == len(recorded["ours default"]) == len(recorded["ours tiny"]) >= 3
+    assert bench.table(recorded) in (REPO / page).read_text("utf-8")
+
+
 def test_table_without_accuracies_has_no_row_of_them() -> None:
     quick = runs()
     quick["reference"] = [quick["reference"][0] | {"accuracy": None}]  # type: ignore[dict-item]

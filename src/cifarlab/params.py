@@ -70,7 +70,7 @@ class TrainParams(Section):
     translate: Annotated[int, Field(ge=0)]
     """Pixels, by reflection at the border."""
     precision: Literal["auto", "float32", "bfloat16"]
-    """Of the arithmetic in training (Micikevicius et al. 2017); weights and evaluation are float32."""
+    """Of the arithmetic in training (Micikevicius et al. 2017); weights and the test are float32."""
     device: Literal["auto", "cpu", "cuda"]
     threads: Annotated[int, Field(ge=1, le=1024)] | Literal["auto"]
 
