@@ -48,7 +48,12 @@ def draw(table: pd.DataFrame) -> Figure:
                 arithmetic = base[field] * part["gflop_per_image"] / base["gflop_per_image"]
                 panel.plot(part["value"], arithmetic, "--", color="0.5", label="as the arithmetic grows")
                 panel.legend(frameon=False)
-            panel.set(xscale="log", ylabel=label if column == 0 else "", xlabel=what if row else "", ylim=(0, None))
+            panel.set(
+                xscale="log",
+                ylabel=label if column == 0 else "",
+                xlabel=what if row else "",
+                ylim=(0, 1.1 * max(line.get_ydata().max() for line in panel.lines)),
+            )
             panel.set_xticks(part["value"])
             panel.xaxis.set_major_formatter(ScalarFormatter())
             panel.xaxis.set_minor_locator(NullLocator())
