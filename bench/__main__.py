@@ -20,7 +20,7 @@ from statistics import median
 from typing import Any
 
 from bench.measure import variant
-from cifarlab.__main__ import processor
+from cifarlab.training import processor
 
 RESULTS = Path("bench/results")
 VARIANTS = ("notebook", "tiny", "default")

@@ -33,7 +33,7 @@ def run(stage: Callable[[Params], None]) -> None:
     except ModuleNotFoundError as error:
         _not_set_up(error)
     except KeyboardInterrupt:
-        sys.exit("interrupted; the same command starts this stage again")
+        sys.exit("interrupted; type the same command again and it continues")
     except OSError as error:
         if error.filename is None and error.errno is None:
             raise

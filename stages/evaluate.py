@@ -11,10 +11,13 @@ def evaluate(params: Params) -> None:
     import torch
 
     from cifarlab import evaluation, models
+    from cifarlab.checkpoints import Checkpoint
     from cifarlab.datasets import Dataset
     from cifarlab.files import atomic, write_json
-    from cifarlab.tracking import Mirror
+    from cifarlab.tracking import Mirror, training_key
 
+    # Only now has DVC what the training wrote: a kill between its end and DVC's own entry must not lose it.
+    Checkpoint.remove(training_key(params))
     data = Dataset.load(Path("data"))
     network = models.load(Path("models/network.safetensors"))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -8,16 +8,17 @@ from stages import run
 
 
 def train(params: Params) -> None:
-    """Train on the training split and follow the epochs in history.csv and MLflow."""
+    """Train on the training split and follow the epochs in history.csv and MLflow; a training that was killed continues."""
     import numpy as np
     import numpy.typing as npt
     import pandas as pd
     import torch
 
     from cifarlab import models, training
+    from cifarlab.checkpoints import Checkpoint
     from cifarlab.datasets import Dataset, stratified_split
     from cifarlab.files import atomic, write_json
-    from cifarlab.tracking import Mirror
+    from cifarlab.tracking import Mirror, training_key
 
     device = training.set_up(params.train)
     data = Dataset.load(Path("data"))
@@ -35,24 +36,29 @@ def train(params: Params) -> None:
     network = models.Network(params.model, params.data.image_size, data.classes)
     network.measure(images.images)
     network.to(device)
-    history: list[training.Epoch] = []
-    print(f"{data.name}: {params.model.describe()}, {network.count_parameters():,} parameters, on {device.type}")
+    conditions = training.conditions(params.train, device)
+    checkpoint = Checkpoint(training_key(params), conditions)
+    alone = checkpoint.claim()
+    print(f"{data.name}: {params.model.describe()}, {network.count_parameters():,} parameters, on {conditions['device']}", flush=True)
 
-    with Mirror("train", params) as mirror:
+    def write(history: list[training.Epoch]) -> None:
+        with atomic(Path("plots/history.csv")) as path:
+            pd.DataFrame(history).to_csv(path, index=False, float_format="%.6f")
 
-        def follow(epoch: training.Epoch) -> None:
-            history.append(epoch)
-            with atomic(Path("plots/history.csv")) as path:
-                pd.DataFrame(history).to_csv(path, index=False, float_format="%.6f")
-            mirror.epoch(epoch)
+    with Mirror("train", params, conditions, adopt=alone) as mirror:
 
-        last = training.fit(network, params.train, images, validation, follow)
+        def follow(history: list[training.Epoch]) -> None:
+            write(history)
+            mirror.epoch(history[-1].epoch)
+
+        history = training.fit(network, params.train, images, validation, follow, checkpoint=checkpoint if alone else None)
+        write(history)  # also where all epochs were trained before
         models.save(network, Path("models/network.safetensors"))
         write_json(
             Path("metrics/train.json"),
             {
                 "parameters": network.count_parameters(),
-                **{k: v for k, v in last._asdict().items() if k.endswith(("loss", "accuracy")) and v is not None},
+                **{k: v for k, v in history[-1]._asdict().items() if k.endswith(("loss", "accuracy")) and v is not None},
             },
         )
 

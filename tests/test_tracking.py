@@ -43,6 +43,7 @@ def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make_params: Make)
 
 
 EPOCH = Epoch(1, 0.5, 0.9, None, None, 0.1)
+CONDITIONS = {"device": "a processor", "threads": "1", "precision": "float32"}
 
 
 def the_run(folder: Path) -> Any:
@@ -81,16 +82,18 @@ def test_the_key_names_code_and_data(checkout: Path, make_params: Make, name: st
 def test_the_run_has_the_figures_and_what_it_was_trained_on_but_no_password(checkout: Path, make_params: Make) -> None:
     changes = {"data.sources": ["https://me:hunter2@example.org/cifar.tar.gz"], "train.precision": "float32", "train.device": "cpu"}
     params = make_params({**changes, "tracking.system_metrics": False})
-    with tracking.Mirror("train", params) as mirror:
-        mirror.epoch(EPOCH)
+    with tracking.Mirror("train", params, CONDITIONS) as mirror:
+        mirror.epoch(1)
     run = the_run(checkout)
     assert run.data.params["data.sources"] == "['https://…@example.org/cifar.tar.gz']"
     assert b"hunter2" not in b"".join(path.read_bytes() for path in checkout.glob("mlflow.db*"))
     # A figure that is not there (nothing held out) is not logged; the final figures stand beside the epochs'.
     assert run.data.metrics.keys() == {"train_loss", "train_accuracy", "learning_rate", "epoch_seconds", "parameters"}
-    assert (run.data.tags["precision"], run.data.tags["threads"]) == ("float32", "1")
-    timing = tracking.timing(params)
-    assert [timing[name] for name in ("precision", "device", "threads")] == ["float32", run.data.tags["device"], "1"]
+    assert CONDITIONS.items() <= run.data.tags.items()
+    noted = tracking.read_diary(tracking.training_key(params))
+    assert noted["conditions"] == CONDITIONS
+    [point] = mlflow.MlflowClient().get_metric_history(run.info.run_id, "epoch_seconds")
+    assert noted["epochs"] == {"1": [point.timestamp, point.value]}
 
 
 @pytest.mark.parametrize(("error", "status"), [(KeyboardInterrupt, "KILLED"), (ValueError, "FAILED")])
@@ -124,7 +127,7 @@ def test_a_store_that_breaks_in_the_middle_costs_one_warning(checkout: Path, mak
         for path in checkout.glob("mlflow.db*"):
             path.write_bytes(b"no database")
         for epoch in range(1, 4):
-            mirror.epoch(EPOCH._replace(epoch=epoch))
+            mirror.epoch(epoch)
     assert capsys.readouterr().err.count("warning: MLflow") == 1
 
 

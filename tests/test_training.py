@@ -51,7 +51,7 @@ def coloured(n: int, seed: int = 0) -> Images:
     return Images(torch.from_numpy(images.astype(np.uint8)), torch.from_numpy(labels))
 
 
-def ignore(_: Epoch) -> None:
+def ignore(_: list[Epoch]) -> None:
     pass
 
 
@@ -110,7 +110,9 @@ def test_gradient_of_the_losses(name: str, smoothing: float) -> None:
 )
 def test_learns_colours(train_params: MakeTrain, make_network: MakeNetwork, changes: dict[str, Any]) -> None:
     network, rows = make_network(), []
-    last = fit(network, train_params(epochs=6, **changes), coloured(96), coloured(60, seed=1), rows.append)
+    [*_, last] = fit(
+        network, train_params(epochs=6, **changes), coloured(96), coloured(60, seed=1), lambda history: rows.append(history[-1])
+    )
     assert [row.epoch for row in rows] == [1, 2, 3, 4, 5, 6]
     assert rows[-1] == last
     assert rows[0].train_loss > 1.05 * last.train_loss
@@ -192,7 +194,7 @@ def test_same_seed_same_bits_other_seed_other_bits(
         params = train_params(seed=seed, epochs=2, device=device, flip="alternating", translate=1, **recipe)
         network, rows = copy.deepcopy(start).to(set_up(params)), []
         torch.manual_seed(noise)  # whatever has been drawn before does not matter
-        fit(network, params, Images(data.images.to(device), data.labels.to(device)), None, rows.append)
+        fit(network, params, Images(data.images.to(device), data.labels.to(device)), None, lambda history: rows.append(history[-1]))
         return torch.cat([t.cpu().float().flatten() for t in network.state_dict().values()]), rows
 
     (one, rows), (again, rows_again), (other, _) = trained(7, 1), trained(7, 2), trained(8, 1)
@@ -205,7 +207,9 @@ def test_same_seed_same_bits_other_seed_other_bits(
     "changes", [{"flip": "none", "translate": 0}, {"batch_size": 40, "flip": "random", "translate": 1}], ids=["order", "augmentation"]
 )
 def test_seed_decides_order_and_augmentation(train_params: MakeTrain, make_network: MakeNetwork, changes: dict[str, Any]) -> None:
-    losses = [fit(make_network(), train_params(seed=seed, epochs=1, **changes), coloured(40), None, ignore).train_loss for seed in (0, 1)]
+    losses = [
+        fit(make_network(), train_params(seed=seed, epochs=1, **changes), coloured(40), None, ignore)[-1].train_loss for seed in (0, 1)
+    ]
     assert losses[0] != pytest.approx(losses[1], rel=1e-4)
 
 
@@ -223,7 +227,7 @@ def test_training_figures_are_those_of_the_batches(train_params: MakeTrain, make
     network, data = make_network(norm="none"), coloured(33)
     p = probabilities(predict(network, data.images, 33))
     params = train_params(epochs=1, batch_size=33, flip="none", translate=0, label_smoothing=0.2)
-    last = fit(network, params, data, None, ignore)
+    [*_, last] = fit(network, params, data, None, ignore)
     assert last.train_loss == pytest.approx(0.8 * log_loss(data.labels, p) - 0.2 * np.log(p).mean(), rel=1e-5)
     assert last.train_accuracy == pytest.approx(accuracy_score(data.labels, p.argmax(1)))
     assert (last.val_loss, last.val_accuracy) == (None, None)
@@ -233,7 +237,7 @@ def test_training_figures_are_those_of_the_batches(train_params: MakeTrain, make
 def test_validation_figures_are_those_of_the_network_in_evaluation(train_params: MakeTrain, make_network: MakeNetwork, loss: str) -> None:
     # Dropout, batch statistics, label smoothing and augmentation all belong to training only.
     network, held_out = make_network(dropout=0.5, norm="batch"), coloured(31, seed=1)
-    last = fit(network, train_params(epochs=2, loss=loss, label_smoothing=0.3), coloured(48), held_out, ignore)
+    [*_, last] = fit(network, train_params(epochs=2, loss=loss, label_smoothing=0.3), coloured(48), held_out, ignore)
     p = probabilities(predict(network, held_out.images, 7))
     expected = log_loss(held_out.labels, p) if loss == "cross_entropy" else ((p - np.eye(3)[held_out.labels]) ** 2).sum(1).mean() / 2
     assert last.val_loss == pytest.approx(expected, rel=1e-5)
@@ -254,7 +258,7 @@ def test_any_number_of_images_trains_in_whole_batches(train_params: MakeTrain, m
     # All of one class, which a network of zeros guesses: its accuracy is 1 if the images seen are counted, and only they.
     network, data, sizes = make_network(init="zeros"), Images(coloured(n).images, torch.zeros(n, dtype=torch.long)), []
     network.stages.register_forward_pre_hook(lambda _, x: sizes.append(len(x[0])))
-    last = fit(network, train_params(epochs=1, batch_size=16), data, None, ignore)
+    [*_, last] = fit(network, train_params(epochs=1, batch_size=16), data, None, ignore)
     assert sizes == [min(n, 16)] * (counted // min(n, 16))
     # Batch normalisation counts what it sees in training mode only.
     assert network.state_dict()["stages.0.first.1.num_batches_tracked"] == len(sizes)
@@ -267,7 +271,7 @@ def test_divergence_is_told_with_the_epoch_and_the_way_out(train_params: MakeTra
     params = train_params(epochs=epochs, lr=1e38, schedule="constant", batch_size=16)
     # The last of the batches may be the one that diverges.
     with pytest.raises(UserError, match=r"in epoch 1; try a train\.lr below 1e\+38"):
-        fit(make_network(norm="none"), params, coloured(n), coloured(9, seed=1), rows.append)
+        fit(make_network(norm="none"), params, coloured(n), coloured(9, seed=1), lambda history: rows.append(history[-1]))
     assert rows == []
 
 
@@ -281,8 +285,8 @@ def test_bfloat16_is_for_the_arithmetic_and_not_for_the_weights(train_params: Ma
         if isinstance(module, nn.Conv2d | nn.Linear):
             module.register_forward_hook(lambda _, __, out: computed.add(out.dtype))
     held_out = coloured(60, seed=1)
-    one = fit(exact, train_params(epochs=2, lr=0.01), coloured(48), held_out, ignore)
-    other = fit(coarse, train_params(epochs=2, lr=0.01, precision="bfloat16"), coloured(48), held_out, ignore)
+    [*_, one] = fit(exact, train_params(epochs=2, lr=0.01), coloured(48), held_out, ignore)
+    [*_, other] = fit(coarse, train_params(epochs=2, lr=0.01, precision="bfloat16"), coloured(48), held_out, ignore)
     assert computed == {torch.bfloat16}
     assert {p.dtype for p in coarse.parameters()} == {torch.float32}
     assert predict(coarse, held_out.images, 60).dtype == torch.float32
@@ -298,7 +302,7 @@ def test_the_loss_of_bfloat16_logits_is_reckoned_in_float32(train_params: MakeTr
     network, data, seen = make_network(), coloured(33), []
     network.head.register_forward_hook(lambda _, __, out: seen.append(out.detach()))
     params = train_params(epochs=1, batch_size=33, precision="bfloat16", label_smoothing=0)
-    last = fit(network, params, data, None, ignore)
+    [*_, last] = fit(network, params, data, None, ignore)
     torch.manual_seed(params.seed * 100_003 + 1)
     assert seen[0].dtype == torch.bfloat16
     assert last.train_loss == pytest.approx(log_loss(data.labels[torch.randperm(33)], probabilities(seen[0])), rel=1e-5)

@@ -73,7 +73,7 @@ def results(name: str) -> None:
         raise UserError("the workspace does not hold what params.yaml says: run `dvc repro` or `dvc exp apply NAME` first")
     if not re.fullmatch(r"\w[\w.-]*", name):
         raise UserError(f"NAME = {name!r} is refused; it becomes a folder in {RESULTS}/: letters, digits, _ . and -")
-    timing = tracking.timing(load_params())
+    known = tracking.read_diary(tracking.training_key(load_params()))
     target = RESULTS / name
     shutil.rmtree(target, ignore_errors=True)
     target.mkdir(parents=True)
@@ -81,12 +81,12 @@ def results(name: str) -> None:
     for file in [Path("params.yaml"), Path("dvc.lock"), *Path("metrics").glob("*.json"), *tables, *Path("plots").glob("*.png")]:
         shutil.copy(file, target / file.name)
     machine = {
-        "processor": processor(),
         "cores": os.cpu_count(),
         "platform": platform.platform(),
         "python": platform.python_version(),
         **{package: version(package) for package in tracking.VERSIONS},
-        **timing,
+        **known["conditions"],
+        "epoch_seconds": [round(seconds, 1) for _, seconds in known["epochs"].values()],
     }
     write_json(target / "machine.json", machine)
     print(f"kept in {target}/")
@@ -102,13 +102,6 @@ def options(variant: str) -> None:
         raise UserError(f"variants.yaml has no {variant}; it has {', '.join(variants)}")
     values = {k: v if isinstance(v, str) else json.dumps(v, separators=(",", ":")) for k, v in variants[variant].items()}
     print(*(f"-S {key}={value}" for key, value in values.items()))
-
-
-def processor() -> str:
-    """Return the name of the CPU."""
-    info = Path("/proc/cpuinfo")
-    names = [line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 def main() -> None:

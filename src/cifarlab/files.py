@@ -21,6 +21,8 @@ def atomic(path: Path) -> Iterator[Path]:
     temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
     try:
         yield temporary
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())  # the name must not reach the disk before the content does: power may fail
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -1,5 +1,6 @@
 """Everything that knows MLflow. Files are the truth, MLflow is their mirror: no failure in here ends a stage."""
 
+import contextlib
 import functools
 import hashlib
 import json
@@ -10,6 +11,7 @@ import re
 import sqlite3
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from importlib.metadata import version
@@ -21,8 +23,8 @@ import pandas as pd
 import yaml
 from filelock import FileLock
 
-from cifarlab import first_line, without_secrets
-from cifarlab.files import root
+from cifarlab import UserError, first_line, without_secrets
+from cifarlab.files import root, write_json
 from cifarlab.params import Params
 
 P = ParamSpec("P")
@@ -40,8 +42,19 @@ def training_key(params: Params, folder: Path = Path()) -> str:
     inputs: dict[str, Any] = {k: v for k, v in params.flat().items() if any(k == p or k.startswith(f"{p}.") for p in stage["params"])}
     for dep in stage["deps"]:
         path = folder / dep
-        inputs[dep] = json.loads((path / "dataset.json").read_text("utf-8"))["digest"] if path.is_dir() else _sha256(path)
+        try:
+            inputs[dep] = _sha256(path) if path.suffix else json.loads((path / "dataset.json").read_text("utf-8"))["digest"]
+        except (OSError, ValueError, LookupError) as error:
+            raise UserError(f"{path} is missing or damaged ({first_line(error)}); `dvc repro` makes data anew, git has the code") from error
     return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
+
+
+def outputs(stage: str, folder: Path = Path()) -> list[Path]:
+    """Return the files that a stage of dvc.yaml writes, metrics included, relative to `folder`, that are there."""
+    entry = yaml.safe_load((folder / "dvc.yaml").read_text("utf-8"))["stages"][stage]
+    names = [next(iter(out)) if isinstance(out, dict) else out for out in [*entry["outs"], *entry.get("metrics", [])]]
+    found = [path for name in names for path in ([folder / name] if (folder / name).is_file() else (folder / name).rglob("*"))]
+    return sorted(path.relative_to(folder) for path in found if path.is_file())
 
 
 def lock_digest(lock: Path) -> str:
@@ -53,7 +66,7 @@ def lock_digest(lock: Path) -> str:
 def connect() -> Any:
     """Return an MlflowClient of MLFLOW_TRACKING_URI, or of mlflow.db at the root of the main checkout."""
     # A server that is away must cost seconds, not MLflow's own 7 retries of 120 seconds.
-    for name, value in {"MAX_RETRIES": "1", "BACKOFF_FACTOR": "1", "TIMEOUT": "10"}.items():
+    for name, value in {"MAX_RETRIES": "1", "BACKOFF_FACTOR": "0", "TIMEOUT": "4"}.items():
         os.environ.setdefault(f"MLFLOW_HTTP_REQUEST_{name}", value)
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     import mlflow
@@ -62,6 +75,7 @@ def connect() -> Any:
         logging.getLogger(name).setLevel(logging.ERROR)
 
     mlflow.set_tracking_uri(os.environ.get("MLFLOW_TRACKING_URI") or _local_store())
+    _wait_for_database()
     with _alone():
         return mlflow.MlflowClient()  # makes the tables of a new database
 
@@ -92,110 +106,164 @@ def _local_store() -> str:
     return f"sqlite:///{root() / 'mlflow.db'}"
 
 
+def diary(key: str) -> Path:
+    """Return the file, outside DVC's outputs, that says when each epoch of a training ended and on what it ran."""
+    return root() / ".cache" / "trainings" / f"{key}.json"
+
+
+def read_diary(key: str) -> dict[str, Any]:
+    """Return {"conditions": {name: value}, "epochs": {number: [end in ms since 1970, seconds it took]}}; empty where nothing is known."""
+    try:
+        content = json.loads(diary(key).read_text("utf-8"))
+        return {"conditions": dict(content["conditions"]), "epochs": dict(content["epochs"])}
+    except (OSError, ValueError, LookupError, TypeError):
+        return {"conditions": {}, "epochs": {}}
+
+
 def harmless(method: "Callable[Concatenate[Mirror, P], None]") -> "Callable[Concatenate[Mirror, P], None]":
-    """Turn any failure of MLflow into one warning; what follows is no longer logged."""
+    """Turn any failure of MLflow into one warning a stage; nothing is logged until the stage ends and tries once more."""
 
     @functools.wraps(method)
     def wrapper(self: "Mirror", /, *args: P.args, **kwargs: P.kwargs) -> None:
         if self.client is None:
             return
         try:
+            _wait_for_database()
             method(self, *args, **kwargs)
         except Exception as error:  # MLflow, requests, SQLAlchemy and the disk each raise their own
-            self.client = None
-            print(
-                f"warning: MLflow does not get the rest of this {self.stage} stage ({type(error).__name__}: {first_line(error)[:200]}); "
-                "the files are not affected",
-                file=sys.stderr,
-            )
+            self._give_up(error)
 
     return wrapper
+
+
+def _wait_for_database() -> None:
+    """Raise OperationalError where another process has locked the SQLite store for 5 s: MLflow itself would wait 20 s a call."""
+    import mlflow
+
+    path = Path(mlflow.get_tracking_uri().removeprefix("sqlite:///"))
+    if path.exists():  # false for the address of a server
+        with contextlib.closing(sqlite3.connect(path, timeout=5)) as database:
+            database.execute("BEGIN IMMEDIATE")
+            database.rollback()
 
 
 class Mirror:
     """The MLflow run of a pipeline execution, as one of its stages writes to it.
 
     The run is found by training key and DVC experiment, so stages pass nothing to each other and running a stage
-    again goes to the same run. When there is none (the store is new, or DVC restored the earlier stages from its
-    cache), it is made and gets what the earlier stages wrote, from their files.
+    again goes to the same run. What the run lacks of this stage and those before it (the store is new, a server was
+    away, DVC restored a stage from its cache) it gets from their files.
+
+    Parameters
+    ----------
+    conditions : of a train stage, `training.conditions`
+    adopt : continue a run of the same training that was killed, under whatever experiment name: `dvc exp run` draws a
+        new one every time. For a train stage that knows that no other process trains the same.
     """
 
-    def __init__(self, stage: str, params: Params) -> None:
-        self.stage, self.params = stage, params
+    def __init__(self, stage: str, params: Params, conditions: dict[str, str] | None = None, *, adopt: bool = False) -> None:
+        self.stage, self.params, self.conditions, self.adopt = stage, params, conditions, adopt
+        self.key = training_key(params)
+        self.diary = read_diary(self.key)
         self.client: Any = None
         self.run_id = ""
+        self.tags: dict[str, str] = {}
         self.monitor: Any = None
+        self.warned = False
         self.opened = self.clock = time.perf_counter()
         self.idle_since: int | None = None
 
     def __enter__(self) -> "Mirror":
-        try:
-            self.client = connect()
-        except Exception as error:  # a malformed MLFLOW_TRACKING_URI
-            print(f"warning: MLflow cannot be reached ({first_line(error)[:200]}); the files are not affected", file=sys.stderr)
-        self._open()
+        self._connect()
         self.clock = time.perf_counter()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        if self.monitor:
-            self.monitor.finish()  # raises nothing, and must end even where MLflow no longer answers
-        self._close("FINISHED" if kind is None else "KILLED" if kind is KeyboardInterrupt else "FAILED")
+        if self.monitor:  # must end even where MLflow no longer answers
+            _within(3, self.monitor.finish)
+        if kind is KeyboardInterrupt:
+            _within(1, functools.partial(self._close, "KILLED"))
+            return
+        if self.client is None:  # it may be back
+            self._connect()
+        self._close("FINISHED" if kind is None else "FAILED")
 
-    @harmless
-    def epoch(self, epoch: Any) -> None:
-        """Log an epoch while training goes on."""
+    def epoch(self, epoch: int) -> None:
+        """Note the end of an epoch, and log what history.csv has of it while training goes on."""
         now = time.perf_counter()
-        row = {k: v for k, v in epoch._asdict().items() if k != "epoch"}
-        self._epochs(pd.DataFrame([{**row, "epoch_seconds": now - self.clock}], index=[epoch.epoch]))
+        before = {number: times for number, times in self.diary["epochs"].items() if int(number) < epoch}
+        times = [int(time.time() * 1000), round(now - self.clock, 3)]
+        self.diary = {"conditions": self.conditions or {}, "epochs": before | {str(epoch): times}}
         self.clock = now
+        with contextlib.suppress(OSError):  # a full disk costs the timings
+            write_json(diary(self.key), self.diary)
+        self._epochs()
+
+    def _give_up(self, error: Exception) -> None:
+        self.client = None
+        if not self.warned:
+            print(
+                f"warning: MLflow does not get all of this {self.stage} stage ({type(error).__name__}: {first_line(error)[:200]}); "
+                "the files are not affected, `make sync` logs what is missing",
+                file=sys.stderr,
+                flush=True,
+            )
+        self.warned = True
+
+    def _connect(self) -> None:
+        try:
+            self.client = connect()
+        except Exception as error:  # a malformed MLFLOW_TRACKING_URI, a damaged database
+            self._give_up(error)
+        self._open()
 
     @harmless
     def _open(self) -> None:
         experiment = experiment_id(self.client, self.params.tracking.experiment)
-        key, name = training_key(self.params), os.environ.get("DVC_EXP_NAME", "")
-        runs = self.client.search_runs([experiment], f"tags.`{KEY}` = '{key}' and tags.`dvc.exp.name` = '{name}'", max_results=1)
-        tags = {
-            KEY: key,
-            "dvc.exp.name": name,
-            "dvc.exp.baseline": os.environ.get("DVC_EXP_BASELINE_REV", ""),
-            "git.commit": os.environ.get("DVC_EXP_BASELINE_REV") or _git_commit(),
-            "variant": self.params.model.describe(),
-            "version.python": platform.python_version(),
-            **{f"version.{package}": version(package) for package in VERSIONS},
-        }
-        # Where the UI looks for them.
-        tags |= {"mlflow.source.git.commit": tags["git.commit"], "mlflow.source.name": "dvc.yaml", "mlflow.source.type": "PROJECT"}
+        name, baseline = os.environ.get("DVC_EXP_NAME", ""), os.environ.get("DVC_EXP_BASELINE_REV", "")
+        same_key = f"tags.`{KEY}` = '{self.key}'"
+        runs = self.client.search_runs([experiment], f"{same_key} and tags.`dvc.exp.name` = '{name}'", max_results=1)
+        if not runs and self.adopt:
+            runs = [run for run in self.client.search_runs([experiment], same_key) if "logged.train" not in run.data.tags]
+        origin = {"dvc.exp.name": name, "dvc.exp.baseline": baseline if name else ""}
         if runs:
-            self.run_id, self.idle_since = runs[0].info.run_id, runs[0].info.end_time
-            self.client.update_run(self.run_id, "RUNNING")
+            self.run_id, self.idle_since, self.tags = runs[0].info.run_id, runs[0].info.end_time, runs[0].data.tags
+            self.client.update_run(self.run_id, "RUNNING", name or None)
+            self._set_tags({k: v for k, v in origin.items() if self.tags.get(k, "") != v})
         else:
+            commit = baseline or _git_commit()
+            tags = {
+                KEY: self.key,
+                **origin,
+                "git.commit": commit,
+                "variant": self.params.model.describe(),
+                "version.python": platform.python_version(),
+                **{f"version.{package}": version(package) for package in VERSIONS},
+                # Where the UI looks for them.
+                "mlflow.source.git.commit": commit,
+                "mlflow.source.name": "dvc.yaml",
+                "mlflow.source.type": "PROJECT",
+            }
+            known = [] if self.stage == "train" else list(self.diary["epochs"].values())
             self.run_id = self.client.create_run(
-                experiment, run_name=name or self.params.model.describe(), tags={k: v for k, v in tags.items() if v or k == "dvc.exp.name"}
+                experiment,
+                start_time=int(known[0][0] - 1000 * known[0][1]) if known else None,
+                run_name=name or self.params.model.describe(),
+                tags={k: v for k, v in tags.items() if v or k == "dvc.exp.name"},
             ).info.run_id
+            self.idle_since, self.tags = known[-1][0] if known else None, {}
         self._log_params()
-        if not runs:
-            for stage in STAGES[: STAGES.index(self.stage)]:
-                self._log_files(stage)
-        if self.stage == "train":
-            self._start_training()
+        for stage in STAGES[: STAGES.index(self.stage)]:
+            self._log_files(stage)
+        if self.conditions:
+            self._set_tags(self.conditions)
+            self._watch_the_machine()
 
-    def _start_training(self) -> None:
+    def _watch_the_machine(self) -> None:
         import mlflow
-        import torch
         from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
-        from cifarlab.training import precision
-
-        cuda = self.params.train.device != "cpu" and torch.cuda.is_available()
-        self._set_tags(
-            {
-                "device": torch.cuda.get_device_name() if cuda else f"cpu ({platform.machine()})",
-                "threads": str(torch.get_num_threads()),
-                "precision": str(precision(self.params.train, torch.device("cuda" if cuda else "cpu"))).removeprefix("torch."),
-            }
-        )
-        if self.params.tracking.system_metrics:
+        if self.params.tracking.system_metrics and not self.monitor:
             self.monitor = SystemMetricsMonitor(
                 self.run_id, sampling_interval=5, resume_logging=True, tracking_uri=mlflow.get_tracking_uri()
             )
@@ -224,15 +292,23 @@ class Mirror:
         self._set_tags({f"changed.{key}": value for key, value in params.items() if known.get(key, value) != value})
 
     def _log_files(self, stage: str) -> None:
-        {"train": self._log_training, "evaluate": self._log_evaluation, "plot": self._log_figures}[stage]()
+        """Log what a stage wrote, but for a run that has these very files already."""
+        digests = {str(path): _sha256(path) for path in outputs(stage)}
+        digest = hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()
+        if self.tags.get(f"logged.{stage}") != digest:
+            {"train": self._log_training, "evaluate": self._log_evaluation, "plot": self._log_figures}[stage]()
+            self._set_tags({f"logged.{stage}": digest})
+        if stage == "evaluate" and self.params.tracking.log_model:
+            self._log_model()
+        if stage == "plot" and Path("dvc.lock").exists():  # not when a stage is run by hand before DVC ever ran
+            self._set_tags({"dvc.lock": lock_digest(Path("dvc.lock"))})
 
     def _log_training(self) -> None:
-        history = pd.read_csv("plots/history.csv", index_col="epoch")
-        self._epochs(history)
+        self._epochs()
         final = json.loads(Path("metrics/train.json").read_text("utf-8"))
-        self._metrics({name: value for name, value in final.items() if name not in history})
+        self._metrics({name: value for name, value in final.items() if not name.endswith(("loss", "accuracy"))})
         self.client.log_artifact(self.run_id, "plots/history.csv", "tables")
-        self._set_tags({"weights.sha256": _sha256(Path("models/network.safetensors"))})
+        self._set_tags({"weights.sha256": _sha256(Path("models/network.safetensors")), **self.diary["conditions"]})
         self._log_dataset()
 
     def _log_dataset(self) -> None:
@@ -261,8 +337,6 @@ class Mirror:
         # What log_table writes, but replaced, not appended to, when the stage runs again.
         self.client.log_text(self.run_id, pd.read_csv("plots/confusion.csv").to_json(orient="split", index=False), "confusion_matrix.json")
         self._set_tags({"mlflow.loggedArtifacts": json.dumps([{"path": "confusion_matrix.json", "type": "table"}])})
-        if self.params.tracking.log_model:
-            self._log_model()
 
     def _log_model(self) -> None:
         import mlflow.pytorch
@@ -295,24 +369,20 @@ class Mirror:
     def _log_figures(self) -> None:
         for figure in sorted(Path("plots").glob("*.png")):
             self.client.log_artifact(self.run_id, str(figure), "figures")
-        if Path("dvc.lock").exists():  # not when a stage is run by hand before DVC ever ran
-            self._set_tags({"dvc.lock": lock_digest(Path("dvc.lock"))})
 
-    def _epochs(self, rows: pd.DataFrame) -> None:
-        """Log one row per epoch, but for the epochs that the run already has."""
+    @harmless
+    def _epochs(self) -> None:
+        """Log the rows of history.csv that the run lacks, at the time when the epoch ended, or now where that is not known."""
         from mlflow.entities import Metric
 
         done = {point.step for point in self.client.get_metric_history(self.run_id, "train_loss")}
         now = int(time.time() * 1000)
-        metrics = [
-            Metric(str(name), float(value), now, step)
-            for step, row in zip(rows.index.astype(int).tolist(), rows.to_dict("records"), strict=True)
-            if step not in done
-            for name, value in row.items()
-            if pd.notna(value)
-        ]
-        for start in range(0, len(metrics), 1000):  # MLflow's limit for a batch
-            self.client.log_batch(self.run_id, metrics=metrics[start : start + 1000])
+        rows = pd.read_csv("plots/history.csv", index_col="epoch")
+        for step, row in zip(rows.index.astype(int).tolist(), rows.to_dict("records"), strict=True):
+            if step not in done:
+                ended, seconds = self.diary["epochs"].get(str(step), (now, None))
+                values = {str(k): float(v) for k, v in row.items() if pd.notna(v)} | ({"epoch_seconds": seconds} if seconds else {})
+                self.client.log_batch(self.run_id, metrics=[Metric(name, value, ended, step) for name, value in values.items()])
 
     def _metrics(self, values: dict[str, float]) -> None:
         """Log final figures, but for those that the run already has."""
@@ -324,6 +394,14 @@ class Mirror:
     def _set_tags(self, tags: dict[str, str]) -> None:
         for name, value in tags.items():
             self.client.set_tag(self.run_id, name, value)
+        self.tags |= tags
+
+
+def _within(seconds: float, action: Callable[[], None]) -> None:
+    """Do something that may hang, and leave it to itself after some seconds."""
+    thread = threading.Thread(target=action, daemon=True)
+    thread.start()
+    thread.join(seconds)
 
 
 def _sha256(path: Path) -> str:
@@ -356,30 +434,3 @@ def recent_runs(experiment: str, last: int) -> pd.DataFrame:
             }
         )
     return pd.DataFrame(rows)
-
-
-def timing(params: Params) -> dict[str, Any]:
-    """Return device, threads and seconds per epoch of the training that `params` name, as MLflow has them.
-
-    Empty where MLflow cannot be read or does not know the training.
-    """
-    try:
-        return _timing(connect(), params)
-    except Exception as error:  # MLflow's, SQLAlchemy's, requests'
-        print(f"warning: MLflow cannot be read ({first_line(error)[:200]}); no timings are kept", file=sys.stderr)
-        return {}
-
-
-def _timing(client: Any, params: Params) -> dict[str, Any]:
-    found = client.get_experiment_by_name(params.tracking.experiment)
-    runs = client.search_runs([found.experiment_id], f"tags.`{KEY}` = '{training_key(params)}'") if found else []
-    for run in runs:
-        if points := client.get_metric_history(run.info.run_id, "epoch_seconds"):
-            tags = run.data.tags
-            return {
-                "device": tags.get("device"),
-                "threads": tags.get("threads"),
-                "precision": tags.get("precision"),
-                "epoch_seconds": [round(p.value, 1) for p in sorted(points, key=lambda p: p.step)],
-            }
-    return {}

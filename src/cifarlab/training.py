@@ -1,11 +1,14 @@
 """The training loop. Knows neither DVC nor MLflow nor where files lie: images in, a trained network out."""
 
 import ctypes
+import itertools
 import math
+import platform
 import sys
 import time
 from collections.abc import Callable
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +17,7 @@ from tqdm import tqdm
 
 from cifarlab import UserError
 from cifarlab.augment import Draws, augment, draw
+from cifarlab.checkpoints import Checkpoint
 from cifarlab.models import Network, predict
 from cifarlab.optimizers import make_optimizers
 from cifarlab.params import TrainParams
@@ -71,6 +75,23 @@ def precision(params: TrainParams, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if params.precision == "bfloat16" else torch.float32
 
 
+def processor() -> str:
+    """Return the name of the CPU, and of the vector instructions that PyTorch takes there."""
+    info = Path("/proc/cpuinfo")
+    names = [line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
+    return f"{names[0] if names else platform.processor() or platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"
+
+
+def conditions(params: TrainParams, device: torch.device) -> dict[str, str]:
+    """Return what, beside the inputs of the train stage, decides the bits of its outputs."""
+    return {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else processor(),
+        "threads": str(torch.get_num_threads()),
+        "precision": str(precision(params, device)).removeprefix("torch."),
+        "torch": str(torch.__version__),
+    }
+
+
 def loss_function(name: str, label_smoothing: float = 0.0) -> Callable[[Tensor, Tensor], Tensor]:
     """Return the mean loss of logits (N, classes) against labels (N,).
 
@@ -87,10 +108,19 @@ def loss_function(name: str, label_smoothing: float = 0.0) -> Callable[[Tensor, 
     return quadratic
 
 
-def fit(network: Network, params: TrainParams, train: Images, validation: Images | None, on_epoch: Callable[[Epoch], None]) -> Epoch:
-    """Train `network` in place; `on_epoch` is called after every epoch. Returns the last epoch.
+def fit(
+    network: Network,
+    params: TrainParams,
+    train: Images,
+    validation: Images | None,
+    on_epoch: Callable[[list[Epoch]], None],
+    *,
+    checkpoint: Checkpoint | None = None,
+) -> list[Epoch]:
+    """Train `network` in place and return all epochs; `on_epoch` is called with those so far after every one.
 
-    The order and the augmentation of an epoch depend on (seed, epoch) only, not on how the epochs before it went.
+    The order and the augmentation of an epoch depend on (seed, epoch) only, not on how the epochs before it went: a training
+    that goes on from `checkpoint` ends in the same bytes as one that was never stopped.
 
     Raises
     ------
@@ -104,9 +134,15 @@ def fit(network: Network, params: TrainParams, train: Images, validation: Images
     network.to(memory_format=torch.channels_last)
     optimizers = make_optimizers(network, params, params.epochs * batches)
     loss_of = loss_function(params.loss, params.label_smoothing)
+    history: list[Epoch] = []
+    parts: dict[str, Any] = {"network": network} | {str(i): part for i, part in enumerate(itertools.chain(*optimizers))}
+    if checkpoint and (state := checkpoint.load()):
+        for name, part in parts.items():
+            part.load_state_dict(state[name])
+        history = [Epoch(*row) for row in state["history"]]
+        print(f"continuing after epoch {len(history)} of {params.epochs}", flush=True)
     started, seen = time.perf_counter(), 0
-    result: Epoch | None = None
-    for epoch in range(1, params.epochs + 1):
+    for epoch in range(len(history) + 1, params.epochs + 1):
         network.train()
         # The order, and on the device dropout, draw from the global generators.
         torch.manual_seed(params.seed * 100_003 + epoch)
@@ -133,13 +169,7 @@ def fit(network: Network, params: TrainParams, train: Images, validation: Images
                 if not bar.disable and step % 10 == 0:
                     bar.set_postfix(loss=f"{loss_sum.item() / step:.3f}", accuracy=f"{correct.item() / (step * batch_size):.1%}")
         train_loss = loss_sum.item() / batches
-        val_loss: float | None = None
-        val_accuracy: float | None = None
-        if validation is not None:
-            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-                logits = predict(network, validation.images, 1000).float()
-            val_loss = loss_function(params.loss)(logits, validation.labels).item()
-            val_accuracy = (logits.argmax(1) == validation.labels).float().mean().item()
+        val_loss, val_accuracy = validate(network, validation, params.loss, dtype) if validation else (None, None)
         # What the last step broke shows in the weights or in the validation only.
         finite = math.isfinite(train_loss) and all(bool(p.isfinite().all()) for p in network.parameters())
         if not finite or (val_loss is not None and not math.isfinite(val_loss)):
@@ -148,17 +178,26 @@ def fit(network: Network, params: TrainParams, train: Images, validation: Images
                 + (" or a lower train.muon_lr" if params.optimizer == "muon" else "")
             )
         result = Epoch(epoch, train_loss, correct.item() / len(order), val_loss, val_accuracy, float(optimizers[0][1].get_last_lr()[0]))
+        history.append(result)
+        if checkpoint:
+            checkpoint.save({name: part.state_dict() for name, part in parts.items()} | {"history": [tuple(row) for row in history]})
         seen += len(order)
-        report(result, params.epochs, seen / (time.perf_counter() - started), time.perf_counter() - started)
-        on_epoch(result)
-    assert result is not None
-    return result
+        elapsed = time.perf_counter() - started
+        report(result, params.epochs, seen / elapsed, elapsed / seen * len(order) * (params.epochs - epoch))
+        on_epoch(history)
+    return history
 
 
-def report(epoch: Epoch, epochs: int, speed: float, elapsed: float) -> None:
+def validate(network: Network, held_out: Images, loss: str, dtype: torch.dtype) -> tuple[float, float]:
+    """Return loss, without label smoothing, and accuracy."""
+    with torch.autocast(held_out.images.device.type, dtype, enabled=dtype != torch.float32):
+        logits = predict(network, held_out.images, 1000).float()
+    return loss_function(loss)(logits, held_out.labels).item(), (logits.argmax(1) == held_out.labels).float().mean().item()
+
+
+def report(epoch: Epoch, epochs: int, speed: float, left: float) -> None:
     """Print the line of an epoch: a terminal keeps it above its progress bar, a log has nothing else."""
     held_out = "" if epoch.val_loss is None else f"   validation loss {epoch.val_loss:.3f}, accuracy {epoch.val_accuracy:.1%}"
-    left = elapsed / epoch.epoch * (epochs - epoch.epoch)
     tqdm.write(
         f"epoch {epoch.epoch}/{epochs}   loss {epoch.train_loss:.3f}, accuracy {epoch.train_accuracy:.1%}{held_out}   "
         f"{speed:,.0f} images/s, {left:.0f} s left",
