@@ -10,8 +10,10 @@ export MLFLOW_DISABLE_TELEMETRY := true
 DEMO := -S data.name=digits -S 'model.widths=[16,32,64]' -S train.epochs=8 -S train.batch_size=32 -S train.flip=none
 NAME ?= latest
 PORT ?= 5000
+JOBS ?= 1
+REV ?= HEAD
 
-.PHONY: help setup demo repro notebook tiny strong bench bench-quick bench-scaling ablation test lint format ui diff results lock
+.PHONY: help setup demo repro notebook tiny strong bench bench-quick bench-scaling ablation test lint format ui diff queue sync verify results lock
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -61,6 +63,15 @@ ui: setup  ## compare runs in MLflow; prints the address (PORT=…)
 
 diff: setup  ## page with the plots of the last three experiments: dvc_plots/index.html
 	dvc plots diff $$(git for-each-ref --sort=-creatordate --count=3 --format='%(refname:lstrip=4)' 'refs/exps/*/*/*')
+
+queue: setup  ## run the queued experiments and name one that stands still (JOBS=…)
+	python -m cifarlab queue --jobs $(JOBS)
+
+sync: setup  ## log to MLflow what it lacks of experiments, commits and the workspace; which run is which
+	python -m cifarlab sync
+
+verify: setup  ## repeat an experiment or a commit in a scratch copy and compare every byte (REV=…)
+	python -m cifarlab verify $(REV)
 
 results: setup  ## keep parameters, lock, metrics and figures of the workspace under docs/results/NAME (NAME=…)
 	python -m cifarlab results $(NAME)

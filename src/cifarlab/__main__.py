@@ -92,6 +92,26 @@ def results(name: str) -> None:
     print(f"kept in {target}/")
 
 
+def sync() -> None:
+    """Print experiments, commits and runs of MLflow side by side, after logging what was missing."""
+    from cifarlab import revisions
+
+    table, whole = revisions.sync()
+    print(table.to_string(index=False) if len(table) else "no experiment, no commit with a dvc.lock, no run yet")
+    if not whole:
+        raise UserError("MLflow lacks what the table says")
+
+
+def verify(name: str) -> None:
+    """Repeat an experiment or a commit and say whether it gave the same bytes."""
+    from cifarlab import revisions
+
+    sentence, held = revisions.verify(name)
+    print(sentence)
+    if not held:
+        sys.exit(1)
+
+
 def options(variant: str) -> None:
     """Print what `dvc exp run` needs to be told for a variant of variants.yaml."""
     try:
@@ -115,6 +135,11 @@ def main() -> None:
     keeping.add_argument("name", metavar="NAME")
     choosing = commands.add_parser("options", help="print a variant of variants.yaml as options of `dvc exp run`")
     choosing.add_argument("variant", metavar="VARIANT")
+    commands.add_parser("sync", help="log to MLflow what it lacks of experiments, commits and the workspace")
+    verifying = commands.add_parser("verify", help="repeat an experiment or a commit in a scratch copy and compare the bytes")
+    verifying.add_argument("name", metavar="NAME")
+    queueing = commands.add_parser("queue", help="run the queued experiments and name a worker that stands still")
+    queueing.add_argument("--jobs", type=int, default=1, choices=range(1, 65), metavar="N")
     commands.add_parser("check", help="validate params.yaml")
     args = parser.parse_args()
     try:
@@ -127,6 +152,14 @@ def main() -> None:
                 results(args.name)
             case "options":
                 options(args.variant)
+            case "sync":
+                sync()
+            case "verify":
+                verify(args.name)
+            case "queue":
+                from cifarlab import queue
+
+                queue.watch(args.jobs)
             case "check":
                 load_params()
     except UserError as error:

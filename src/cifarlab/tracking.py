@@ -57,9 +57,9 @@ def outputs(stage: str, folder: Path = Path()) -> list[Path]:
     return sorted(path.relative_to(folder) for path in found if path.is_file())
 
 
-def lock_digest(lock: Path) -> str:
-    """Hash the entries that dvc.lock has of the stages before plot: DVC writes plot's own when the stage is over."""
-    stages = yaml.safe_load(lock.read_text("utf-8"))["stages"]
+def lock_digest(lock: str) -> str:
+    """Hash the entries that a dvc.lock has of the stages before plot: DVC writes plot's own when the stage is over."""
+    stages = yaml.safe_load(lock)["stages"]
     return hashlib.sha256(json.dumps({s: stages.get(s) for s in ("download", "train", "evaluate")}, sort_keys=True).encode()).hexdigest()
 
 
@@ -106,15 +106,15 @@ def _local_store() -> str:
     return f"sqlite:///{root() / 'mlflow.db'}"
 
 
-def diary(key: str) -> Path:
+def diary(key: str, checkout: Path | None = None) -> Path:
     """Return the file, outside DVC's outputs, that says when each epoch of a training ended and on what it ran."""
-    return root() / ".cache" / "trainings" / f"{key}.json"
+    return (checkout or root()) / ".cache" / "trainings" / f"{key}.json"
 
 
-def read_diary(key: str) -> dict[str, Any]:
+def read_diary(key: str, checkout: Path | None = None) -> dict[str, Any]:
     """Return {"conditions": {name: value}, "epochs": {number: [end in ms since 1970, seconds it took]}}; empty where nothing is known."""
     try:
-        content = json.loads(diary(key).read_text("utf-8"))
+        content = json.loads(diary(key, checkout).read_text("utf-8"))
         return {"conditions": dict(content["conditions"]), "epochs": dict(content["epochs"])}
     except (OSError, ValueError, LookupError, TypeError):
         return {"conditions": {}, "epochs": {}}
@@ -159,10 +159,20 @@ class Mirror:
     conditions : of a train stage, `training.conditions`
     adopt : continue a run of the same training that was killed, under whatever experiment name: `dvc exp run` draws a
         new one every time. For a train stage that knows that no other process trains the same.
+    origin : name and baseline commit of the DVC experiment, if not those that DVC names to its stages
     """
 
-    def __init__(self, stage: str, params: Params, conditions: dict[str, str] | None = None, *, adopt: bool = False) -> None:
+    def __init__(
+        self,
+        stage: str,
+        params: Params,
+        conditions: dict[str, str] | None = None,
+        *,
+        adopt: bool = False,
+        origin: tuple[str, str] | None = None,
+    ) -> None:
         self.stage, self.params, self.conditions, self.adopt = stage, params, conditions, adopt
+        self.origin = origin or (os.environ.get("DVC_EXP_NAME", ""), os.environ.get("DVC_EXP_BASELINE_REV", ""))
         self.key = training_key(params)
         self.diary = read_diary(self.key)
         self.client: Any = None
@@ -180,7 +190,7 @@ class Mirror:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if self.monitor:  # must end even where MLflow no longer answers
-            _within(3, self.monitor.finish)
+            _within(1 if kind is KeyboardInterrupt else 9, self.monitor.finish)
         if kind is KeyboardInterrupt:
             _within(1, functools.partial(self._close, "KILLED"))
             return
@@ -220,7 +230,7 @@ class Mirror:
     @harmless
     def _open(self) -> None:
         experiment = experiment_id(self.client, self.params.tracking.experiment)
-        name, baseline = os.environ.get("DVC_EXP_NAME", ""), os.environ.get("DVC_EXP_BASELINE_REV", "")
+        name, baseline = self.origin
         same_key = f"tags.`{KEY}` = '{self.key}'"
         runs = self.client.search_runs([experiment], f"{same_key} and tags.`dvc.exp.name` = '{name}'", max_results=1)
         if not runs and self.adopt:
@@ -301,7 +311,7 @@ class Mirror:
         if stage == "evaluate" and self.params.tracking.log_model:
             self._log_model()
         if stage == "plot" and Path("dvc.lock").exists():  # not when a stage is run by hand before DVC ever ran
-            self._set_tags({"dvc.lock": lock_digest(Path("dvc.lock"))})
+            self._set_tags({"dvc.lock": lock_digest(Path("dvc.lock").read_text("utf-8"))})
 
     def _log_training(self) -> None:
         self._epochs()
@@ -381,7 +391,7 @@ class Mirror:
         for step, row in zip(rows.index.astype(int).tolist(), rows.to_dict("records"), strict=True):
             if step not in done:
                 ended, seconds = self.diary["epochs"].get(str(step), (now, None))
-                values = {str(k): float(v) for k, v in row.items() if pd.notna(v)} | ({"epoch_seconds": seconds} if seconds else {})
+                values = {str(k): float(v) for k, v in row.items() if pd.notna(v)} | ({} if seconds is None else {"epoch_seconds": seconds})
                 self.client.log_batch(self.run_id, metrics=[Metric(name, value, ended, step) for name, value in values.items()])
 
     def _metrics(self, values: dict[str, float]) -> None:
@@ -411,6 +421,18 @@ def _sha256(path: Path) -> str:
 
 def _git_commit() -> str:
     return subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
+
+
+def all_runs() -> list[Any]:
+    """Return the runs of this project in every experiment of MLflow."""
+    client = connect()
+    experiments = [experiment.experiment_id for experiment in client.search_experiments()]
+    found: list[Any] = []
+    token: str | None = None
+    while token != "":
+        page = client.search_runs(experiments, f"tags.`{KEY}` LIKE '%'", max_results=1000, page_token=token)
+        found, token = [*found, *page], page.token or ""
+    return found
 
 
 def recent_runs(experiment: str, last: int) -> pd.DataFrame:

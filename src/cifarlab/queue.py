@@ -1,0 +1,72 @@
+"""`dvc queue` with an eye on its workers."""
+
+import contextlib
+import subprocess
+import time
+from typing import Any
+
+import psutil
+
+from cifarlab import UserError
+
+PATIENCE = 60.0
+
+
+def watch(jobs: int, patience: float = PATIENCE) -> None:
+    """Start `jobs` workers, follow the queue to its end and name a task that stands still (dvc#10562, dvc#10673).
+
+    Parameters
+    ----------
+    patience : seconds without any processor time after which a task stands still
+
+    Raises
+    ------
+    UserError
+        Tasks failed, or all that are left stand still.
+    """
+    from dvc.repo import Repo
+
+    subprocess.run(["dvc", "queue", "start", "--jobs", str(jobs)], check=True)
+    moved: dict[str, tuple[Any, float]] = {}  # of a task: what was seen of it, and since when nothing else
+    told: set[str] = set()
+    counts = ""
+    while True:
+        with Repo() as repo:
+            tasks = {task["rev"]: task for task in repo.experiments.celery_queue.status()}
+        names = {rev: task["name"] or rev[:7] for rev, task in tasks.items()}
+        by_status = {s: [rev for rev, task in tasks.items() if task["status"] == s] for s in ("Success", "Running", "Queued", "Failed")}
+        now = ", ".join(f"{len(revs)} {status.lower()}" for status, revs in by_status.items())
+        if now != counts:
+            print(f"queue: {now}", flush=True)
+        counts, left = now, by_status["Running"] + by_status["Queued"]
+        if not left:
+            break
+        for rev in left:
+            sign = (tasks[rev]["status"], _processor_time(rev), len(by_status["Running"]))
+            if moved.get(rev, ("", 0))[0] != sign:
+                moved[rev] = (sign, time.monotonic())
+        still = {rev for rev in left if time.monotonic() - moved[rev][1] > patience}
+        for rev in sorted((still - told) & set(by_status["Running"])):
+            print(
+                f"warning: the worker of {names[rev]} stands still; `dvc queue kill {names[rev]}` ends it, then queue it again", flush=True
+            )
+        told |= still
+        if still == set(left):
+            raise UserError(
+                f"the queue stands still: {', '.join(names[rev] for rev in left)}; `dvc queue stop --kill`, then `make queue` again: "
+                "trainings continue where they were"
+            )
+        time.sleep(min(2.0, patience / 4))  # between two looks
+    if failed := by_status["Failed"]:
+        raise UserError(f"failed: {', '.join(names[rev] for rev in failed)}; `dvc queue logs NAME` says why")
+
+
+def _processor_time(rev: str) -> float | None:
+    """Return the seconds of processor time of a task and all it started; None where no process has it."""
+    total = None
+    for process in psutil.process_iter(["cmdline"]):
+        if any(rev in part for part in process.info["cmdline"] or []):
+            with contextlib.suppress(psutil.Error):
+                times = [p.cpu_times() for p in [process, *process.children(recursive=True)]]
+                total = (total or 0.0) + sum(t.user + t.system for t in times)
+    return total

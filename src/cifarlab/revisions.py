@@ -1,0 +1,186 @@
+"""Experiments and commits after the fact: what MLflow lacks of them is logged, and whether they repeat is tried."""
+
+import contextlib
+import io
+import json
+import math
+import os
+import subprocess
+import tarfile
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pandas as pd
+
+from cifarlab import UserError, tracking
+from cifarlab.files import root
+from cifarlab.params import load_params
+
+
+class Revision(NamedTuple):
+    """A commit that holds what the pipeline wrote."""
+
+    name: str
+    """of the DVC experiment; empty for a commit of a branch."""
+    commit: str
+    baseline: str
+    """The commit that the experiment started from; of a commit of a branch itself."""
+
+    @property
+    def restore(self) -> str:
+        """The command that brings it back into the workspace."""
+        return f"dvc exp apply {self.name}" if self.name else f"git checkout {self.commit[:10]} && dvc checkout"
+
+
+def revisions() -> list[Revision]:
+    """Return every DVC experiment, and every commit of a branch that changed dvc.lock, newest first."""
+    refs = _git("for-each-ref", "--sort=-creatordate", "--format=%(objectname)/%(refname)", "refs/exps").splitlines()
+    # …/refs/exps/12/34…/NAME, the digits those of the baseline; DVC keeps more than experiments there.
+    parts = [ref.split("/") for ref in refs]
+    experiments = [Revision(p[5], p[0], p[3] + p[4]) for p in parts if len(p) == 6 and len(p[3] + p[4]) == 40]
+    commits = _git("log", "--branches", "HEAD", "--format=%H", "--", "dvc.lock").split()
+    return experiments + [Revision("", commit, commit) for commit in commits]
+
+
+@contextlib.contextmanager
+def scratch(commit: str) -> Iterator[Path]:
+    """Yield a folder with the files of a commit and, from this checkout's DVC cache, its outputs; it is deleted afterwards.
+
+    Raises
+    ------
+    UserError
+        The cache lacks outputs.
+    """
+    (root() / ".dvc" / "tmp").mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=root() / ".dvc" / "tmp", prefix="scratch-") as name:
+        archive = subprocess.run(["git", "archive", commit], stdout=subprocess.PIPE, check=True).stdout
+        with tarfile.open(fileobj=io.BytesIO(archive)) as tar:
+            tar.extractall(name, filter="data")
+        (Path(name) / ".dvc" / "config.local").write_text(f"[core]\n    no_scm = true\n[cache]\n    dir = {root() / '.dvc' / 'cache'}\n")
+        found = subprocess.run(["dvc", "checkout", "--quiet"], cwd=name, capture_output=True, check=False)
+        if found.returncode:
+            raise UserError("its outputs are not all in DVC's cache; `dvc fetch --all-commits` where there is a remote, or run it again")
+        yield Path(name)
+
+
+def sync() -> tuple[pd.DataFrame, bool]:
+    """Log to MLflow, from files, what it lacks of experiments, commits and the workspace.
+
+    Returns
+    -------
+    (table, whole)
+        A row for each of them and for each run of MLflow that belongs to none: what, the command that restores it, its run,
+        what was done. `whole` is False where something could not be logged.
+    """
+    os.environ["DVC_ROOT"] = str(root())  # also from within a scratch copy
+    runs = {run.info.run_id: run for run in tracking.all_runs()}
+    complete = {run_id: run.data.tags for run_id, run in runs.items() if run.info.status == "FINISHED" and "dvc.lock" in run.data.tags}
+    rows: list[tuple[str, str, str, str]] = []
+    whole, known, seen = True, set(), set()
+    for revision in [*revisions(), None]:
+        name = revision.name if revision else ""
+        try:
+            lock = _git("show", f"{revision.commit}:dvc.lock") if revision else Path("dvc.lock").read_text("utf-8")
+        except (OSError, subprocess.CalledProcessError):
+            continue  # nothing has run there
+        digest = tracking.lock_digest(lock)
+        if (name, digest) in seen:
+            continue
+        seen.add((name, digest))
+        # A commit made of an experiment is that experiment's run.
+        fits = [i for i, tags in complete.items() if tags["dvc.lock"] == digest and name in ("", tags["dvc.exp.name"])]
+        done = "was there"
+        if not fits:
+            try:
+                fits, done = [_log(revision)], "logged"
+            except UserError as error:
+                whole, done = False, f"not logged: {error}"
+        known |= set(fits)
+        what = name or (f"commit {revision.commit[:10]}" if revision else "workspace")
+        rows.append((what, revision.restore if revision else "", " ".join(fits), done))
+    for run_id in runs.keys() - known:
+        tags, status = runs[run_id].data.tags, runs[run_id].info.status.lower()
+        what = f"{tags.get('dvc.exp.name') or 'workspace'} of {tags.get('git.commit', '')[:10]}"
+        rows.append((what, "", run_id, f"a run of no experiment or commit, {status}"))
+    return pd.DataFrame(rows, columns=["what", "restored by", "run", "MLflow"]), whole
+
+
+def _log(revision: Revision | None) -> str:
+    """Log a revision, or the workspace for None, and return the run."""
+    with contextlib.ExitStack() as stack:
+        if revision:
+            stack.enter_context(contextlib.chdir(stack.enter_context(scratch(revision.commit))))
+        elif subprocess.run(["dvc", "status", "--quiet"], check=False).returncode:
+            raise UserError("changed since its pipeline ran; `dvc repro` runs and logs it")
+        if missing := [stage for stage in tracking.STAGES if not tracking.outputs(stage)]:
+            raise UserError(f"its pipeline did not come to its end, {missing[0]} is missing; run it again")
+        with tracking.Mirror("plot", load_params(), origin=(revision.name, revision.baseline) if revision else ("", "")) as mirror:
+            pass
+        if mirror.client is None:
+            raise UserError("MLflow did not take it")
+        return mirror.run_id
+
+
+def verify(name: str) -> tuple[str, bool]:
+    """Train, evaluate and plot an experiment or a commit again, in a scratch copy, and compare every file.
+
+    Returns
+    -------
+    (sentence, held)
+        `held` where the files are identical or, where the first run had another machine, threads, precision or PyTorch, where
+        the test accuracies differ no more than those of two networks of equal skill do on so many images, in 95 of 100 cases:
+        1.96 √(2 p (1 - p) / n).
+    """
+    commit = next((revision.commit for revision in revisions() if revision.name == name), name)
+    try:
+        commit = _git("rev-parse", "--verify", "--quiet", f"{commit}^{{commit}}").strip()
+    except subprocess.CalledProcessError as error:
+        raise UserError(f"{name} is no experiment and no commit; `dvc exp list --all-commits` has the experiments") from error
+    with scratch(commit) as folder:
+        first = {path: (folder / path).read_bytes() for stage in tracking.STAGES for path in tracking.outputs(stage, folder)}
+        if not any(path.suffix == ".safetensors" for path in first):
+            raise UserError(f"{name} holds no trained network: commit dvc.lock and metrics/ after `dvc repro`")
+        with contextlib.chdir(folder):
+            key = tracking.training_key(load_params())
+        # The scratch copy is a checkout of its own: no checkpoint, no run of MLflow is shared.
+        env = {k: v for k, v in os.environ.items() if not k.startswith(("DVC_EXP", "DVC_ROOT", "MLFLOW_TRACKING"))}
+        command = ["dvc", "repro", "--force", "--single-item", "--no-run-cache", "--no-commit", *tracking.STAGES]
+        if subprocess.run(command, cwd=folder, env=env, check=False).returncode:
+            raise UserError(f"{name} did not run to its end here, see above")
+        again = {path: (folder / path).read_bytes() for path in first if (folder / path).exists()}
+        before, now = (tracking.read_diary(key, checkout)["conditions"] for checkout in (root(), folder))
+    different = next((path for path in first if first[path] != again.get(path)), None)
+    if different is None:
+        return f"identical: {len(first)} files of {name}, the weights included", True
+    told = f"{different} differs" + (
+        f", first in the tensor {_first_tensor(first[different], again[different])}" if different.suffix == ".safetensors" else ""
+    )
+    if before == now:
+        return f"not repeated on {now['device']}: {told}", False
+    changed = ", ".join(f"{k} {before.get(k, 'unknown')} → {now[k]}" for k in now if before.get(k) != now[k])
+    old, new = (json.loads(files[Path("metrics/evaluate.json")])["accuracy"] for files in (first, again))
+    images = first[Path("plots/predictions.csv")].count(b"\n") - 1
+    bound = 1.96 * math.sqrt(2 * old * (1 - old) / images)
+    held = abs(new - old) <= bound
+    return (
+        f"{told}, as it may under other conditions ({changed}); what holds there: test accuracy {old:.2%} then, {new:.2%} now, "
+        f"{'within' if held else 'NOT within'} ±{bound:.2%} for {images:,} images"
+    ), held
+
+
+def _first_tensor(one: bytes, other: bytes) -> str:
+    from safetensors.torch import load
+
+    old, new = load(one), load(other)
+    for name in old:
+        if name not in new or old[name].shape != new[name].shape:
+            return f"{name}, which has another shape"
+        if not old[name].equal(new[name]):
+            return f"{name}, by up to {(old[name].double() - new[name].double()).abs().max().item():.3g}"
+    return "none: the headers differ"
+
+
+def _git(*arguments: str) -> str:
+    return subprocess.run(["git", *arguments], capture_output=True, text=True, check=True).stdout
