@@ -17,10 +17,11 @@ def train(params: Params) -> None:
     from cifarlab import models, training
     from cifarlab.checkpoints import Checkpoint
     from cifarlab.datasets import Dataset, stratified_split
-    from cifarlab.files import atomic, write_json
+    from cifarlab.files import atomic, root, write_json
     from cifarlab.tracking import Mirror, training_key
 
     device = training.set_up(params.train)
+    gpu = training.take_gpu(root() / ".cache", torch.cuda.device_count()) if device.type == "cuda" else None  # noqa: F841, held to the end
     data = Dataset.load(Path("data"))
     kept, held_out = stratified_split(data.labels["train"], params.data.validation)
 

@@ -151,12 +151,12 @@ def verify(name: str) -> tuple[str, bool]:
             raise UserError(f"{name} did not run to its end here, see above")
         again = {path: (folder / path).read_bytes() for path in first if (folder / path).exists()}
         before, now = (tracking.read_diary(key, checkout)["conditions"] for checkout in (root(), folder))
-    different = next((path for path in first if first[path] != again.get(path)), None)
-    if different is None:
+    different = [path for path in first if first[path] != again.get(path)]
+    if not different:
         return f"identical: {len(first)} files of {name}, the weights included", True
-    told = f"{different} differs" + (
-        f", first in the tensor {_first_tensor(first[different], again[different])}" if different.suffix == ".safetensors" else ""
-    )
+    told = f"{len(different)} of {len(first)} files differ, first {different[0]}"
+    if (weights := Path("models/network.safetensors")) in different:
+        told += f"; of the weights first the tensor {_first_tensor(first[weights], again[weights])}"
     if before == now:
         return f"not repeated on {now['device']}: {told}", False
     changed = ", ".join(f"{k} {before.get(k, 'unknown')} → {now[k]}" for k in now if before.get(k) != now[k])

@@ -1,5 +1,6 @@
 """The training loop. Knows neither DVC nor MLflow nor where files lie: images in, a trained network out."""
 
+import contextlib
 import ctypes
 import itertools
 import math
@@ -12,6 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from filelock import FileLock, Timeout
 from torch import Tensor
 from tqdm import tqdm
 
@@ -53,6 +55,24 @@ def set_up(params: TrainParams) -> torch.device:
     if params.threads != "auto":
         torch.set_num_threads(params.threads)
     return torch.device("cuda" if params.device != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def take_gpu(locks: Path, count: int) -> FileLock:
+    """Make a GPU that no other training with the same `locks` uses the current one; wait for it where all are taken.
+
+    Returns the lock that keeps it until it is released or the process ends, however it ends.
+    """
+    locks.mkdir(parents=True, exist_ok=True)
+    for attempt in itertools.count():
+        for index in range(count):
+            lock = FileLock(locks / f"gpu-{index}.lock")
+            with contextlib.suppress(Timeout):
+                lock.acquire(timeout=0.5)
+                torch.cuda.set_device(index)
+                return lock
+        if attempt == 0:
+            print("every GPU trains another experiment of this checkout; this one waits for its turn", flush=True)
+    raise AssertionError
 
 
 def _keep_memory() -> None:
