@@ -47,9 +47,7 @@ def watch(jobs: int, patience: float = PATIENCE) -> None:
                 moved[rev] = (sign, time.monotonic())
         still = {rev for rev in left if time.monotonic() - moved[rev][1] > patience}
         for rev in sorted((still - told) & set(by_status["Running"])):
-            print(
-                f"warning: the worker of {names[rev]} stands still; `dvc queue kill {names[rev]}` ends it, then queue it again", flush=True
-            )
+            print(f"warning: {names[rev]} stands still; `dvc queue kill {names[rev]}` ends it, then queue it again", flush=True)
         told |= still
         if still == set(left):
             raise UserError(

@@ -25,6 +25,7 @@ class Project:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self.lost_stores = 0
         inherited = {k: v for k, v in os.environ.items() if not k.startswith(("DVC", "MLFLOW", "GIT", "PYTHONPATH"))}
         self.env = inherited | {
             "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
@@ -38,7 +39,7 @@ class Project:
             "GIT_COMMITTER_EMAIL": "a@example.org",
         }
 
-    def run(self, *command: str, check: bool = True, **env: str) -> subprocess.CompletedProcess[str]:
+    def run(self, *command: str, check: bool = True, seconds: int = 280, **env: str) -> subprocess.CompletedProcess[str]:
         """Run a command in the checkout and return its output, standard error mixed in."""
         done = subprocess.run(
             command,
@@ -48,7 +49,7 @@ class Project:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             check=False,
-            timeout=280,
+            timeout=seconds,
         )
         assert not check or done.returncode == 0, f"{' '.join(command)} exited with {done.returncode}:\n{done.stdout}"
         return done
@@ -64,7 +65,15 @@ class Project:
         path.write_text(yaml.safe_dump(content, sort_keys=False), "utf-8")
 
     def client(self, uri: str | None = None) -> mlflow.MlflowClient:
-        return mlflow.MlflowClient(uri or f"sqlite:///{self.folder / 'mlflow.db'}")
+        # MLflow keeps a database open by its name, also one that was deleted: a new file gets a new name.
+        return mlflow.MlflowClient(uri or f"sqlite:///{self.folder}{'/.' * self.lost_stores}/mlflow.db")
+
+    def lose_store(self) -> None:
+        """Delete all that MLflow has."""
+        for path in self.folder.glob("mlflow.db*"):
+            path.unlink()
+        shutil.rmtree(self.folder / "mlartifacts")
+        self.lost_stores += 1
 
     def runs(self, uri: str | None = None) -> dict[str, mlflow.entities.Run]:
         """Return the MLflow runs by the name of their DVC experiment, "" for those of `dvc repro`."""

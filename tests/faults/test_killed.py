@@ -1,0 +1,329 @@
+"""A training that is killed, whenever and however, continues where it was and ends in the bytes of one that never was."""
+
+import contextlib
+import hashlib
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from cifarlab import UserError
+from cifarlab.checkpoints import KEPT_DAYS, Checkpoint
+from cifarlab.training import Images, fit
+from tests.conftest import MakeTrain
+from tests.pipeline.conftest import Project
+from tests.test_training import MakeNetwork, coloured, make_network  # noqa: F401, the second is a fixture
+
+OUTPUTS = ("models/network.safetensors", "plots/history.csv", "metrics/train.json")
+CONDITIONS = {"threads": "1"}
+
+
+class Stage:
+    """A command of the checkout, as a user started it: in a process group of its own, its lines read as they come."""
+
+    def __init__(self, project: Project, *command: str, **env: str) -> None:
+        self.process = subprocess.Popen(
+            command,
+            cwd=project.folder,
+            env=project.env | {"PYTHONUNBUFFERED": "1"} | env,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        self.output = ""
+
+    def wait_for(self, text: str) -> bool:
+        """Read until a line holds `text`; False where the command ended first."""
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            self.output += line
+            if text in line:
+                return True
+        return False
+
+    def end(self, how: signal.Signals | None = None) -> int:
+        """Send a signal to the whole group and return the exit code."""
+        assert self.process.stdout is not None
+        if how:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.process.pid, how)
+        self.output += self.process.stdout.read()
+        self.process.stdout.close()
+        return self.process.wait(120)
+
+
+def train(project: Project, **env: str) -> Stage:
+    return Stage(project, sys.executable, "-m", "stages.train", **env)
+
+
+def without_outputs(project: Project) -> None:
+    """Do what DVC does before it starts a stage."""
+    for name in OUTPUTS:
+        (project.folder / name).unlink(missing_ok=True)
+
+
+def digests(project: Project) -> dict[str, str]:
+    return {name: hashlib.sha256((project.folder / name).read_bytes()).hexdigest() for name in OUTPUTS}
+
+
+def checkpoints(project: Project) -> list[Path]:
+    return list((project.folder / ".cache/checkpoints").glob("*.pt"))
+
+
+def forget(project: Project) -> None:
+    """Do what the evaluate stage does first."""
+    for path in checkpoints(project):
+        path.unlink()
+
+
+@pytest.fixture
+def prepared(project: Project) -> Iterator[Project]:
+    """The checkout with its data, no training begun, and as many epochs as it takes to be killed in one."""
+    if not (project.folder / "data/dataset.json").exists():
+        project.run(sys.executable, "-m", "stages.download")
+    project.edit("train", epochs=6)
+    project.edit("tracking", system_metrics=False)
+    yield project
+    forget(project)
+    project.run("git", "checkout", "--quiet", "params.yaml")
+
+
+@pytest.mark.parametrize(
+    ("seed", "kills", "changes"),
+    [
+        (1, 7, {"model": {"dropout": 0.1}, "train": {"flip": "alternating", "batch_size": 16}}),
+        (2, 7, {"model": {"norm_momentum": 0.1}, "train": {"optimizer": "adam", "lr": 0.001, "schedule": "one_cycle", "batch_size": 16}}),
+        (3, 6, {"data": {"validation": 0}, "train": {"optimizer": "sgd", "flip": "random", "translate": 2, "batch_size": 16}}),
+    ],
+)
+def test_killed_at_random_epochs_and_batches(prepared: Project, seed: int, kills: int, changes: dict[str, dict[str, object]]) -> None:
+    for section, values in changes.items():
+        prepared.edit(section, **values)
+    started = time.monotonic()
+    never_killed = train(prepared, DVC_EXP_NAME=f"never-{seed}")
+    assert never_killed.wait_for("epoch 1/6")
+    first_epoch = time.monotonic()
+    assert never_killed.end() == 0, never_killed.output
+    an_epoch = (time.monotonic() - first_epoch) / 6
+    expected = digests(prepared)
+    forget(prepared)
+
+    chance, done, attempt = random.Random(seed), 0, 0
+    print(f"seed {seed}: an epoch takes about {an_epoch:.2f} s, the whole stage {time.monotonic() - started:.1f} s")
+    while True:
+        # Unnamed, `dvc exp run` draws another name every time.
+        attempt += 1
+        without_outputs(prepared)
+        stage = train(prepared, DVC_EXP_NAME=f"try-{seed}-{attempt}")
+        had = len(checkpoints(prepared))
+        if done == kills:
+            break
+        # Before the first epoch, in one, between two, or while the outputs are written.
+        if not chance.random() < 0.1 and stage.wait_for("epoch " if not had else "continuing"):
+            threading.Event().wait(chance.random() * 1.3 * an_epoch)
+        if stage.end(signal.SIGKILL) == -signal.SIGKILL:
+            done += 1
+            print(f"kill {done}: {len(checkpoints(prepared))} checkpoint, after {stage.output.splitlines()[-1:]}")
+        else:  # it had ended before
+            assert digests(prepared) == expected
+            forget(prepared)
+    assert stage.end() == 0, stage.output
+    assert digests(prepared) == expected
+    forget(prepared)
+    # Every try that was killed and its continuation are one run.
+    client, runs = prepared.client(), prepared.runs()
+    tries = [run for name, run in runs.items() if name.startswith(f"try-{seed}-")]
+    assert {run.info.status for run in tries} == {"FINISHED"}
+    for run in tries:
+        steps = [point.step for point in client.get_metric_history(run.info.run_id, "train_loss")]
+        assert sorted(steps) == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_temporary_copy_that_was_killed_continues_in_the_workspace(prepared: Project) -> None:
+    prepared.edit("train", epochs=3)
+    copy = Stage(prepared, "dvc", "exp", "run", "--temp", "-S", "train.seed=7", "-S", "train.batch_size=16")
+    assert copy.wait_for("epoch 2/3"), copy.output
+    copy.end(signal.SIGKILL)
+    [killed] = [run for run in prepared.runs().values() if run.info.status == "RUNNING"]
+    assert len(checkpoints(prepared)) == 1
+    output = prepared.dvc("exp", "run", "--name", "typed-again", "-S", "train.seed=7", "-S", "train.batch_size=16")
+    assert "continuing after epoch" in output
+    run = prepared.runs()["typed-again"]
+    assert run.info.run_id == killed.info.run_id
+    assert run.info.status == "FINISHED"
+    assert not checkpoints(prepared)
+    # Trained again without a stop, DVC finds nothing that changed.
+    lock = (prepared.folder / "dvc.lock").read_bytes()
+    assert "continuing" not in prepared.dvc("repro", "--force")
+    assert (prepared.folder / "dvc.lock").read_bytes() == lock
+    prepared.run("git", "checkout", "--quiet", ".")
+
+
+def test_ctrl_c_ends_at_once_with_the_way_on(prepared: Project) -> None:
+    prepared.edit("train", batch_size=16, seed=11, epochs=100)
+    prepared.edit("tracking", system_metrics=True)
+    took = []
+    for attempt in range(3):
+        stage = train(prepared, DVC_EXP_NAME="interrupted")
+        assert stage.wait_for(f"epoch {2 * attempt + 2}/100"), stage.output
+        pressed = time.monotonic()
+        assert stage.end(signal.SIGINT) == 1
+        took.append(time.monotonic() - pressed)
+        assert stage.output.splitlines()[-1] == "interrupted; type the same command again and it continues"
+        assert "Traceback" not in stage.output
+        assert prepared.runs()["interrupted"].info.status == "KILLED"
+    assert re.search(r"continuing after epoch \d", stage.output)
+    assert min(took) < 2, took
+
+
+def test_the_same_training_twice_at_the_same_time(prepared: Project) -> None:
+    prepared.edit("train", batch_size=16, seed=12, epochs=60)
+    first = train(prepared, DVC_EXP_NAME="first")
+    assert first.wait_for("epoch 1/60"), first.output
+    second = train(prepared, DVC_EXP_NAME="second")
+    assert second.wait_for("another process"), second.output
+    assert first.end() == 0
+    one = digests(prepared)
+    assert second.end() == 0
+    assert digests(prepared) == one
+    assert {"first", "second"} <= prepared.runs().keys()
+
+
+def test_a_hostile_checkpoint_runs_nothing_and_training_starts_over(prepared: Project, tmp_path: Path) -> None:
+    class Hostile:
+        def __reduce__(self) -> tuple[object, tuple[str]]:
+            return os.system, (f"touch {tmp_path / 'harm'}",)
+
+    prepared.edit("train", seed=13, batch_size=16)
+    stage = train(prepared)
+    assert stage.wait_for("epoch 2/6"), stage.output
+    stage.end(signal.SIGKILL)
+    [path] = checkpoints(prepared)
+    torch.save({"conditions": {}, "state": Hostile()}, path)
+    stage = train(prepared)
+    assert stage.end() == 0
+    assert "is damaged" in stage.output
+    assert "starts over" in stage.output
+    assert "epoch 1/6" in stage.output
+    assert not (tmp_path / "harm").exists()
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("DVC_ROOT", str(tmp_path))
+    return tmp_path
+
+
+def test_a_checkpoint_gives_back_what_was_saved(here: Path) -> None:
+    saved = {"network": {"w": torch.randn(64)}, "history": [(1, 0.1, None)]}
+    Checkpoint("k", CONDITIONS).save(saved)
+    loaded = Checkpoint("k", CONDITIONS).load()
+    assert loaded is not None
+    assert torch.equal(loaded["network"]["w"], saved["network"]["w"])
+    assert loaded["history"] == saved["history"]
+    Checkpoint.remove("k")
+    assert Checkpoint("k", CONDITIONS).load() is None
+
+
+def test_a_damaged_checkpoint_is_refused_wherever_the_damage_is(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    checkpoint = Checkpoint("k", CONDITIONS)
+    state = {"network": {"w": torch.arange(512.0)}, "history": []}
+    checkpoint.save(state)
+    whole = checkpoint.path.read_bytes()
+    refused = 0
+    for place in range(0, len(whole), 97):
+        checkpoint.path.write_bytes(whole[:place] + bytes([whole[place] ^ 0x10]) + whole[place + 1 :])
+        loaded = checkpoint.load()
+        # A flipped bit in what the archive pads with harms nobody; one in a number never gets through.
+        assert loaded is None or torch.equal(loaded["network"]["w"], state["network"]["w"])
+        refused += loaded is None
+    assert refused > 10
+    for size in (0, 1, len(whole) // 2, len(whole) - 1):
+        checkpoint.path.write_bytes(whole[:size])
+        assert checkpoint.load() is None
+    assert "training starts over" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("key", "conditions", "named"), [("other", CONDITIONS, "key"), ("k", {"threads": "2"}, "threads 1, now it is 2")])
+def test_a_checkpoint_of_other_conditions_is_refused(
+    here: Path, capsys: pytest.CaptureFixture[str], key: str, conditions: dict[str, str], named: str
+) -> None:
+    made = Checkpoint("k", CONDITIONS)
+    made.save({"history": []})
+    other = Checkpoint(key, conditions)
+    made.path.rename(other.path)
+    assert other.load() is None
+    assert named in capsys.readouterr().out
+
+
+def test_old_checkpoints_are_pruned(here: Path) -> None:
+    for key, days in (("old", KEPT_DAYS + 1), ("young", KEPT_DAYS - 1)):
+        checkpoint = Checkpoint(key, CONDITIONS)
+        checkpoint.save({"history": []})
+        made = time.time() - days * 86400
+        os.utime(checkpoint.path, (made, made))
+    Checkpoint("another", CONDITIONS)
+    assert [path.stem for path in here.glob(".cache/checkpoints/*.pt")] == ["young"]
+
+
+def test_divergence_keeps_the_last_good_checkpoint(here: Path, train_params: MakeTrain, make_network: MakeNetwork) -> None:  # noqa: F811
+    network, checkpoint = make_network(), Checkpoint("k", CONDITIONS)
+
+    def break_after_two(history: list[object]) -> None:
+        if len(history) == 2:
+            next(network.parameters()).data.fill_(float("nan"))
+
+    with pytest.raises(UserError, match="diverged in epoch 3"):
+        fit(network, train_params(epochs=5), coloured(48), None, break_after_two, checkpoint=checkpoint)
+    state = checkpoint.load()
+    assert state is not None
+    assert len(state["history"]) == 2
+    assert all(bool(tensor.isfinite().all()) for tensor in state["network"].values())
+
+
+def test_a_full_disk_costs_the_checkpoint_not_the_training(
+    here: Path,
+    train_params: MakeTrain,
+    make_network: MakeNetwork,  # noqa: F811
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    checkpoint = Checkpoint("k", CONDITIONS)
+    checkpoint.path = Path("/dev/full/k.pt") if not Path("/dev/full").is_dir() else here
+    data: Images = coloured(48)
+    assert len(fit(make_network(), train_params(epochs=2), data, None, lambda _: None, checkpoint=checkpoint)) == 2
+    assert "cannot be written" in capsys.readouterr().out
+
+
+def test_two_trainings_take_turns_on_a_gpu(tmp_path: Path) -> None:
+    code = (
+        "import sys; from pathlib import Path; import torch; from cifarlab.training import take_gpu; "
+        "torch.cuda.set_device = lambda index: print('took', index, flush=True); "
+        "lock = take_gpu(Path(sys.argv[1]), int(sys.argv[2])); sys.stdin.read()"
+    )
+
+    def start(count: int) -> subprocess.Popen[str]:
+        return subprocess.Popen([sys.executable, "-c", code, str(tmp_path), str(count)], stdin=-1, stdout=-1, text=True)
+
+    first = start(1)
+    assert first.stdout is not None
+    assert first.stdout.readline() == "took 0\n"
+    with first, start(1) as waiting, start(2) as free:
+        assert free.stdout is not None
+        assert waiting.stdout is not None
+        assert free.stdout.readline() == "took 1\n"
+        assert "waits for its turn" in waiting.stdout.readline()
+        assert waiting.poll() is None
+        first.kill()
+        assert waiting.stdout.readline() == "took 0\n"
+        waiting.kill()
+        free.kill()
