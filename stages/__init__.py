@@ -32,6 +32,10 @@ def run(stage: Callable[[Params], None]) -> None:
         sys.exit(f"error: {error}")
     except ModuleNotFoundError as error:
         _not_set_up(error)
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "memory" not in str(error):  # PyTorch has no error of its own for the CPU
+            raise
+        sys.exit("error: the memory is not enough; lower train.batch_size, evaluate.batch_size, model.widths or data.image_size")
     except KeyboardInterrupt:
         sys.exit("interrupted; the same command starts this stage again")
     except OSError as error:

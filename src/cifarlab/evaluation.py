@@ -6,6 +6,8 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
+from cifarlab import UserError
+
 Floats = npt.NDArray[np.float64]
 Labels = npt.NDArray[np.int64]
 
@@ -36,7 +38,14 @@ def evaluate(probabilities: Floats, actual: Labels, classes: list[str], bins: in
 
     The loss is the mean cross-entropy in nats whatever the network was trained on, so that runs compare.
     A class that is never predicted has precision 0, as in scikit-learn.
+
+    Raises
+    ------
+    UserError
+        A probability is not a number.
     """
+    if np.isnan(probabilities).any():
+        raise UserError("the network's output overflows on the test images; try a lower train.lr, model.init_gain or model.logit_scale")
     predicted = probabilities.argmax(1)
     confusion = confusion_matrix(actual, predicted, len(classes))
     hits, images = np.diag(confusion), confusion.sum(1)

@@ -15,11 +15,12 @@ from urllib.parse import unquote, urlsplit
 import numpy as np
 import numpy.typing as npt
 
-from cifarlab import UserError, first_line, without_secrets
+from cifarlab import UserError, first_line
 from cifarlab.datasets import SPLITS, Dataset, stratified_split
 from cifarlab.params import DataParams, is_remote
 
 ATTEMPTS = 3
+PATIENCE = 30  # seconds without a byte
 # What tarfile, zipfile and the decompressors below them raise for a damaged, encrypted or strange archive.
 ARCHIVE_ERRORS = (tarfile.TarError, zipfile.BadZipFile, lzma.LZMAError, zlib.error, EOFError, OSError, RuntimeError)
 
@@ -54,8 +55,8 @@ def fetch(params: DataParams, root: Path, cache: Path) -> Path:
                 return _fetch_one(source, params.sha256, root, cache)
             except UserError as error:
                 failures.append(str(error))
-            except (ValueError, RuntimeError) as error:  # a URL or a home folder that cannot be
-                failures.append(f"{without_secrets(source)}: {first_line(error)}")
+            except (ValueError, RuntimeError, OSError) as error:  # a URL, a path or a home folder that cannot be
+                failures.append(f"{source}: {first_line(error)}")
         if not any(map(is_remote, params.sources)):
             break  # a file that is not there now will not be there in a second
     reasons = "; ".join(dict.fromkeys(failures))
@@ -72,7 +73,7 @@ def _fetch_one(source: str, sha256: str | None, root: Path, cache: Path) -> Path
         return _download(source, sha256, cache)
     path = Path(unquote(url.path)) if url.scheme == "file" else root / Path(source).expanduser()
     if not path.exists():
-        raise UserError(f"{without_secrets(source)} does not exist (relative paths start at {root})")
+        raise UserError(f"{source} does not exist (relative paths start at {root})")
     if sha256 is not None:
         if path.is_dir():
             raise UserError(f"{source} is a directory, which has no checksum: set data.sha256: null")
@@ -91,11 +92,15 @@ def _download(url: str, sha256: str, cache: Path) -> Path:
     # The checksum is in the name: another archive under the same URL never meets this one.
     name = f"{sha256[:16]}-{PurePosixPath(urlsplit(url).path).name[-100:]}"
     bar = not (cache / name).exists()
-    host = urlsplit(url).hostname  # never the whole URL, it may hold a password
+    host = urlsplit(url).hostname
     try:
-        return Path(pooch.retrieve(url, f"sha256:{sha256}", name, cache, downloader=pooch.HTTPDownloader(progressbar=bar, timeout=30)))
+        return Path(
+            pooch.retrieve(url, f"sha256:{sha256}", name, cache, downloader=pooch.HTTPDownloader(progressbar=bar, timeout=PATIENCE))
+        )
     except requests.RequestException as error:
-        raise UserError(f"{host} does not answer as it should: {type(error).__name__}") from error
+        raise UserError(
+            f"{host} does not answer as it should: {type(error).__name__} {getattr(error.response, 'status_code', '')}".rstrip()
+        ) from error
     except ValueError as error:
         raise UserError(f"{host} sent something else than the archive, its SHA-256 is not {sha256}") from error
     except OSError as error:
