@@ -33,7 +33,7 @@ def run(stage: Callable[[Params], None]) -> None:
     except ModuleNotFoundError as error:
         _not_set_up(error)
     except (MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "memory" not in str(error):  # PyTorch has no error of its own for the CPU
+        if "memory" not in repr(error).lower():  # PyTorch has no error of its own for it on the CPU
             raise
         sys.exit("error: the memory is not enough; lower train.batch_size, evaluate.batch_size, model.widths or data.image_size")
     except KeyboardInterrupt:

@@ -37,12 +37,7 @@ def evaluate(probabilities: Floats, actual: Labels, classes: list[str], bins: in
     """Return the metrics, and the tables predictions, per_class and confusion.
 
     The loss is the mean cross-entropy in nats whatever the network was trained on, so that runs compare.
-    A class that is never predicted has precision 0, as in scikit-learn.
-
-    Raises
-    ------
-    UserError
-        A probability is not a number.
+    A class that is never predicted has precision 0, as in scikit-learn. Probabilities that are no numbers are refused.
     """
     if np.isnan(probabilities).any():
         raise UserError("the network's output overflows on the test images; try a lower train.lr, model.init_gain or model.logit_scale")

@@ -38,10 +38,7 @@ class DataParams(Section):
         if self.name != "folder" and self.image_size != 32:
             raise ValueError(f"data.image_size = {self.image_size}: {self.name} images are 32×32, only folder images are resized")
         if any(source != without_secrets(source) for source in self.sources):
-            raise ValueError(
-                "data.sources holds a name or password; leave it out of the URL and put it into ~/.netrc, which a download reads: "
-                "machine HOST login NAME password PASSWORD"
-            )
+            raise ValueError("data.sources holds a login; it belongs into ~/.netrc: machine HOST login NAME password PASSWORD")
         if self.name != "digits":
             if not self.sources:
                 raise ValueError(f"data.sources is empty: {self.name} needs a URL or a path")
@@ -123,10 +120,8 @@ class Params(Section):
         weights = sum(c.in_channels * c.out_channels * self.model.kernel_size**2 for c in plan)
         weights += sum(a * b for a, b in pairwise(self.model.linear(plan[-1])))
         if weights > 10**9:
-            raise ValueError(
-                f"model.widths = {self.model.widths}: the network would have {weights:,} weights; a billion is the most. "
-                "Use smaller model.widths, model.head or model.kernel_size, fewer model.layers, or model.global_pool: max"
-            )
+            widths = f"model.widths = {self.model.widths}"
+            raise ValueError(f"{widths}: {weights:,} weights are above a billion; lower model.widths, layers, kernel_size or head")
         if self.train.translate >= self.data.image_size:
             raise ValueError(f"train.translate = {self.train.translate}: must stay below data.image_size = {self.data.image_size}")
         return self

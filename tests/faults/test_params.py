@@ -253,7 +253,7 @@ def test_a_network_too_large_for_any_memory_is_refused(path: Path) -> None:
         content["model"] |= changes
         faults = loaded(path, content)
         assert not isinstance(faults, Params)
-        assert "model.widths = [4096]: the network would have" in faults[0]
+        assert "model.widths = [4096]: " in faults[0]
 
 
 @pytest.mark.parametrize("take", [lambda: torch.empty(10**14), lambda: np.empty(10**14)], ids=["torch", "numpy"])
