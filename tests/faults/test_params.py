@@ -19,7 +19,9 @@ from hypothesis import strategies as st
 import stages
 from cifarlab import UserError, evaluation, models, training
 from cifarlab.architecture import ModelParams, Section
+from cifarlab.datasets import Dataset
 from cifarlab.params import KEYS, SECTIONS, Params, TrainParams, load_params
+from stages.train import train
 from tests.conftest import REPO
 
 # The same draws on every machine.
@@ -114,7 +116,7 @@ def train_a_step(params: Params, folder: Path) -> str:
 
 
 @given(st.sampled_from(KEYS), JUNK)
-@settings(DRAWS, max_examples=200)
+@settings(DRAWS, max_examples=500)
 def test_whatever_stands_at_a_key_is_refused_by_its_name_or_trains(path: Path, key: str, value: Any) -> None:
     section, name = key.split(".")
     content = small()
@@ -159,7 +161,7 @@ def test_whatever_fits_the_schema_trains_or_is_refused_by_the_name_of_a_key(path
     ends: Counter[str] = Counter()
 
     @given(section(ModelParams), section(TrainParams), st.sampled_from([32, 24, 16, 8, 2, 1]), st.sampled_from([0, 0.1]), st.integers(0, 3))
-    @settings(DRAWS, max_examples=300)
+    @settings(DRAWS, max_examples=350)
     def check(model: dict[str, Any], train: dict[str, Any], size: int, validation: float, clash: int) -> None:
         if clash:  # most draws are mended where two keys do not go together, so that they train
             model["padding"] = "same" if model["residual"] else model["padding"]
@@ -289,3 +291,16 @@ def test_a_stage_says_one_sentence_for_each_fault(checkout: Path, changes: dict[
     assert "Traceback" not in done.stderr
     said = done.stderr.removeprefix("error: ").splitlines()
     assert said == [fault.replace(f"{checkout}/", "") for fault in faults]
+
+
+@pytest.mark.parametrize("share", [0.6, 0.9])
+def test_a_validation_that_leaves_no_batch_is_refused(
+    make_params: Callable[..., Params], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, share: float
+) -> None:
+    """Normalisation over a batch needs two images."""
+    monkeypatch.chdir(tmp_path)
+    labels = np.array([0, 1, 1])  # of each class that share is held out, rounded: one image is left, or none
+    images = np.zeros((3, 32, 32, 3), np.uint8)
+    Dataset({"train": images, "test": images}, {"train": labels, "test": labels}, ["a", "b"], "few").save(Path("data"))
+    with pytest.raises(UserError, match=r"data\.validation = .* leaves [01] images to train on"):
+        train(make_params({"data.validation": share, "train.threads": 1}))
