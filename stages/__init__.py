@@ -32,6 +32,10 @@ def run(stage: Callable[[Params], None]) -> None:
         sys.exit(f"error: {error}")
     except ModuleNotFoundError as error:
         _not_set_up(error)
+    except (MemoryError, RuntimeError) as error:
+        if "memory" not in repr(error).lower():  # PyTorch has no error of its own for it on the CPU
+            raise
+        sys.exit("error: the memory is not enough; lower train.batch_size, evaluate.batch_size, model.widths or data.image_size")
     except KeyboardInterrupt:
         sys.exit("interrupted; type the same command again and it continues")
     except OSError as error:

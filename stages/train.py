@@ -25,8 +25,8 @@ def train(params: Params) -> None:
     data = Dataset.load(Path("data"))
     kept, held_out = stratified_split(data.labels["train"], params.data.validation)
 
-    if not len(kept):
-        raise UserError(f"data.validation = {params.data.validation} leaves no image to train on; lower it")
+    if len(kept) < 2:
+        raise UserError(f"data.validation = {params.data.validation} leaves {len(kept)} images to train on, too few for a batch; lower it")
 
     def to_device(indices: npt.NDArray[np.int64]) -> training.Images:
         return training.Images(

@@ -90,6 +90,11 @@ REFUSED = [
     ({"model.dropout": [0, 1.5, 0]}, ["model.dropout = [0, 1.5, 0]", "at least 0 and below 1 or a list"]),
     ({"model.pool": "mean"}, ["model.pool = 'mean'", "one of max, avg, stride, none"]),
     ({"data.sha256": "6d958b"}, ["data.sha256 = '6d958b'", "64 lowercase hexadecimal digits or null"]),
+    ({"model.layers": True}, ["model.layers = True", "at least 1 and at most 32"]),
+    ({"model.widths": [8, True]}, ["model.widths = [8, True]", "each item a whole number"]),
+    ({"model.dropout": False}, ["model.dropout = False", "a number at least 0"]),
+    ({"train.threads": True}, ["train.threads = True", "a whole number at least 1"]),
+    ({"train.epochs": 10**400}, ["train.epochs = 1000", "at most 1000000"]),
     # Keys that do not go together.
     ({"data.image_size": 64}, ["data.image_size = 64", "cifar10 images are 32×32"]),
     ({"data.sha256": None}, ["data.sha256 = null", "https://www.cs.toronto.edu", "needs the SHA-256"]),
@@ -125,9 +130,30 @@ def test_refuses_in_one_sentence(make_params: Make, changes: dict[str, Any], fra
     assert [f for f in fragments if f not in message] == [], message
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"data.sources": ["https://me:hunter2@example.org/a.tar.gz"]},
+        {"data.sources": ["a.zip", "https://me:hun@ter2@example.org/a.tar.gz"], "data.name": "digits"},
+        {"data.sources": "https://me:hunter2@example.org/a.tar.gz"},
+        {"data.sources": ["https://me:hunter2@example.org/" + "a" * 500, 5]},
+        {"data.name": "https://me:hunter2@example.org/a.tar.gz"},
+        {"data.https://me:hunter2@localhost/": 1},
+    ],
+)
+def test_password_is_refused_and_not_told(make_params: Make, changes: dict[str, Any]) -> None:
+    with pytest.raises(UserError) as caught:
+        make_params(changes)
+    assert "data." in str(caught.value)
+    assert "ter2" not in str(caught.value)
+    if isinstance(changes.get("data.sources"), list) and 5 not in changes["data.sources"]:
+        assert "data.sources holds" in str(caught.value)
+        assert "~/.netrc" in str(caught.value)
+
+
 def test_missing_key_is_named_with_what_it_must_be(make_params: Make, content: dict[str, Any]) -> None:
     del content["train"]["lr"]
-    with pytest.raises(UserError, match=r"params\.yaml: train\.lr is missing; it must be a number above 0$"):
+    with pytest.raises(UserError, match=r"params\.yaml: train\.lr is missing; it must be a number above 0 and at most 1000000\.0$"):
         make_params()
 
 

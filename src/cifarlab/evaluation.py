@@ -6,6 +6,8 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
+from cifarlab import UserError
+
 Floats = npt.NDArray[np.float64]
 Labels = npt.NDArray[np.int64]
 
@@ -35,8 +37,10 @@ def evaluate(probabilities: Floats, actual: Labels, classes: list[str], bins: in
     """Return the metrics, and the tables predictions, per_class and confusion.
 
     The loss is the mean cross-entropy in nats whatever the network was trained on, so that runs compare.
-    A class that is never predicted has precision 0, as in scikit-learn.
+    A class that is never predicted has precision 0, as in scikit-learn. Probabilities that are no numbers are refused.
     """
+    if np.isnan(probabilities).any():
+        raise UserError("the network's output overflows on the test images; try a lower train.lr, model.init_gain or model.logit_scale")
     predicted = probabilities.argmax(1)
     confusion = confusion_matrix(actual, predicted, len(classes))
     hits, images = np.diag(confusion), confusion.sum(1)

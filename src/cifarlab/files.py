@@ -1,11 +1,14 @@
 """Where files lie, and how they are written: whole or not at all."""
 
+import errno
 import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from cifarlab import first_line
 
 
 def root() -> Path:
@@ -24,6 +27,10 @@ def atomic(path: Path) -> Iterator[Path]:
         with temporary.open("rb") as file:
             os.fsync(file.fileno())  # the name must not reach the disk before the content does: power may fail
         temporary.replace(path)
+    except OSError as error:
+        if error.filename is None:  # a full disk does not say which file, and numpy not even that it is full
+            raise OSError(error.errno or errno.ENOSPC, error.strerror or first_line(error), str(path)) from error
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 

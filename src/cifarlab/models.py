@@ -1,6 +1,7 @@
 """The network family: stages of convolutions, their variants and their initialisation."""
 
 import json
+from itertools import pairwise
 from pathlib import Path
 from typing import cast
 
@@ -134,16 +135,12 @@ class Network(nn.Module):
         self.stages = nn.Sequential(
             *(Stage(params, [c for c in plan if c.stage == s], dropout) for s, dropout in enumerate(params.stage_dropout))
         )
-        side = plan[-1].out_size // (2 if plan[-1].pooled else 1)
-        self.global_pool: nn.Module = nn.Identity()
-        if params.global_pool != "none":
-            self.global_pool, side = GlobalPool(params.global_pool), 1
+        self.global_pool = nn.Identity() if params.global_pool == "none" else GlobalPool(params.global_pool)
         head: list[nn.Module] = [nn.Flatten()]
-        features = plan[-1].out_channels * side**2
-        for hidden in params.head:
+        sizes = params.linear(plan[-1])
+        for features, hidden in pairwise(sizes):
             head += [nn.Linear(features, hidden), ACTIVATIONS[params.activation]()]
-            features = hidden
-        self.head = nn.Sequential(*head, nn.Linear(features, len(classes)))
+        self.head = nn.Sequential(*head, nn.Linear(sizes[-1], len(classes)))
         initialise(self, params.init, params.init_gain)
 
     def forward(self, images: Tensor) -> Tensor:

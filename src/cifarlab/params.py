@@ -1,6 +1,8 @@
 """params.yaml as typed, validated objects. Imports nothing heavy: a wrong value is refused at once."""
 
 import difflib
+import reprlib
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -8,9 +10,9 @@ import yaml
 from pydantic import Field, ValidationError, model_validator
 
 from cifarlab import UserError, first_line, without_secrets
-from cifarlab.architecture import ModelParams, Section, Share
+from cifarlab.architecture import ModelParams, Positive, Section, Share
 
-Count = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=1, le=1_000_000)]
 
 
 def is_remote(source: str) -> bool:
@@ -35,12 +37,14 @@ class DataParams(Section):
     def _consistent(self) -> "DataParams":
         if self.name != "folder" and self.image_size != 32:
             raise ValueError(f"data.image_size = {self.image_size}: {self.name} images are 32×32, only folder images are resized")
+        if any(source != without_secrets(source) for source in self.sources):
+            raise ValueError("data.sources holds a login; it belongs into ~/.netrc: machine HOST login NAME password PASSWORD")
         if self.name != "digits":
             if not self.sources:
                 raise ValueError(f"data.sources is empty: {self.name} needs a URL or a path")
             remote = next(filter(is_remote, self.sources), None)
             if remote and self.sha256 is None:
-                raise ValueError(f"data.sha256 = null: the download {without_secrets(remote)} needs the SHA-256 of the archive")
+                raise ValueError(f"data.sha256 = null: the download {remote} needs the SHA-256 of the archive")
         return self
 
 
@@ -49,16 +53,16 @@ class TrainParams(Section):
 
     seed: Annotated[int, Field(ge=0, lt=2**31)]
     epochs: Count
-    batch_size: Annotated[int, Field(ge=2)]
+    batch_size: Annotated[int, Field(ge=2, le=1_000_000)]
     optimizer: Literal["sgd", "muon", "adam", "adamw"]
     """Stochastic gradient descent with Nesterov momentum, Muon (Jordan 2024), Adam (Kingma & Ba 2014), AdamW (Loshchilov & Hutter 2017)."""
-    lr: Annotated[float, Field(gt=0)]
+    lr: Positive
     momentum: Share
     """Of sgd; adam and adamw have their own."""
-    muon_lr: Annotated[float, Field(gt=0)]
+    muon_lr: Positive
     muon_momentum: Share
-    weight_decay: Annotated[float, Field(ge=0)]
-    norm_bias_lr: Annotated[float, Field(gt=0)]
+    weight_decay: Annotated[float, Field(ge=0, le=1e6)]
+    norm_bias_lr: Positive
     """Learning rate of the biases of normalisation layers, in multiples of lr (Page 2019; 64 in airbench)."""
     schedule: Literal["linear", "one_cycle", "constant"]
     """Of the learning rates: down to zero, or up and down in one triangle (Smith & Topin 2017), or as they are."""
@@ -112,7 +116,12 @@ class Params(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> "Params":
-        list(self.model.plan(self.data.image_size))
+        plan = list(self.model.plan(self.data.image_size))
+        weights = sum(c.in_channels * c.out_channels * self.model.kernel_size**2 for c in plan)
+        weights += sum(a * b for a, b in pairwise(self.model.linear(plan[-1])))
+        if weights > 10**9:
+            widths = f"model.widths = {self.model.widths}"
+            raise ValueError(f"{widths}: {weights:,} weights are above a billion; lower model.widths, layers, kernel_size or head")
         if self.train.translate >= self.data.image_size:
             raise ValueError(f"train.translate = {self.train.translate}: must stay below data.image_size = {self.data.image_size}")
         return self
@@ -130,6 +139,8 @@ SECTIONS: dict[str, type[Section]] = {
     "plot": PlotParams,
     "tracking": TrackingParams,
 }
+SHORT = reprlib.Repr()
+SHORT.maxlevel, SHORT.maxstring = 3, 10**6  # strings are cut when their passwords are hidden
 KEYS = [f"{name}.{key}" for name, section in SECTIONS.items() for key in section.model_fields]
 
 
@@ -147,12 +158,12 @@ def load_params(path: Path = Path("params.yaml")) -> Params:
         raise UserError(
             f"{path} cannot be read: {error.strerror}; run from the top of the checkout, `git checkout {path}` brings it back"
         ) from error
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: not UTF-8, or a date that is none
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: not UTF-8, or a date that is none
         mark = getattr(error, "problem_mark", None)
         where = f" in line {mark.line + 1}" if mark else ""
         raise UserError(f"{path} is not valid YAML{where}: {getattr(error, 'problem', None) or first_line(error)}") from error
     if not isinstance(content, dict):
-        raise UserError(f"{path} must hold the sections {', '.join(SECTIONS)}; it holds {content!r}")
+        raise UserError(f"{path} must hold the sections {', '.join(SECTIONS)}; it holds {_shown(content)}")
     try:
         return Params.model_validate(content)
     except ValidationError as error:
@@ -161,8 +172,17 @@ def load_params(path: Path = Path("params.yaml")) -> Params:
         raise UserError("\n".join(f"{path}: {sentence}" for sentence in faults.values())) from error
 
 
+def _shown(value: Any) -> str:
+    try:
+        text = without_secrets(SHORT.repr(value))
+    except ValueError:  # Python does not write a hexadecimal number of thousands of digits
+        return "a number too long to show"
+    return text if len(text) <= 200 else text[:199] + "…"
+
+
 def _key(loc: tuple[int | str, ...]) -> str:
-    return ".".join(str(part) for part in loc[:2])
+    key = without_secrets(".".join(str(part) for part in loc[:2]))
+    return key if key.isprintable() and len(key) < 80 else _shown(key)
 
 
 def _sentence(fault: Any, content: dict[str, Any]) -> str:
@@ -170,31 +190,30 @@ def _sentence(fault: Any, content: dict[str, Any]) -> str:
         return str(fault["ctx"]["error"])
     key = _key(fault["loc"])
     if fault["type"] == "extra_forbidden":
-        nearest = _nearest(key)
-        section = key.split(".")[0]
+        section, *nested = map(str, fault["loc"])
+        nearest = _nearest(section, *nested)
         known = (
             f"the keys of {section} are {', '.join(SECTIONS[section].model_fields)}"
             if section in SECTIONS
             else f"the sections are {', '.join(SECTIONS)}"
         )
-        value = "" if isinstance(fault["input"], dict) else f" = {fault['input']!r}"
+        value = "" if isinstance(fault["input"], dict) else f" = {_shown(fault['input'])}"
         return f"unknown key {key}{value}; did you mean {nearest}? ({known})"
     if fault["type"] == "missing":
         return f"{key} is missing; it must be {_allowed(key)}"
     if fault["type"] == "invalid_key":
-        return f"the key {fault['input']!r} is refused; a key is text"
+        return f"the key {_shown(fault['input'])} is refused; a key is text"
     section, _, name = key.partition(".")
     value = content[section][name] if name else content[section]
-    return f"{key} = {value!r} is refused; it must be {_allowed(key)}"
+    return f"{key} = {_shown(value)} is refused; it must be {_allowed(key)}"
 
 
-def _nearest(key: str) -> str:
-    section, _, name = key.partition(".")
-    if not name:
+def _nearest(section: str, name: str | None = None) -> str:
+    if name is None:
         return difflib.get_close_matches(section, SECTIONS, 1, 0)[0]
     same = [f"{section}.{k}" for k in SECTIONS[section].model_fields]
     elsewhere = [k for k in KEYS if k.split(".")[1] == name]
-    return (elsewhere or difflib.get_close_matches(key, same, 1, 0))[0]
+    return (elsewhere or difflib.get_close_matches(f"{section}.{name}", same, 1, 0))[0]
 
 
 def _allowed(key: str) -> str:

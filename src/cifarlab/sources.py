@@ -2,26 +2,26 @@
 
 import hashlib
 import io
-import lzma
 import pickle
 import tarfile
 import zipfile
-import zlib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
-from typing import Any, BinaryIO, ClassVar
+from typing import IO, Any, ClassVar, Self
 from urllib.parse import unquote, urlsplit
 
 import numpy as np
 import numpy.typing as npt
 
-from cifarlab import UserError, first_line, without_secrets
+from cifarlab import UserError, first_line
 from cifarlab.datasets import SPLITS, Dataset, stratified_split
 from cifarlab.params import DataParams, is_remote
 
 ATTEMPTS = 3
-# What tarfile, zipfile and the decompressors below them raise for a damaged, encrypted or strange archive.
-ARCHIVE_ERRORS = (tarfile.TarError, zipfile.BadZipFile, lzma.LZMAError, zlib.error, EOFError, OSError, RuntimeError)
+PATIENCE = 30  # seconds without a byte
+# The most that may be unfolded, in bytes: the header of a member, a member, and the pixels of all images together.
+HEADER, MEMBER, PIXELS = 2**20, 2**28, 2**32
 
 
 def prepare(params: DataParams, root: Path, cache: Path) -> Dataset:
@@ -54,8 +54,8 @@ def fetch(params: DataParams, root: Path, cache: Path) -> Path:
                 return _fetch_one(source, params.sha256, root, cache)
             except UserError as error:
                 failures.append(str(error))
-            except (ValueError, RuntimeError) as error:  # a URL or a home folder that cannot be
-                failures.append(f"{without_secrets(source)}: {first_line(error)}")
+            except (ValueError, RuntimeError, OSError) as error:  # a URL, a path or a home folder that cannot be
+                failures.append(f"{source}: {first_line(error)}")
         if not any(map(is_remote, params.sources)):
             break  # a file that is not there now will not be there in a second
     reasons = "; ".join(dict.fromkeys(failures))
@@ -72,7 +72,7 @@ def _fetch_one(source: str, sha256: str | None, root: Path, cache: Path) -> Path
         return _download(source, sha256, cache)
     path = Path(unquote(url.path)) if url.scheme == "file" else root / Path(source).expanduser()
     if not path.exists():
-        raise UserError(f"{without_secrets(source)} does not exist (relative paths start at {root})")
+        raise UserError(f"{source} does not exist (relative paths start at {root})")
     if sha256 is not None:
         if path.is_dir():
             raise UserError(f"{source} is a directory, which has no checksum: set data.sha256: null")
@@ -91,11 +91,13 @@ def _download(url: str, sha256: str, cache: Path) -> Path:
     # The checksum is in the name: another archive under the same URL never meets this one.
     name = f"{sha256[:16]}-{PurePosixPath(urlsplit(url).path).name[-100:]}"
     bar = not (cache / name).exists()
-    host = urlsplit(url).hostname  # never the whole URL, it may hold a password
+    host = urlsplit(url).hostname
     try:
-        return Path(pooch.retrieve(url, f"sha256:{sha256}", name, cache, downloader=pooch.HTTPDownloader(progressbar=bar, timeout=30)))
+        downloader = pooch.HTTPDownloader(progressbar=bar, timeout=PATIENCE)
+        return Path(pooch.retrieve(url, f"sha256:{sha256}", name, cache, downloader=downloader))
     except requests.RequestException as error:
-        raise UserError(f"{host} does not answer as it should: {type(error).__name__}") from error
+        status = "" if error.response is None else f" {error.response.status_code}"
+        raise UserError(f"{host} does not answer as it should: {type(error).__name__}{status}") from error
     except ValueError as error:
         raise UserError(f"{host} sent something else than the archive, its SHA-256 is not {sha256}") from error
     except OSError as error:
@@ -128,28 +130,28 @@ def read_cifar10(archive: Path) -> Dataset:
     images: dict[str, Any] = {"train": [], "test": []}
     labels: dict[str, Any] = {"train": [], "test": []}
     try:
-        with tarfile.open(archive) as tar:
+        with _tar(archive) as tar:
 
             def batch(name: str) -> dict[bytes, Any]:
-                file = tar.extractfile(f"cifar-10-batches-py/{name}")
-                assert file is not None
                 try:
-                    content: dict[bytes, Any] = ArrayUnpickler(file, encoding="bytes").load()
-                except Exception as error:  # damaged bytes can raise anything, MemoryError and SystemError included
+                    entry = tar.getmember(f"cifar-10-batches-py/{name}")
+                    content: dict[bytes, Any] = ArrayUnpickler(_whole(tar.extractfile(entry), entry.size), encoding="bytes").load()
+                except Exception as error:
                     raise ValueError(f"{name}: {first_line(error)}") from error
                 return content
 
             for split, names in (("train", [f"data_batch_{i}" for i in range(1, 6)]), ("test", ["test_batch"])):
                 for content in map(batch, names):
-                    images[split].append(content[b"data"].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1))
-                    labels[split].append(np.asarray(content[b"labels"], np.int64))
-                    if len(labels[split][-1]) != len(images[split][-1]):
-                        raise ValueError("a batch has more images than labels, or fewer")
+                    pixels, numbers = content[b"data"], content[b"labels"]
+                    if pixels.dtype != np.uint8 or pixels.nbytes > MEMBER or pixels.shape != (len(numbers), 3072):
+                        raise ValueError("a batch has not as many images of 3×32×32 bytes as labels")
+                    images[split].append(pixels.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1))
+                    labels[split].append(np.fromiter(numbers, np.int64))
             classes = [name.decode() for name in batch("batches.meta")[b"label_names"]]
         joined = {split: np.concatenate(labels[split]) for split in SPLITS}
         if not all(joined[split].min() >= 0 and joined[split].max() < len(classes) for split in SPLITS):
             raise ValueError("a label has no class")
-    except (*ARCHIVE_ERRORS, LookupError, AssertionError, AttributeError, TypeError, ValueError) as error:
+    except Exception as error:  # damaged bytes can raise anything, MemoryError and SystemError included
         raise UserError(
             f"{archive} is not the archive of CIFAR-10 for Python: {first_line(error)}; "
             "set data.name: folder for images in train/<class>/ and test/<class>/"
@@ -159,7 +161,7 @@ def read_cifar10(archive: Path) -> Dataset:
 
 def read_folder(source: Path, image_size: int) -> Dataset:
     """Read `train/<class>/*` and `test/<class>/*` from a directory, a tar or a zip archive; PNG or JPEG of any size."""
-    from PIL import Image, ImageOps, UnidentifiedImageError
+    from PIL import Image, ImageOps
     from tqdm import tqdm
 
     found: dict[tuple[str, str, str], npt.NDArray[np.uint8]] = {}
@@ -168,16 +170,20 @@ def read_folder(source: Path, image_size: int) -> Dataset:
             split, label, file = PurePosixPath(name).parts[-3:]
             if (split, label, file) in found:
                 raise UserError(f"{source} holds two images called {split}/{label}/{file}; which one is meant?")
+            if (len(found) + 1) * 3 * image_size**2 > PIXELS:
+                raise UserError(f"{source} holds more than {PIXELS >> 30} GiB of images; lower data.image_size, or leave some out")
             try:
-                with open_file() as stream, Image.open(stream) as image:
+                with open_file() as stream, Image.open(stream, formats=("PNG", "JPEG")) as image:
                     upright = ImageOps.exif_transpose(image)
                     if upright.mode.startswith("I;16"):  # convert() would turn all but the darkest grey into white
                         upright = Image.fromarray((np.asarray(upright) >> 8).astype(np.uint8))
                     # Centre crop to a square, so that nothing is stretched.
                     found[split, label, file] = np.asarray(ImageOps.fit(upright.convert("RGB"), (image_size, image_size)))
-            except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, ValueError) as error:
-                raise UserError(f"{source}: {name} is not a readable image ({error}); mend or remove it") from error
-    except ARCHIVE_ERRORS as error:
+            except Exception as error:
+                raise UserError(f"{source}: {name} is not a readable image ({first_line(error)}); mend or remove it") from error
+    except UserError:
+        raise
+    except Exception as error:  # damaged bytes can raise anything
         raise UserError(f"{source} cannot be read as an archive: {first_line(error)}") from error
 
     names = {split: sorted({label for s, label, _ in found if s == split}) for split in SPLITS}
@@ -204,20 +210,50 @@ def _image_files(source: Path) -> Iterator[tuple[str, Any]]:
         with zipfile.ZipFile(source) as archive:
             for member in archive.infolist():
                 _refuse_escape(source, member.filename)
-                if _is_image(member.filename):
-                    yield member.filename, lambda member=member: archive.open(member)
+                if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):  # others unfold without bound
+                    raise ValueError(f"{member.filename} is packed in a way that is not read; pack it with deflate")
+                with archive.open(member) as file:  # which compares its two headers
+                    if _is_image(member.filename):
+                        yield member.filename, lambda file=file, size=member.file_size: _whole(file, size)
     else:
-        with tarfile.open(source) as tar:
+        with _tar(source) as tar:
             for entry in tar:
                 _refuse_escape(source, entry.name, *([entry.linkname] if entry.islnk() or entry.issym() else []))
                 if entry.isfile() and _is_image(entry.name):
-                    yield entry.name, lambda entry=entry: _opened(tar, entry)
+                    yield entry.name, lambda entry=entry: _whole(tar.extractfile(entry), entry.size)
 
 
-def _opened(tar: tarfile.TarFile, entry: tarfile.TarInfo) -> BinaryIO:
-    file = tar.extractfile(entry)
-    assert file is not None  # a regular file, by isfile()
-    return io.BytesIO(file.read())
+class Member(tarfile.TarInfo):
+    """A member whose header is not unfolded when it is a bomb: long names and the like are read whole."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
+        """Read a block of a header."""
+        entry = super().frombuf(buf, encoding, errors)
+        if entry.type == tarfile.GNUTYPE_SPARSE or (not entry.isreg() and entry.size > HEADER):
+            raise ValueError(f"{entry.name} is a sparse file, or its header is larger than {HEADER >> 20} MiB")
+        return entry
+
+
+@contextmanager
+def _tar(path: Path) -> Iterator[tarfile.TarFile]:
+    """Open a tar archive, and when all is read go on to its end, where gzip's checksum stands."""
+    with tarfile.open(path, tarinfo=Member) as tar:
+        yield tar
+        assert tar.fileobj
+        tar.fileobj.seek(tar.offset)
+        if tar.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+            raise ValueError("it is cut short or damaged")
+        while tar.fileobj.read(2**20):
+            pass
+
+
+def _whole(file: IO[bytes] | None, size: int) -> io.BytesIO:
+    """Read a member to its end, where zip's checksum stands."""
+    assert file
+    if size > MEMBER:
+        raise ValueError(f"it unfolds to {size:,} bytes, more than {MEMBER >> 20} MiB")
+    return io.BytesIO(file.read(size + 1))
 
 
 def _is_image(name: str) -> bool:

@@ -23,7 +23,7 @@ import pandas as pd
 import yaml
 from filelock import FileLock
 
-from cifarlab import UserError, first_line, without_secrets
+from cifarlab import UserError, first_line
 from cifarlab.files import root, write_json
 from cifarlab.params import Params
 
@@ -296,7 +296,7 @@ class Mirror:
         from mlflow.entities import Param
 
         known = self.client.get_run(self.run_id).data.params
-        params = {key: without_secrets(str(value)) for key, value in self.params.flat().items()}
+        params = {key: str(value) for key, value in self.params.flat().items()}
         self.client.log_batch(self.run_id, params=[Param(key, value) for key, value in params.items() if key not in known])
         # MLflow never changes a parameter; that of a later stage may have changed since the training.
         self._set_tags({f"changed.{key}": value for key, value in params.items() if known.get(key, value) != value})
@@ -331,7 +331,7 @@ class Mirror:
         data = Dataset.load(Path("data"))
         digest = json.loads(Path("data/dataset.json").read_text("utf-8"))["digest"]
         sources = ["sklearn.datasets.load_digits"] if self.params.data.name == "digits" else self.params.data.sources
-        source = CodeDatasetSource({"sources": [without_secrets(s) for s in sources]})
+        source = CodeDatasetSource({"sources": sources})
         # MLflow takes 36 characters, and would itself hash only the first 10,000 values.
         dataset = mlflow.data.from_numpy(data.images["train"], source, targets=data.labels["train"], name=data.name, digest=digest[:32])
         self.client.log_inputs(self.run_id, [DatasetInput(dataset._to_mlflow_entity(), [InputTag("mlflow.data.context", "training")])])

@@ -1,3 +1,6 @@
-"""The checkout of the pipeline tests, for faults."""
+"""The fixtures of the pipeline tests and of tests/test_sources.py, for what else can go wrong."""
 
-from tests.pipeline.conftest import project  # noqa: F401, a fixture
+from tests.pipeline.conftest import project
+from tests.test_sources import get, refused, server
+
+__all__ = ["get", "project", "refused", "server"]
