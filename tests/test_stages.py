@@ -87,6 +87,7 @@ def test_accuracy_of_the_mean_over_images_and_mirror_images(
     labels = np.where(np.arange(60) % 4 == 0, 0, mean.argmax(1))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(tracking, "Mirror", lambda *_: nullcontext())
+    monkeypatch.setattr(tracking, "training_key", lambda _: "key")
     Dataset({"train": images, "test": images}, {"train": labels, "test": labels}, ["a", "b", "c"], "noise").save(Path("data"))
     models.save(network, Path("models/network.safetensors"))
     evaluate(params)

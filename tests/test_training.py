@@ -268,7 +268,7 @@ def test_any_number_of_images_trains_in_whole_batches(train_params: MakeTrain, m
 @pytest.mark.parametrize(("epochs", "n"), [(3, 64), (1, 16)])
 def test_divergence_is_told_with_the_epoch_and_the_way_out(train_params: MakeTrain, make_network: MakeNetwork, epochs: int, n: int) -> None:
     rows: list[Epoch] = []
-    params = train_params(epochs=epochs, lr=1e38, schedule="constant", batch_size=16)
+    params = train_params(epochs=epochs, schedule="constant", batch_size=16).model_copy(update={"lr": 1e38})
     # The last of the batches may be the one that diverges.
     with pytest.raises(UserError, match=r"in epoch 1; try a train\.lr below 1e\+38"):
         fit(make_network(norm="none"), params, coloured(n), coloured(9, seed=1), lambda history: rows.append(history[-1]))
