@@ -1,5 +1,7 @@
 """The state of a training after each epoch, so that one that was killed continues. Outside DVC's outputs, at the main checkout."""
 
+import hashlib
+import io
 import time
 from typing import Any
 
@@ -10,6 +12,7 @@ from cifarlab import first_line
 from cifarlab.files import atomic, root
 
 KEPT_DAYS = 30
+DIGEST = 32  # bytes of a SHA-256, before the content
 
 
 class Checkpoint:
@@ -42,8 +45,11 @@ class Checkpoint:
         if not self.path.exists():
             return None
         try:
-            content = torch.load(self.path, map_location="cpu", weights_only=True)
-            conditions, state = dict(content["conditions"]), dict(content["state"])
+            digest, content = (data := self.path.read_bytes())[:DIGEST], data[DIGEST:]
+            if digest != hashlib.sha256(content).digest():
+                raise ValueError("its checksum is wrong")
+            loaded = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+            conditions, state = dict(loaded["conditions"]), dict(loaded["state"])
         except Exception as error:  # whatever a damaged zip or a hostile pickle makes torch raise
             print(f"warning: the checkpoint {self.path} is damaged ({first_line(error)[:120]}); training starts over")
             return None
@@ -56,9 +62,12 @@ class Checkpoint:
     def save(self, state: dict[str, Any]) -> None:
         """Replace the checkpoint, whole or not at all. A full disk costs a warning, not the training."""
         try:
+            buffer = io.BytesIO()
+            torch.save({"conditions": self.conditions, "state": state}, buffer)
             with atomic(self.path) as temporary:
-                torch.save({"conditions": self.conditions, "state": state}, temporary)
-        except (OSError, RuntimeError) as error:  # torch wraps a write that fails
+                # Torch itself does not notice a flipped bit in a number.
+                temporary.write_bytes(hashlib.sha256(buffer.getbuffer()).digest() + buffer.getbuffer())
+        except OSError as error:
             print(f"warning: {self.path} cannot be written ({first_line(error)[:120]}); training goes on")
 
     @staticmethod

@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import io
 import os
 import random
 import re
@@ -19,7 +20,7 @@ import torch
 from cifarlab import UserError
 from cifarlab.checkpoints import KEPT_DAYS, Checkpoint
 from cifarlab.training import Images, fit
-from tests.conftest import MakeTrain
+from tests.conftest import REPO, MakeTrain
 from tests.pipeline.conftest import Project
 from tests.test_training import MakeNetwork, coloured, make_network  # noqa: F401, the second is a fixture
 
@@ -195,7 +196,8 @@ def test_the_same_training_twice_at_the_same_time(prepared: Project) -> None:
     assert first.end() == 0
     one = digests(prepared)
     assert second.end() == 0
-    assert digests(prepared) == one
+    # By then both have written the history that they share.
+    assert {k: v for k, v in digests(prepared).items() if "history" not in k} == {k: v for k, v in one.items() if "history" not in k}
     assert {"first", "second"} <= prepared.runs().keys()
 
 
@@ -209,7 +211,9 @@ def test_a_hostile_checkpoint_runs_nothing_and_training_starts_over(prepared: Pr
     assert stage.wait_for("epoch 2/6"), stage.output
     stage.end(signal.SIGKILL)
     [path] = checkpoints(prepared)
-    torch.save({"conditions": {}, "state": Hostile()}, path)
+    hostile = io.BytesIO()
+    torch.save({"conditions": {}, "state": Hostile()}, hostile)
+    path.write_bytes(hashlib.sha256(hostile.getvalue()).digest() + hostile.getvalue())
     stage = train(prepared)
     assert stage.end() == 0
     assert "is damaged" in stage.output
@@ -240,14 +244,9 @@ def test_a_damaged_checkpoint_is_refused_wherever_the_damage_is(here: Path, caps
     state = {"network": {"w": torch.arange(512.0)}, "history": []}
     checkpoint.save(state)
     whole = checkpoint.path.read_bytes()
-    refused = 0
     for place in range(0, len(whole), 97):
         checkpoint.path.write_bytes(whole[:place] + bytes([whole[place] ^ 0x10]) + whole[place + 1 :])
-        loaded = checkpoint.load()
-        # A flipped bit in what the archive pads with harms nobody; one in a number never gets through.
-        assert loaded is None or torch.equal(loaded["network"]["w"], state["network"]["w"])
-        refused += loaded is None
-    assert refused > 10
+        assert checkpoint.load() is None
     for size in (0, 1, len(whole) // 2, len(whole) - 1):
         checkpoint.path.write_bytes(whole[:size])
         assert checkpoint.load() is None
@@ -311,8 +310,10 @@ def test_two_trainings_take_turns_on_a_gpu(tmp_path: Path) -> None:
         "lock = take_gpu(Path(sys.argv[1]), int(sys.argv[2])); sys.stdin.read()"
     )
 
+    env = os.environ | {"PYTHONPATH": str(REPO / "src")}
+
     def start(count: int) -> subprocess.Popen[str]:
-        return subprocess.Popen([sys.executable, "-c", code, str(tmp_path), str(count)], stdin=-1, stdout=-1, text=True)
+        return subprocess.Popen([sys.executable, "-c", code, str(tmp_path), str(count)], env=env, stdin=-1, stdout=-1, text=True)
 
     first = start(1)
     assert first.stdout is not None

@@ -50,6 +50,15 @@ def test_eight_experiments_over_four_workers_from_no_database(project: Project) 
         assert results(project, f"alone-{seed}") == results(project, f"parallel-{seed}")
 
 
+def test_a_queue_with_a_failure_says_where_to_look(project: Project) -> None:
+    project.dvc("exp", "run", "--queue", "--name", "impossible", "-S", "model.kernel_size=31", "-S", "model.padding=valid")
+    done = project.run("python", "-m", "cifarlab", "queue", check=False, PYTHONPATH="src")
+    assert done.returncode == 1
+    assert "error: failed: impossible; `dvc queue logs NAME` says why" in done.stdout
+    assert "Traceback" not in done.stdout
+    assert "error:" in project.dvc("queue", "logs", "impossible")
+
+
 def test_a_worker_that_stands_still_is_named(project: Project, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     project.dvc("exp", "run", "--queue", "--name", "stopped", "-S", "train.seed=77", "-S", "train.epochs=10000")
     monkeypatch.chdir(project.folder)
@@ -75,12 +84,3 @@ def test_a_worker_that_stands_still_is_named(project: Project, monkeypatch: pyte
     for process in psutil.process_iter(["cmdline", "cwd"]):
         if str(project.folder) in (process.info["cwd"] or "") and process.pid != os.getpid():
             process.kill()
-
-
-def test_a_queue_with_a_failure_says_where_to_look(project: Project) -> None:
-    project.dvc("exp", "run", "--queue", "--name", "impossible", "-S", "model.kernel_size=31", "-S", "model.padding=valid")
-    done = project.run("python", "-m", "cifarlab", "queue", check=False, PYTHONPATH="src")
-    assert done.returncode == 1
-    assert "error: failed: impossible; `dvc queue logs NAME` says why" in done.stdout
-    assert "Traceback" not in done.stdout
-    assert "error:" in project.dvc("queue", "logs", "impossible")
