@@ -13,7 +13,7 @@ PORT ?= 5000
 JOBS ?= 1
 REV ?= HEAD
 
-.PHONY: help setup demo repro notebook tiny strong bench bench-quick bench-scaling ablation test lint format ui diff queue sync verify results lock
+.PHONY: help setup demo repro notebook tiny strong bench bench-quick bench-scaling bench-overhead ablation test lint audit format ui diff queue sync verify results lock
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -91,6 +91,10 @@ ablation: setup  ## what each trick of the default parameters is worth, an hour:
 bench-scaling: setup  ## how speed and memory grow: docs/scaling.csv, docs/scaling.png
 	python -m bench.scaling
 
+bench-overhead: setup  ## what checkpoints and tracking cost beside an epoch
+	dvc repro --quiet download
+	python -m bench.overhead
+
 test: setup  ## all tests (a few minutes); TESTS=tests/test_models.py for some
 	python -m pytest $(TESTS)
 
@@ -98,6 +102,9 @@ lint: setup  ## ruff and mypy
 	ruff check .
 	ruff format --check .
 	mypy
+
+audit: setup  ## known vulnerabilities of what is pinned (needs the advisories of PyPI)
+	uvx pip-audit --requirement requirements.txt --no-deps --disable-pip
 
 format: setup  ## let ruff mend what it can
 	ruff check --fix .
