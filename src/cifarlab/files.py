@@ -24,6 +24,10 @@ def atomic(path: Path) -> Iterator[Path]:
         with temporary.open("rb") as file:
             os.fsync(file.fileno())  # the name must not reach the disk before the content does: power may fail
         temporary.replace(path)
+    except OSError as error:
+        if error.filename in (None, str(temporary)):  # a disk that is full does not say for what
+            error.filename = str(path)
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 
