@@ -41,6 +41,5 @@ def run(stage: Callable[[Params], None]) -> None:
     except OSError as error:
         if error.filename is None and error.errno is None:
             raise
-        sys.exit(
-            f"error: {error.strerror}: {error.filename or 'disk'}; make room or mend the permissions, then type the same command again"
-        )
+        told = f"{error.strerror or error}: {error.filename or 'disk'}"
+        sys.exit(f"error: {told}; make room or mend the permissions, then type the same command again")

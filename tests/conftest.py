@@ -1,7 +1,7 @@
 """Fixtures: the committed parameters, shrunk for tests."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ import torch
 import yaml
 
 from cifarlab.params import Params, TrainParams, load_params
+from tests.servers import Server
 
 REPO = Path(__file__).resolve().parent.parent
 VARIANTS: dict[str, dict[str, Any]] = yaml.safe_load((REPO / "variants.yaml").read_text("utf-8"))
@@ -48,3 +49,13 @@ def train_params(content: dict[str, Any]) -> MakeTrain:
     """Return a function: train_params(lr=0.1) gives the parameters of a plain and exact training on the CPU, with changes."""
     exact = {"batch_size": 16, "label_smoothing": 0.1, "precision": "float32", "device": "cpu", "threads": 1}
     return lambda **changes: TrainParams(**content["train"] | PLAIN_TRAINING | exact | changes)
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A real MLflow server: some seconds to start."""
+    server = Server(tmp_path_factory.mktemp("server"))
+    server.start()
+    server.wait()
+    yield server
+    server.kill()

@@ -14,4 +14,4 @@ def first_line(error: BaseException) -> str:
 
 def without_secrets(text: str) -> str:
     """Hide user names and passwords of URLs."""
-    return re.sub(r"://[^/\s]+@", "://…@", text)
+    return re.sub(r"://(?:[^/\s]+|[^/:\s]+:\S+)@", "://…@", text)

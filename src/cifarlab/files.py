@@ -28,7 +28,7 @@ def atomic(path: Path) -> Iterator[Path]:
             os.fsync(file.fileno())  # the name must not reach the disk before the content does: power may fail
         temporary.replace(path)
     except OSError as error:
-        if error.filename is None:  # a full disk does not say which file, and numpy not even that it is full
+        if error.filename in (None, str(temporary)):  # a full disk does not say which file, and numpy not even that it is full
             raise OSError(error.errno or errno.ENOSPC, error.strerror or first_line(error), str(path)) from error
         raise
     finally:

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
 from types import TracebackType
@@ -65,19 +65,25 @@ def lock_digest(lock: str) -> str:
 
 def connect() -> Any:
     """Return an MlflowClient of MLFLOW_TRACKING_URI, or of mlflow.db at the root of the main checkout."""
-    # A server that is away must cost seconds, not MLflow's own 7 retries of 120 seconds.
-    for name, value in {"MAX_RETRIES": "1", "BACKOFF_FACTOR": "0", "TIMEOUT": "4"}.items():
-        os.environ.setdefault(f"MLFLOW_HTTP_REQUEST_{name}", value)
-    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    # A server that is away must cost seconds, not MLflow's own 7 retries of 120 seconds. None at all: what was asked for may be done
+    # although the answer is lost, and a second request would make a second run.
+    for name, value in {"HTTP_REQUEST_MAX_RETRIES": "0", "HTTP_REQUEST_TIMEOUT": "8", "DISABLE_TELEMETRY": "true"}.items():
+        os.environ.setdefault(f"MLFLOW_{name}", value)
+    os.environ["MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT"] = "true"  # it may hold a password
     import mlflow
 
-    for name in ("mlflow", "alembic"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+    for name in ("mlflow", "alembic", "urllib3"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
 
     mlflow.set_tracking_uri(os.environ.get("MLFLOW_TRACKING_URI") or _local_store())
     _wait_for_database()
     with _alone():
-        return mlflow.MlflowClient()  # makes the tables of a new database
+        if (path := _database()) and not path.exists():  # its tables are made elsewhere: half of them would never be mended
+            new = path.with_name(f"{path.name}.new")
+            new.write_bytes(b"")
+            mlflow.MlflowClient(f"sqlite:///{new}")
+            new.replace(path)
+        return mlflow.MlflowClient()
 
 
 def experiment_id(client: Any, name: str) -> str:
@@ -99,11 +105,19 @@ def experiment_id(client: Any, name: str) -> str:
 
 def _alone() -> FileLock:
     """Lock out the other stages of this checkout: two that make the store at the same time break each other."""
-    return FileLock(root() / ".dvc" / "tmp" / "mlflow.lock", timeout=60)
+    return FileLock(root() / ".dvc" / "tmp" / "mlflow.lock", timeout=20)
 
 
 def _local_store() -> str:
     return f"sqlite:///{root() / 'mlflow.db'}"
+
+
+def _database() -> Path | None:
+    """Return the file of the SQLite store that `connect` has chosen; None for a server."""
+    import mlflow
+
+    uri = mlflow.get_tracking_uri()
+    return Path(uri.removeprefix("sqlite:///")).resolve() if uri.startswith("sqlite:///") else None
 
 
 def diary(key: str, checkout: Path | None = None) -> Path:
@@ -138,10 +152,7 @@ def harmless(method: "Callable[Concatenate[Mirror, P], None]") -> "Callable[Conc
 
 def _wait_for_database() -> None:
     """Raise OperationalError where another process has locked the SQLite store for 5 s: MLflow itself would wait 20 s a call."""
-    import mlflow
-
-    path = Path(mlflow.get_tracking_uri().removeprefix("sqlite:///"))
-    if path.exists():  # false for the address of a server
+    if (path := _database()) and path.exists():
         with contextlib.closing(sqlite3.connect(path, timeout=5)) as database:
             database.execute("BEGIN IMMEDIATE")
             database.rollback()
@@ -257,7 +268,7 @@ class Mirror:
             known = [] if self.stage == "train" else list(self.diary["epochs"].values())
             self.run_id = self.client.create_run(
                 experiment,
-                start_time=int(known[0][0] - 1000 * known[0][1]) if known else None,
+                start_time=int(known[0][0] - 1000 * known[0][1] if known else 1000 * (time.time() - time.perf_counter() + self.opened)),
                 run_name=name or self.params.model.describe(),
                 tags={k: v for k, v in tags.items() if v or k == "dvc.exp.name"},
             ).info.run_id
@@ -349,32 +360,39 @@ class Mirror:
         self._set_tags({"mlflow.loggedArtifacts": json.dumps([{"path": "confusion_matrix.json", "type": "table"}])})
 
     def _log_model(self) -> None:
+        """Log the network, but for a run that has it; what an earlier try left half done is completed."""
         import mlflow.pytorch
         import torch
+        from mlflow.entities import LoggedModelOutput, LoggedModelStatus, Metric
         from mlflow.models import infer_signature
 
         from cifarlab import models
         from cifarlab.datasets import Dataset
 
         weights = Path("models/network.safetensors")
-        logged = self.client.get_run(self.run_id)
-        if logged.outputs and logged.outputs.model_outputs and logged.data.tags.get("logged.sha256") == _sha256(weights):
-            return
-        network = models.load(weights)
-        # A batch of one would freeze the batch size of the exported graph to one.
-        example = Dataset.load(Path("data")).images["test"][:2].transpose(0, 3, 1, 2).copy()
-        with torch.inference_mode():
-            signature = infer_signature(example, network(torch.from_numpy(example)).numpy())
-        with mlflow.start_run(run_id=self.run_id):
+        run, tags = self.client.get_run(self.run_id), {"weights.sha256": _sha256(weights)}
+        same = f"source_run_id = '{self.run_id}' AND tags.`weights.sha256` = '{tags['weights.sha256']}'"
+        found = self.client.search_logged_models([run.info.experiment_id], same)
+        model = found[0] if found else self.client.create_logged_model(run.info.experiment_id, "model", self.run_id, tags, run.data.params)
+        if model.status != LoggedModelStatus.READY:
+            network = models.load(weights)
+            # A batch of one would freeze the batch size of the exported graph to one.
+            example = Dataset.load(Path("data")).images["test"][:2].transpose(0, 3, 1, 2).copy()
+            with torch.inference_mode():
+                signature = infer_signature(example, network(torch.from_numpy(example)).numpy())
             mlflow.pytorch.log_model(
                 network,
-                name="model",
+                model_id=model.model_id,
                 signature=signature,
                 input_example=example,
                 serialization_format="pt2",
                 pip_requirements=[f"torch=={version('torch')}"],
             )
-        self._set_tags({"logged.sha256": _sha256(weights)})
+        if model.model_id not in [output.model_id for output in (run.outputs.model_outputs if run.outputs else [])]:
+            final = [point for name in run.data.metrics for point in self.client.get_metric_history(self.run_id, name) if point.step == 0]
+            metrics = [Metric(p.key, p.value, p.timestamp, p.step, model_id=model.model_id) for p in final]
+            self.client.log_batch(self.run_id, metrics)
+            self.client.log_outputs(self.run_id, [LoggedModelOutput(model.model_id, 0)])
 
     def _log_figures(self) -> None:
         for figure in sorted(Path("plots").glob("*.png")):
@@ -423,6 +441,16 @@ def _git_commit() -> str:
     return subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
 
 
+@contextlib.contextmanager
+def _readable() -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # MLflow's, SQLAlchemy's, requests'
+        told = f"MLflow cannot be read ({first_line(error)[:200]})"
+        raise UserError(f"{told}; is MLFLOW_TRACKING_URI right, mlflow.db whole? Without it `make sync` fills a new one") from error
+
+
+@_readable()
 def all_runs() -> list[Any]:
     """Return the runs of this project in every experiment of MLflow."""
     client = connect()
@@ -435,6 +463,7 @@ def all_runs() -> list[Any]:
     return found
 
 
+@_readable()
 def recent_runs(experiment: str, last: int) -> pd.DataFrame:
     """Return the newest runs, one a row, oldest first: name, variant, test figures, size and training time in seconds."""
     client = connect()
