@@ -52,7 +52,7 @@ def train_params(content: dict[str, Any]) -> MakeTrain:
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+def mlflow_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """A real MLflow server: some seconds to start."""
     server = Server(tmp_path_factory.mktemp("server"))
     server.start()

@@ -136,6 +136,9 @@ def main() -> None:
     verifying.add_argument("name", metavar="NAME")
     queueing = commands.add_parser("queue", help="run the queued experiments and name a worker that stands still")
     queueing.add_argument("--jobs", type=int, default=1, choices=range(1, 65), metavar="N")
+    studying = commands.add_parser("study", help="ask studies/NAME.yaml: run what is missing, write the answer to docs/studies/")
+    studying.add_argument("name", metavar="NAME")
+    studying.add_argument("--jobs", type=int, default=1, choices=range(1, 65), metavar="N")
     commands.add_parser("check", help="validate params.yaml")
     args = parser.parse_args()
     try:
@@ -156,6 +159,10 @@ def main() -> None:
                 from cifarlab import queue
 
                 queue.watch(args.jobs)
+            case "study":
+                from cifarlab import studies
+
+                print(studies.run(args.name, args.jobs))
             case "check":
                 load_params()
     except UserError as error:

@@ -105,7 +105,7 @@ def experiment_id(client: Any, name: str) -> str:
 
 def _alone() -> FileLock:
     """Lock out the other stages of this checkout: two that make the store at the same time break each other."""
-    return FileLock(root() / ".dvc" / "tmp" / "mlflow.lock", timeout=20)
+    return FileLock(root() / ".dvc" / "tmp" / "mlflow.lock", timeout=45)
 
 
 def _local_store() -> str:

@@ -19,7 +19,7 @@ import torch
 
 from cifarlab import UserError
 from cifarlab.checkpoints import KEPT_DAYS, Checkpoint
-from cifarlab.training import Images, fit
+from cifarlab.training import fit
 from tests.conftest import REPO, MakeTrain
 from tests.pipeline.conftest import Project
 from tests.test_training import MakeNetwork, coloured, make_network  # noqa: F401, the second is a fixture
@@ -288,19 +288,6 @@ def test_divergence_keeps_the_last_good_checkpoint(here: Path, train_params: Mak
     assert state is not None
     assert len(state["history"]) == 2
     assert all(bool(tensor.isfinite().all()) for tensor in state["network"].values())
-
-
-def test_a_full_disk_costs_the_checkpoint_not_the_training(
-    here: Path,
-    train_params: MakeTrain,
-    make_network: MakeNetwork,  # noqa: F811
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    checkpoint = Checkpoint("k", CONDITIONS)
-    checkpoint.path = Path("/dev/full/k.pt") if not Path("/dev/full").is_dir() else here
-    data: Images = coloured(48)
-    assert len(fit(make_network(), train_params(epochs=2), data, None, lambda _: None, checkpoint=checkpoint)) == 2
-    assert "cannot be written" in capsys.readouterr().out
 
 
 def test_two_trainings_take_turns_on_a_gpu(tmp_path: Path) -> None:

@@ -182,10 +182,10 @@ def lab(project: Project) -> Iterator[Lab]:  # noqa: F811
 
 
 @pytest.fixture
-def proxy(server: Server, lab: Lab) -> Iterator[Proxy]:
+def proxy(mlflow_server: Server, lab: Lab) -> Iterator[Proxy]:
     """A way to a server that holds no run, from a project that has trained nothing."""
-    lab.forget(server.uri)
-    proxy = Proxy(server.uri)
+    lab.forget(mlflow_server.uri)
+    proxy = Proxy(mlflow_server.uri)
     yield proxy
     proxy.close()
 
@@ -202,35 +202,35 @@ def secret(uri: str) -> str:
     return uri.replace("://", f"://user:{SECRET}@")
 
 
-def test_without_a_server_the_pipeline_ends_and_sync_logs_all_of_it_once(lab: Lab, server: Server) -> None:
+def test_without_a_server_the_pipeline_ends_and_sync_logs_all_of_it_once(lab: Lab, mlflow_server: Server) -> None:
     assert stages_run(lab.first.said) == ["download", "train", "evaluate", "plot"]
     assert lab.first.said.count(WARNING) == 3  # one a stage
     assert "Traceback" not in lab.first.said
     assert SECRET not in lab.first.said
-    done = lab.sync(server.uri)
+    done = lab.sync(mlflow_server.uri)
     assert done.code == 0, done.said
-    first = lab.is_whole(server.uri)
+    first = lab.is_whole(mlflow_server.uri)
     assert len(first["models"]) == 1
-    info = lab.client(server.uri).get_run(first["id"]).info
+    info = lab.client(mlflow_server.uri).get_run(first["id"]).info
     times = [ended for _, ended, _ in first["metrics"]["train_loss"]]
     assert info.start_time <= times[0] < times[-1] <= info.end_time < times[-1] + 1000 * lab.first.seconds
-    again = lab.sync(server.uri)
+    again = lab.sync(mlflow_server.uri)
     assert again.code == 0
     assert "was there" in again.said
-    assert lab.content(server.uri) == first
-    assert lab.client(server.uri).get_run(first["id"]).info.end_time == info.end_time
+    assert lab.content(mlflow_server.uri) == first
+    assert lab.client(mlflow_server.uri).get_run(first["id"]).info.end_time == info.end_time
 
 
-def test_undisturbed_stages_write_the_same_files_and_running_them_again_doubles_nothing(lab: Lab, server: Server) -> None:
-    lab.forget(server.uri)
+def test_undisturbed_stages_write_the_same_files_and_running_them_again_doubles_nothing(lab: Lab, mlflow_server: Server) -> None:
+    lab.forget(mlflow_server.uri)
     for stage in tracking.STAGES:
-        silent(lab.stage(stage, server.uri))
+        silent(lab.stage(stage, mlflow_server.uri))
     assert lab.digests() == lab.reference
-    first = lab.is_whole(server.uri)
+    first = lab.is_whole(mlflow_server.uri)
     for stage in ("train", "train", "evaluate", "plot"):
-        silent(lab.stage(stage, server.uri))
+        silent(lab.stage(stage, mlflow_server.uri))
     # `has_the_training` would see epochs logged again at the times of the second training.
-    assert lab.content(server.uri) == first
+    assert lab.content(mlflow_server.uri) == first
     assert len(first["models"]) == 1
 
 
@@ -246,21 +246,21 @@ def test_a_server_that_goes_after_the_first_epoch_and_is_back_before_the_end(lab
 
 
 @pytest.mark.usefixtures("no_model")
-def test_a_server_killed_in_the_middle_is_back_before_evaluate(lab: Lab, proxy: Proxy, server: Server) -> None:
+def test_a_server_killed_in_the_middle_is_back_before_evaluate(lab: Lab, proxy: Proxy, mlflow_server: Server) -> None:
     killed: list[str] = []
 
     def kill(request: str) -> str:
         if lab.epochs() == 2 and not killed:
             killed.append(request)
-            server.kill()
+            mlflow_server.kill()
         return "pass"
 
     proxy.rule = kill
     warned(lab.stage("train", secret(proxy.uri)))
     assert killed
     assert lab.digests() == lab.reference
-    server.start()
-    server.wait()
+    mlflow_server.start()
+    mlflow_server.wait()
     assert len(lab.content(proxy.uri)["metrics"]["train_loss"]) < 3
     silent(lab.stage("evaluate", secret(proxy.uri)))
     content = lab.has_the_training(proxy.uri)
@@ -431,15 +431,17 @@ def test_a_full_disk_of_the_store(lab: Lab, disk: Callable[..., None], tmp_path:
         ("plots/confusion.png", "plot", 4096),
     ],
 )
-def test_a_full_disk_for_what_a_stage_writes(lab: Lab, server: Server, disk: Callable[..., None], path: str, stage: str, room: int) -> None:
-    lab.forget(server.uri)
+def test_a_full_disk_for_what_a_stage_writes(
+    lab: Lab, mlflow_server: Server, disk: Callable[..., None], path: str, stage: str, room: int
+) -> None:
+    lab.forget(mlflow_server.uri)
     place = (lab.folder / path).parent
     before = {file: file.read_bytes() for file in place.iterdir() if file.is_file()}
     disk(place, "16m")
     for file, content in before.items():
         file.write_bytes(content)
     fill(place, room)
-    done = lab.run(f"stages.{stage}", uri=server.uri)
+    done = lab.run(f"stages.{stage}", uri=mlflow_server.uri)
     assert done.code == 1
     errors = [line for line in done.said.splitlines() if "error" in line.lower()]
     assert len(errors) == 1, done.said
@@ -451,12 +453,12 @@ def test_a_full_disk_for_what_a_stage_writes(lab: Lab, server: Server, disk: Cal
 
 
 @pytest.mark.usefixtures("no_model")
-def test_a_full_disk_for_the_checkpoint_is_no_reason_to_stop(lab: Lab, disk: Callable[..., None], server: Server) -> None:
-    lab.forget(server.uri)
+def test_a_full_disk_for_the_checkpoint_is_no_reason_to_stop(lab: Lab, disk: Callable[..., None], mlflow_server: Server) -> None:
+    lab.forget(mlflow_server.uri)
     (lab.folder / ".cache").mkdir(exist_ok=True)
     disk(lab.folder / ".cache", "16m")
     fill(lab.folder / ".cache")
-    done = lab.stage("train", server.uri)
+    done = lab.stage("train", mlflow_server.uri)
     assert done.code == 0, done.said
     assert done.said.count("cannot be written") == 3  # one an epoch
     assert "Traceback" not in done.said
@@ -486,14 +488,14 @@ def test_a_store_that_is_deleted_or_damaged_between_stages(lab: Lab) -> None:
 
 
 @pytest.mark.parametrize("action", ["pass", "401"])
-def test_no_password_lands_anywhere(lab: Lab, proxy: Proxy, server: Server, monkeypatch: pytest.MonkeyPatch, action: str) -> None:
+def test_no_password_lands_anywhere(lab: Lab, proxy: Proxy, mlflow_server: Server, monkeypatch: pytest.MonkeyPatch, action: str) -> None:
     proxy.rule = lambda _: action
     monkeypatch.setitem(lab.project.env, "MLFLOW_TRACKING_USERNAME", "somebody")
     monkeypatch.setitem(lab.project.env, "MLFLOW_TRACKING_PASSWORD", f"{SECRET}-too")
     for stage in tracking.STAGES:
         done = lab.stage(stage, secret(proxy.uri))
         (silent if action == "pass" else warned)(done)
-    for folder in (lab.folder, server.folder):
+    for folder in (lab.folder, mlflow_server.folder):
         holding = [path for path in folder.rglob("*") if path.is_file() and SECRET.encode() in path.read_bytes()]
         assert not holding
 

@@ -7,12 +7,12 @@ from tests.pipeline.conftest import Project, stages_run
 from tests.servers import Server
 
 
-def test_a_server_gets_the_run_and_its_artifacts(project: Project, server: Server) -> None:
-    project.dvc("repro", MLFLOW_TRACKING_URI=server.uri)
-    run = project.runs(server.uri)[""]
+def test_a_server_gets_the_run_and_its_artifacts(project: Project, mlflow_server: Server) -> None:
+    project.dvc("repro", MLFLOW_TRACKING_URI=mlflow_server.uri)
+    run = project.runs(mlflow_server.uri)[""]
     assert run.info.status == "FINISHED"
     assert "test_accuracy" in run.data.metrics
-    assert {"figures/confusion.png", "tables/history.csv", "confusion_matrix.json"} <= project.artifacts(run.info.run_id, server.uri)
+    assert {"figures/confusion.png", "tables/history.csv", "confusion_matrix.json"} <= project.artifacts(run.info.run_id, mlflow_server.uri)
     assert len(run.outputs.model_outputs) == 1
     assert not (project.folder / "mlflow.db").exists()
 
