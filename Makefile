@@ -13,7 +13,7 @@ PORT ?= 5000
 JOBS ?= 1
 REV ?= HEAD
 
-.PHONY: help setup demo repro notebook tiny strong bench bench-quick bench-scaling bench-overhead ablation test lint audit format ui diff queue sync verify results lock
+.PHONY: help setup demo repro notebook tiny strong bench bench-quick bench-scaling bench-overhead test lint audit format ui diff study queue sync verify results lock
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -64,6 +64,9 @@ ui: setup  ## compare runs in MLflow; prints the address (PORT=…)
 diff: setup  ## page with the plots of the last three experiments: dvc_plots/index.html
 	dvc plots diff $$(git for-each-ref --sort=-creatordate --count=3 --format='%(refname:lstrip=4)' 'refs/exps/*/*/*')
 
+study: setup  ## ask studies/NAME.yaml, continue where it was, answer in docs/studies/ (NAME=…, JOBS=…)
+	python -m cifarlab study $(NAME) --jobs $(JOBS)
+
 queue: setup  ## run the queued experiments and name one that stands still (JOBS=…)
 	python -m cifarlab queue --jobs $(JOBS)
 
@@ -83,10 +86,6 @@ bench: setup  ## against the notebook's way, three seeds side by side, an hour: 
 bench-quick: setup  ## speeds only, in five minutes: bench/results/quick.md
 	dvc repro --quiet download
 	python -m bench --quick
-
-ablation: setup  ## what each trick of the default parameters is worth, an hour: docs/ablation.csv
-	dvc repro --quiet download
-	python -m bench.ablation
 
 bench-scaling: setup  ## how speed and memory grow: docs/scaling.csv, docs/scaling.png
 	python -m bench.scaling

@@ -1,0 +1,103 @@
+"""The statistics of a study beside simulations and hand-made cases; what a study file may say."""
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import yaml
+from scipy import stats
+
+from cifarlab import UserError, studies
+from tests.conftest import REPO
+
+
+def results(**accuracies: list[float]) -> pd.DataFrame:
+    rows = [(variant, seed, value) for variant, values in accuracies.items() for seed, value in enumerate(values)]
+    return pd.DataFrame(rows, columns=["variant", "seed", "accuracy"])
+
+
+@pytest.mark.parametrize("n", [2, 3, 10])
+def test_the_interval_of_a_difference_holds_the_truth_95_times_in_a_hundred(n: int) -> None:
+    rng, truth, trials = np.random.default_rng(0), 0.7, 4000
+    held = 0
+    for _ in range(trials):
+        luck = rng.normal(0, 5, n)  # of a seed, the same for both variants: pairing takes it out
+        difference, half, _ = studies.compare(80 + luck, 80 + luck + truth + rng.normal(0, 0.5, n))
+        held += abs(difference - truth) <= half
+    # Three standard errors of a share of 0.95 in so many trials.
+    assert held / trials == pytest.approx(0.95, abs=3 * (0.95 * 0.05 / trials) ** 0.5)
+
+
+def test_where_nothing_differs_a_study_of_many_variants_is_wrong_in_five_of_a_hundred() -> None:
+    rng, trials, names = np.random.default_rng(1), 600, [f"v{i}" for i in range(8)]
+    wrong = 0
+    for _ in range(trials):
+        frame = results(**{name: list(rng.normal(0.8, 0.01, 4)) for name in names})
+        wrong += any(effect.real for effect in studies.effects(frame, names))
+    assert wrong / trials <= 0.05 + 3 * (0.05 * 0.95 / trials) ** 0.5
+
+
+def test_effects_by_hand() -> None:
+    base, up, other = [0.80, 0.82, 0.84], [0.83, 0.8501, 0.8699], [0.84, 0.80, 0.83]
+    first, better, noise = studies.effects(results(base=base, up=up, other=other), ["base", "up", "other"])
+    assert (first.accuracy, first.difference, first.real) == (pytest.approx(82), 0, False)
+    assert first.interval == pytest.approx(4.302652729911275 * 2 / 3**0.5)  # the quantile of Student's t of 2 degrees, deviation 2
+    assert better.difference == pytest.approx(3)
+    # Holm: the smallest of two p is doubled, the other stays.
+    assert better.p == pytest.approx(2 * stats.ttest_rel(up, base).pvalue)
+    assert noise.p == pytest.approx(stats.ttest_rel(other, base).pvalue)
+    assert (better.real, noise.real) == (True, False)
+
+
+def test_a_change_that_reaches_nothing_is_no_effect_and_one_without_spread_is() -> None:
+    base = np.array([80.0, 81.0, 82.0])
+    assert studies.compare(base, base) == (0, 0, 1)
+    assert studies.compare(base, base + 1) == (1, 0, 0)
+
+
+@pytest.mark.parametrize("path", sorted((REPO / "studies").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_study_can_be_asked(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(REPO)
+    study, points = studies.load(path.stem)
+    assert study.question.endswith("?")
+    assert len({point.experiment for point in points}) == len(points) == len(study.variants) * len(study.seeds)
+
+
+def test_a_grid_is_every_combination(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "studies").mkdir()
+    (tmp_path / "params.yaml").write_text((REPO / "params.yaml").read_text())
+    grid = {"model.layers": [3, 6], "model.norm": ["batch", "none"]}
+    (tmp_path / "studies/g.yaml").write_text(yaml.safe_dump({"question": "?", "grid": grid, "seeds": [4, 5]}))
+    monkeypatch.chdir(tmp_path)
+    study, points = studies.load("g")
+    assert list(study.variants) == ["layers 3, norm batch", "layers 3, norm none", "layers 6, norm batch", "layers 6, norm none"]
+    assert points[-1] == ("layers 6, norm none", 5, "g-layers-6-norm-none-5", {"model.layers": 6, "model.norm": "none", "train.seed": 5})
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        ("question: [", "is not valid YAML"),
+        ("question: a?", "seeds Field required"),
+        ("{question: a, seeds: [0, 1]}", "at least two variants"),
+        ("{question: a, seeds: [0, 0], variants: {a: {}, b: {}}}", "a seed stands twice"),
+        ("{question: a, seeds: [0, 1], variants: {a b: {}, a-b: {}}}", "of different names"),
+        ("{question: a, seeds: [0, 1], variants: {a: {}, deep: {model.layer: 9}}}", "deep model.layer Extra inputs"),
+        ("{question: a, seeds: [0, 1], variants: {a: {}, deep: {model.layers: many}}}", "deep model.layers"),
+        ("{question: a, seeds: [0, 1], sedes: 3, variants: {a: {}, b: {}}}", "sedes Extra inputs"),
+        ("[1, 2]", "Input should be a valid dictionary"),
+    ],
+)
+def test_a_wrong_study_is_refused_in_one_sentence(content: str, told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "studies").mkdir()
+    (tmp_path / "params.yaml").write_text((REPO / "params.yaml").read_text())
+    (tmp_path / "studies/s.yaml").write_text(content)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError) as refused:
+        studies.load("s")
+    assert told in str(refused.value)
+    assert str(refused.value).startswith("studies/s.yaml")
+    assert "\n" not in str(refused.value)
+    with pytest.raises(UserError, match="studies there: s"):
+        studies.load("nobody")
