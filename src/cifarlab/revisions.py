@@ -100,7 +100,7 @@ def sync() -> tuple[pd.DataFrame, bool]:
         known |= set(fits)
         what = name or (f"commit {revision.commit[:10]}" if revision else "workspace")
         rows.append((what, revision.restore if revision else "", " ".join(fits), done))
-    for run_id in runs.keys() - known:
+    for run_id in sorted(runs.keys() - known):
         tags, status = runs[run_id].data.tags, runs[run_id].info.status.lower()
         what = f"{tags.get('dvc.exp.name') or 'workspace'} of {tags.get('git.commit', '')[:10]}"
         rows.append((what, "", run_id, f"a run of no experiment or commit, {status}"))
