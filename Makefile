@@ -13,7 +13,7 @@ PORT ?= 5000
 JOBS ?= 1
 REV ?= HEAD
 
-.PHONY: help setup demo repro notebook tiny strong bench bench-quick bench-scaling bench-overhead test lint audit format ui diff study queue sync verify results lock
+.PHONY: help setup demo repro notebook tiny strong bench bench-quick bench-scaling bench-overhead test lint audit format ui diff study backprop queue sync verify results lock
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -93,6 +93,9 @@ bench-scaling: setup  ## how speed and memory grow: docs/scaling.csv, docs/scali
 bench-overhead: setup  ## what checkpoints and tracking cost beside an epoch
 	dvc repro --quiet download
 	python -m bench.overhead
+
+backprop: setup  ## how a convolution back-propagates, by hand, in numpy and by autograd: docs/studies/backprop.md
+	python studies/backprop.py
 
 test: setup  ## all tests (a few minutes); TESTS=tests/test_models.py for some
 	python -m pytest $(TESTS)
