@@ -127,7 +127,7 @@ def run(name: str, jobs: int) -> Path:
     commits, runs = _commits(), _runs(points)
     missing = [point for point in points if point.experiment not in commits]
     known = [seconds for run in runs.values() if (seconds := _seconds(run))]
-    about = f", about {np.mean(known) * len(missing) / 60:.0f} min" if known and missing else ""
+    about = f", about {np.median(known) * len(missing) / 60:.0f} min" if known and missing else ""
     print(f"{study.question}\n{len(points)} points, {len(points) - len(missing)} done, {len(missing)} to run{about}", flush=True)
     started = time.monotonic()
     for done, point in enumerate(missing, 1):
@@ -186,7 +186,7 @@ def _write(name: str, study: Study, points: list[Point]) -> None:
         if accuracy is None:
             raise UserError(f"studies/{name}.yaml answers by validation, but data.validation holds nothing out")
         identity = {"variant": point.variant, "seed": point.seed, "experiment": point.experiment}
-        seconds = _seconds(runs.get(point.experiment))
+        seconds = runs[point.experiment].data.metrics.get("epoch_seconds") if point.experiment in runs else None
         records.append(
             {**identity, "accuracy": accuracy, "parameters": train["parameters"], "seconds": seconds, "experiment": point.experiment}
         )
@@ -206,7 +206,7 @@ def _write(name: str, study: Study, points: list[Point]) -> None:
         effect = f"{row.difference:+.2f} | {row.difference - row.half:+.2f} … {row.difference + row.half:+.2f} | "
         effect += f"{'**yes**' if row.real else 'no'}, p = {row.p:.2g}"
         cells = f"{row.accuracy:.2f} ± {row.interval:.2f} | {' | | ' if row is rows[0] else effect}"
-        body.append(f"| {row.variant} | {cells} | {size.parameters[row.variant]:,.0f} | {size.seconds[row.variant]:.0f} |")
+        body.append(f"| {row.variant} | {cells} | {size.parameters[row.variant]:,.0f} | {size.seconds[row.variant]:.1f} |")
     tags = [run.data.tags for run in runs.values()]
     machines = {f"{t['device']}, {t['threads']} threads, {t['precision']}, PyTorch {t['torch']}" for t in tags if "torch" in t}
     meta = Path("data/dataset.json")
@@ -214,11 +214,11 @@ def _write(name: str, study: Study, points: list[Point]) -> None:
     page = [
         f"# {study.question}\n\n![the effect, learning curves, and each class]({name}.png)\n",
         f"{_sentence(rows)} {study.findings.strip()}\n".strip() + "\n",
-        f"| variant | {study.answer_by} accuracy % | difference | 95 % interval | more than noise | parameters | s |",
+        f"| variant | {study.answer_by} accuracy % | difference | 95 % interval | more than noise | parameters | s an epoch |",
         "|---|---|---|---|---|---|---|",
         *body,
         f"\n{len(study.seeds)} seeds ({', '.join(map(str, study.seeds))}). ± and intervals: 95 %, Student's t, differences paired by seed;",
-        f"p corrected for {len(rows) - 1} comparisons (Holm); s: the whole pipeline. Shared by all variants:",
+        f"p corrected for {len(rows) - 1} comparisons (Holm); s an epoch: the last one. Shared by all variants:",
         f"{', '.join(f'`{key}={json.dumps(value)}`' for key, value in study.base.items()) or 'nothing'}; all else as in params.yaml.",
         f"Data: {data}. Machine: {' and '.join(sorted(machines)) or 'unknown'}.\n",
         f"    make study NAME={name}\n\nasks studies/{name}.yaml again; {name}.csv has every point: a DVC experiment, a run in MLflow.",
