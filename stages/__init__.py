@@ -37,7 +37,9 @@ def run(stage: Callable[[Params], None]) -> None:
             raise
         sys.exit("error: the memory is not enough; lower train.batch_size, evaluate.batch_size, model.widths or data.image_size")
     except KeyboardInterrupt:
-        sys.exit("interrupted; type the same command again and it continues")
+        sys.stdout.flush()
+        print("interrupted; type the same command again and it continues", file=sys.stderr, flush=True)
+        os._exit(1)  # all is written and closed; taking PyTorch and MLflow down would cost seconds
     except OSError as error:
         if error.filename is None and error.errno is None:
             raise
