@@ -188,9 +188,9 @@ def test_ctrl_c_ends_at_once_with_the_way_on(prepared: Project) -> None:
 
 
 def test_the_same_training_twice_at_the_same_time(prepared: Project) -> None:
-    prepared.edit("train", batch_size=16, seed=12, epochs=60)
+    prepared.edit("train", batch_size=16, seed=12, epochs=40)
     first = train(prepared, DVC_EXP_NAME="first")
-    assert first.wait_for("epoch 1/60"), first.output
+    assert first.wait_for("epoch 1/40"), first.output
     second = train(prepared, DVC_EXP_NAME="second")
     assert second.wait_for("another process"), second.output
     assert first.end() == 0

@@ -291,7 +291,9 @@ def test_a_server_that_goes_and_never_comes_back(lab: Lab, proxy: Proxy) -> None
     ("action", "middle"),
     [("stall", False), ("stall", True), ("cut", True), ("garbage", False), ("garbage", True), ("502", True), ("503", False), ("200", True)],
 )
-def test_an_answer_that_is_none(lab: Lab, proxy: Proxy, action: str, middle: bool) -> None:
+def test_an_answer_that_is_none(lab: Lab, proxy: Proxy, monkeypatch: pytest.MonkeyPatch, action: str, middle: bool) -> None:
+    # The shipped time is tried below; here it would only be waited for.
+    monkeypatch.setitem(lab.project.env, "MLFLOW_HTTP_REQUEST_TIMEOUT", "3")
     proxy.rule = lambda _: action if lab.epochs() >= 2 or not middle else "pass"
     stage = lab.stage("train", secret(proxy.uri))
     warned(stage)

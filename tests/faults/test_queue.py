@@ -44,10 +44,9 @@ def test_eight_experiments_over_four_workers_from_no_database(project: Project) 
         assert {"test_accuracy", "accuracy/9", "parameters"} <= run.data.metrics.keys()
         assert len(project.artifacts(run.info.run_id)) == 11
         assert len(run.outputs.model_outputs) == 1
-    # One after the other, without DVC's memory of the eight: the same bytes.
-    for seed in (0, 5):
-        project.dvc("exp", "run", "--temp", "--force", "--name", f"alone-{seed}", "-S", f"train.seed={seed}")
-        assert results(project, f"alone-{seed}") == results(project, f"parallel-{seed}")
+    # Alone, without DVC's memory of the eight: the same bytes.
+    project.dvc("exp", "run", "--temp", "--force", "--name", "alone", "-S", "train.seed=5")
+    assert results(project, "alone") == results(project, "parallel-5")
 
 
 def test_a_queue_with_a_failure_says_where_to_look(project: Project) -> None:
