@@ -70,6 +70,8 @@ class Project:
 
     def lose_store(self) -> None:
         """Delete all that MLflow has."""
+        # A connection that outlives its file would, when it closes, delete the write-ahead log of the next file of that name.
+        self.client()._tracking_client.store.engine.dispose()
         for path in self.folder.glob("mlflow.db*"):
             path.unlink()
         shutil.rmtree(self.folder / "mlartifacts")
