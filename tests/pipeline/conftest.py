@@ -66,7 +66,10 @@ class Project:
 
     def client(self, uri: str | None = None) -> mlflow.MlflowClient:
         # MLflow keeps a database open by its name, also one that was deleted: a new file gets a new name.
-        return mlflow.MlflowClient(uri or f"sqlite:///{self.folder}{'/.' * self.lost_stores}/mlflow.db")
+        client = mlflow.MlflowClient(uri or f"sqlite:///{self.folder}{'/.' * self.lost_stores}/mlflow.db")
+        if uri is None:
+            client._tracking_client.store.engine.dispose()  # what other processes wrote is read anew
+        return client
 
     def lose_store(self) -> None:
         """Delete all that MLflow has."""
