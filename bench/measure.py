@@ -17,19 +17,15 @@ from torch.utils.flop_counter import FlopCounterMode
 from bench import notebook
 from cifarlab import models, training
 from cifarlab.datasets import Dataset
-from cifarlab.params import Params
+from cifarlab.params import Params, changed
 
 DATA = Path("data")
 
 
 def variant(name: str, changes: dict[str, Any] | None = None) -> Params:
     """params.yaml, changed as variants.yaml says under `name`; "default" is params.yaml itself."""
-    content = yaml.safe_load(Path("params.yaml").read_text("utf-8"))
     named = {} if name == "default" else yaml.safe_load(Path("variants.yaml").read_text("utf-8"))[name]
-    for key, value in (named | (changes or {})).items():
-        section, field = key.split(".")
-        content[section][field] = value
-    return Params.model_validate(content)
+    return changed(named | (changes or {}))
 
 
 def prepare(params: Params) -> tuple[models.Network, training.Images, training.Images]:

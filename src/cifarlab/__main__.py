@@ -13,7 +13,7 @@ from pathlib import Path
 
 import yaml
 
-from cifarlab import UserError
+from cifarlab import UserError, first_line
 from cifarlab.files import atomic, write_json
 from cifarlab.params import load_params
 
@@ -167,6 +167,8 @@ def main() -> None:
                 load_params()
     except UserError as error:
         sys.exit(f"error: {error}")
+    except (OSError, subprocess.CalledProcessError) as error:  # a full disk; not a Git repository
+        sys.exit(f"error: {first_line(error)}")
 
 
 if __name__ == "__main__":

@@ -172,6 +172,21 @@ def load_params(path: Path = Path("params.yaml")) -> Params:
         raise UserError("\n".join(f"{path}: {sentence}" for sentence in faults.values())) from error
 
 
+def changed(changes: dict[str, Any]) -> Params:
+    """Return params.yaml with changes by full key, {"model.layers": 3}, as `dvc exp run -S` makes them.
+
+    Raises
+    ------
+    UserError, ValidationError
+        Of the file; of the changes.
+    """
+    content = load_params().model_dump()
+    for key, value in changes.items():
+        section, _, field = key.partition(".")
+        content.setdefault(section, {})[field] = value
+    return Params.model_validate(content)
+
+
 def _shown(value: Any) -> str:
     try:
         text = without_secrets(SHORT.repr(value))

@@ -44,6 +44,11 @@ def revisions() -> list[Revision]:
     return experiments + [Revision("", commit, commit) for commit in commits]
 
 
+def cache() -> Path:
+    """Return the folder of DVC's cache, wherever it is configured to lie."""
+    return Path(subprocess.run(["dvc", "cache", "dir"], cwd=root(), capture_output=True, text=True, check=True).stdout.strip())
+
+
 @contextlib.contextmanager
 def scratch(commit: str) -> Iterator[Path]:
     """Yield a folder with the files of a commit and, from this checkout's DVC cache, its outputs; it is deleted afterwards.
@@ -58,7 +63,7 @@ def scratch(commit: str) -> Iterator[Path]:
         archive = subprocess.run(["git", "archive", commit], stdout=subprocess.PIPE, check=True).stdout
         with tarfile.open(fileobj=io.BytesIO(archive)) as tar:
             tar.extractall(name, filter="data")
-        (Path(name) / ".dvc" / "config.local").write_text(f"[core]\n    no_scm = true\n[cache]\n    dir = {root() / '.dvc' / 'cache'}\n")
+        (Path(name) / ".dvc" / "config.local").write_text(f"[core]\n    no_scm = true\n[cache]\n    dir = {cache()}\n")
         found = subprocess.run(["dvc", "checkout", "--quiet"], cwd=name, capture_output=True, check=False)
         if found.returncode:
             raise UserError("its outputs are not all in DVC's cache; `dvc fetch --all-commits` where there is a remote, or run it again")

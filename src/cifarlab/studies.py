@@ -18,8 +18,8 @@ from scipy import stats
 
 from cifarlab import UserError, first_line, queue, tracking
 from cifarlab.files import atomic
-from cifarlab.params import Params, load_params
-from cifarlab.revisions import revisions
+from cifarlab.params import changed, load_params
+from cifarlab.revisions import cache, revisions
 
 Floats = npt.NDArray[np.float64]
 ANSWERS = Path("docs/studies")
@@ -100,13 +100,9 @@ def load(name: str) -> tuple[Study, list[Point]]:
         study = Study.model_validate(yaml.safe_load(path.read_text("utf-8")))
         points = []
         for (variant, changes), seed in itertools.product(study.variants.items(), study.seeds):
-            changed = {**study.base, **changes, "train.seed": seed}
-            content = load_params().model_dump()
-            for key, value in changed.items():
-                section, _, field = key.partition(".")
-                content.setdefault(section, {})[field] = value
-            Params.model_validate(content)
-            points.append(Point(variant, seed, f"{slug(name)}-{slug(variant)}-{seed}", changed))
+            point = Point(variant, seed, f"{slug(name)}-{slug(variant)}-{seed}", {**study.base, **changes, "train.seed": seed})
+            changed(point.changes)
+            points.append(point)
     except OSError as error:
         known = ", ".join(sorted(p.stem for p in path.parent.glob("*.yaml"))) or "none"
         raise UserError(f"{path} cannot be read: {error.strerror}; studies there: {known}") from error
@@ -151,8 +147,8 @@ def compare(base: Floats, other: Floats) -> tuple[float, float, float]:
     difference = other - base
     if np.ptp(difference) == 0:  # as where a change does not reach the network at all
         return float(difference[0]), 0.0, float(difference[0] == 0)
-    half = stats.t.ppf(0.975, len(difference) - 1) * stats.sem(difference)
-    return float(difference.mean()), float(half), float(stats.ttest_rel(other, base).pvalue)
+    mean, error, student = difference.mean(), difference.std(ddof=1) / len(difference) ** 0.5, stats.t(len(difference) - 1)
+    return float(mean), float(student.ppf(0.975) * error), float(2 * student.sf(abs(mean) / error))
 
 
 def effects(results: pd.DataFrame, names: list[str]) -> list[Effect]:
@@ -178,7 +174,7 @@ def effects(results: pd.DataFrame, names: list[str]) -> list[Effect]:
 def _write(name: str, study: Study, points: list[Point]) -> None:
     """Write docs/studies/NAME.md, NAME.png and NAME.csv from the experiments' own files."""
     commits, runs = _commits(), _runs(points)
-    records, curves, classes = [], [], []
+    records, curves, classes, files = [], [], [], cache() / "files" / "md5"
     for point in points:
         commit = commits[point.experiment]
         train, evaluation = (json.loads(_show(commit, f"metrics/{stage}.json")) for stage in ("train", "evaluate"))
@@ -193,8 +189,8 @@ def _write(name: str, study: Study, points: list[Point]) -> None:
         classes += [{**identity, "class": label, "accuracy": share} for label, share in evaluation["accuracy_per_class"].items()]
         # DVC's cache has the history under the hash that the lock says.
         outs = {out["path"]: out.get("md5") for out in yaml.safe_load(_show(commit, "dvc.lock"))["stages"]["train"]["outs"]}
-        history = Path(".dvc/cache/files/md5") / outs["plots/history.csv"][:2] / outs["plots/history.csv"][2:]
-        curves.append(pd.read_csv(history).assign(variant=point.variant, seed=point.seed))
+        md5 = outs["plots/history.csv"]
+        curves.append(pd.read_csv(files / md5[:2] / md5[2:]).assign(variant=point.variant, seed=point.seed))
     results = pd.DataFrame(records)
     rows = effects(results, list(study.variants))
     with atomic(ANSWERS / f"{name}.csv") as path:

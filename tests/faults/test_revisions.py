@@ -43,7 +43,8 @@ def content(project: Project, run: Run) -> dict[str, object]:
 
 @pytest.fixture(scope="module")
 def lived_in(project: Project) -> Project:
-    """A checkout with a commit, two experiments, and one that DVC restored from its run cache without running a stage."""
+    """A checkout with a commit and two experiments, its cache elsewhere, as where several checkouts share one."""
+    project.dvc("cache", "dir", "--local", str(project.folder.parent / "shared"))
     project.edit("tracking", system_metrics=False)
     project.dvc("repro")
     project.run("git", "add", "--all")
@@ -148,6 +149,6 @@ def test_verify_names_what_differs_where_nothing_should(lived_in: Project) -> No
 
 
 def test_verify_needs_what_was_trained(lived_in: Project) -> None:
-    shutil.rmtree(lived_in.folder / ".dvc/cache/files", ignore_errors=True)
+    shutil.rmtree(lived_in.folder.parent / "shared/files")
     assert "not all in DVC's cache" in cifarlab(lived_in, "verify", "HEAD", code=1)
     assert not list(Path(lived_in.folder / ".dvc/tmp").glob("scratch-*"))
