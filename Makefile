@@ -13,7 +13,7 @@ PORT ?= 5000
 JOBS ?= 1
 REV ?= HEAD
 
-.PHONY: help setup demo repro notebook tiny strong bench bench-quick bench-scaling bench-overhead test lint audit format ui diff study backprop queue sync verify results lock
+.PHONY: help setup demo repro notebook tiny strong bench bench-quick bench-scaling bench-overhead test lint audit format ui diff study confusion search backprop queue sync verify results lock
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -67,6 +67,12 @@ diff: setup  ## page with the plots of the last three experiments: dvc_plots/ind
 study: setup  ## ask studies/NAME.yaml, continue where it was, answer in docs/studies/ (NAME=…, JOBS=…)
 	python -m cifarlab study $(NAME) --jobs $(JOBS)
 
+confusion: setup  ## which classes the network of the workspace confuses, with examples: docs/studies/confusion.md
+	python studies/confusion.py
+
+search: setup  ## look for the best variant in a budget of time, as studies/NAME.yaml says (NAME=search)
+	python -m cifarlab search $(NAME)
+
 queue: setup  ## run the queued experiments and name one that stands still (JOBS=…)
 	python -m cifarlab queue --jobs $(JOBS)
 
@@ -94,8 +100,9 @@ bench-overhead: setup  ## what checkpoints and tracking cost beside an epoch
 	dvc repro --quiet download
 	python -m bench.overhead
 
-backprop: setup  ## how a convolution back-propagates, by hand, in numpy and by autograd: docs/studies/backprop.md
+backprop: setup  ## the pages that need no training, how a convolution back-propagates, how costs do: docs/studies/
 	python studies/backprop.py
+	python studies/gradient.py
 
 test: setup  ## all tests (a few minutes); TESTS=tests/test_models.py for some
 	python -m pytest $(TESTS)

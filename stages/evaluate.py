@@ -11,6 +11,7 @@ def evaluate(params: Params) -> None:
     import torch
 
     from cifarlab import evaluation, models
+    from cifarlab.augment import Draws, augment
     from cifarlab.checkpoints import Checkpoint
     from cifarlab.datasets import Dataset
     from cifarlab.files import atomic, write_json
@@ -29,6 +30,15 @@ def evaluate(params: Params) -> None:
         if params.evaluate.mirror:
             both = logits + models.predict(network, images.flip(2), params.evaluate.batch_size)
             metrics["accuracy_mirrored"] = float((both.argmax(1).cpu().numpy() == data.labels["test"]).mean())
+        for pixels in range(1, params.evaluate.shifts + 1):
+            shares = []
+            for shift in ((pixels, 0), (-pixels, 0), (0, pixels), (0, -pixels)):
+                draws = Draws(
+                    torch.zeros(len(images), dtype=torch.bool, device=device), torch.tensor(shift, device=device).expand(len(images), 2)
+                )
+                moved = models.predict(network, augment(images, draws).permute(0, 2, 3, 1), params.evaluate.batch_size)
+                shares.append((moved.argmax(1).cpu().numpy() == data.labels["test"]).mean())
+            metrics[f"accuracy_shifted_{pixels}"] = float(sum(shares) / len(shares))
         write_json(Path("metrics/evaluate.json"), metrics)
         for name, table in tables.items():
             with atomic(Path(f"plots/{name}.csv")) as path:

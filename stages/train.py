@@ -44,7 +44,7 @@ def train(params: Params) -> None:
 
     def write(history: list[training.Epoch]) -> None:
         with atomic(Path("plots/history.csv")) as path:
-            pd.DataFrame(history).to_csv(path, index=False, float_format="%.6f")
+            pd.DataFrame([epoch.row() for epoch in history]).to_csv(path, index=False, float_format="%.6f")
 
     with Mirror("train", params, conditions, adopt=alone) as mirror:
 
@@ -59,6 +59,7 @@ def train(params: Params) -> None:
             Path("metrics/train.json"),
             {
                 "parameters": network.count_parameters(),
+                "images": len(kept),
                 **{k: v for k, v in history[-1]._asdict().items() if k.endswith(("loss", "accuracy")) and v is not None},
             },
         )

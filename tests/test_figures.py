@@ -66,12 +66,12 @@ class Run:
         metrics, tables = evaluate(probabilities, self.actual, classes, 15)
 
         history = [
-            Epoch(e, 2 / e, 1 - 0.5**e, 2.1 / e if validation else None, 0.9 - 0.5**e if validation else None, 0.1)
+            Epoch(e, 2 / e, 1 - 0.5**e, 2.1 / e if validation else None, 0.9 - 0.5**e if validation else None, 0.1, {})
             for e in range(1, epochs + 1)
         ]
         write_json(folder / "metrics" / "evaluate.json", metrics)
         (folder / "plots").mkdir()
-        for name, table in {**tables, "history": pd.DataFrame(history)}.items():
+        for name, table in {**tables, "history": pd.DataFrame([epoch.row() for epoch in history])}.items():
             table.to_csv(folder / "plots" / f"{name}.csv", index=False, float_format="%.6f")
 
     def draw(self, params: Params) -> None:

@@ -159,7 +159,9 @@ def test_missing_key_is_named_with_what_it_must_be(make_params: Make, content: d
 
 def test_missing_section_is_named_with_its_keys(make_params: Make, content: dict[str, Any]) -> None:
     del content["evaluate"]
-    with pytest.raises(UserError, match=r"evaluate is missing; it must be a section with the keys batch_size, calibration_bins, mirror$"):
+    with pytest.raises(
+        UserError, match=r"evaluate is missing; it must be a section with the keys batch_size, calibration_bins, mirror, shifts$"
+    ):
         make_params()
 
 

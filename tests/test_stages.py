@@ -1,4 +1,4 @@
-"""What a stage says when it cannot run, and what evaluate writes about mirror images."""
+"""What a stage says when it cannot run, and what evaluate writes about mirrored and shifted images."""
 
 import json
 import shutil
@@ -70,11 +70,12 @@ def test_no_network(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("mirror", [True, False])
-def test_accuracy_of_the_mean_over_images_and_mirror_images(
+def test_accuracy_on_mirrored_and_on_shifted_images(
     make_params: Callable[..., Params], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mirror: bool
 ) -> None:
     folder = {"data.name": "folder", "data.sources": ["a.zip"], "data.sha256": None, "data.image_size": 8}
-    params = make_params({**folder, "model.widths": [8], "model.layers": 2, "evaluate.mirror": mirror, "evaluate.batch_size": 7})
+    params = make_params({**folder, "model.widths": [8], "model.layers": 2, "evaluate.mirror": mirror, "evaluate.shifts": 2 * mirror})
+    params = make_params({"evaluate.batch_size": 7})
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (60, 8, 8, 3), dtype=np.uint8)
     torch.manual_seed(0)
@@ -96,3 +97,11 @@ def test_accuracy_of_the_mean_over_images_and_mirror_images(
     assert plain != mirrored
     assert metrics["accuracy"] == pytest.approx(plain)
     assert metrics.get("accuracy_mirrored") == (pytest.approx(mirrored) if mirror else None)
+
+    def shifted(pixels: int) -> float:
+        padded = np.pad(images, [(0, 0), (pixels, pixels), (pixels, pixels), (0, 0)], mode="reflect")
+        corners = [(0, pixels), (2 * pixels, pixels), (pixels, 0), (pixels, 2 * pixels)]
+        return float(np.mean([accuracy_score(labels, logits(padded[:, y : y + 8, x : x + 8]).argmax(1)) for y, x in corners]))
+
+    found = {key: value for key, value in metrics.items() if key.startswith("accuracy_shifted")}
+    assert found == ({f"accuracy_shifted_{i}": pytest.approx(shifted(i), abs=1e-6) for i in (1, 2)} if mirror else {})

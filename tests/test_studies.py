@@ -57,7 +57,7 @@ def test_a_change_that_reaches_nothing_is_no_effect_and_one_without_spread_is() 
     assert studies.compare(base, base + 1) == (1, 0, 0)
 
 
-@pytest.mark.parametrize("path", sorted((REPO / "studies").glob("*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", sorted({*(REPO / "studies").glob("*.yaml")} - {REPO / "studies/search.yaml"}), ids=lambda path: path.stem)
 def test_every_study_can_be_asked(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(REPO)
     study, points = studies.load(path.stem)

@@ -36,13 +36,13 @@ def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make_params: Make)
     models.save(models.Network(make_params().model, 32, data.classes), tmp_path / "models/network.safetensors")
     for folder in ("plots", "metrics", ".dvc/tmp"):
         (tmp_path / folder).mkdir(parents=True)
-    pd.DataFrame([EPOCH]).to_csv("plots/history.csv", index=False)
+    pd.DataFrame([EPOCH.row()]).to_csv("plots/history.csv", index=False)
     Path("metrics/train.json").write_text(json.dumps({"parameters": 7, "train_loss": 0.5}))
     yield tmp_path
     mlflow.set_tracking_uri(None)
 
 
-EPOCH = Epoch(1, 0.5, 0.9, None, None, 0.1)
+EPOCH = Epoch(1, 0.5, 0.9, None, None, 0.1, {"dead_units/1": 0.25})
 CONDITIONS = {"device": "a processor", "threads": "1", "precision": "float32"}
 
 
@@ -87,7 +87,7 @@ def test_the_run_has_the_figures_and_what_it_was_trained_on(checkout: Path, make
     run = the_run(checkout)
     assert run.data.params["data.sources"] == "['https://example.org/cifar.tar.gz']"
     # A figure that is not there (nothing held out) is not logged; the final figures stand beside the epochs'.
-    assert run.data.metrics.keys() == {"train_loss", "train_accuracy", "learning_rate", "epoch_seconds", "parameters"}
+    assert run.data.metrics.keys() == {"train_loss", "train_accuracy", "learning_rate", "epoch_seconds", "parameters", "dead_units/1"}
     assert CONDITIONS.items() <= run.data.tags.items()
     noted = tracking.read_diary(tracking.training_key(params))
     assert noted["conditions"] == CONDITIONS

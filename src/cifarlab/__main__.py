@@ -1,6 +1,7 @@
 """Small commands around the pipeline: `python -m cifarlab compare`, called by the Makefile."""
 
 import argparse
+import inspect
 import json
 import os
 import platform
@@ -10,6 +11,7 @@ import subprocess
 import sys
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -108,63 +110,61 @@ def verify(name: str) -> None:
         sys.exit(1)
 
 
-def options(variant: str) -> None:
+def options(name: str) -> None:
     """Print what `dvc exp run` needs to be told for a variant of variants.yaml."""
     try:
         variants = yaml.safe_load(Path("variants.yaml").read_text("utf-8"))
     except OSError as error:
         raise UserError(f"variants.yaml cannot be read: {error.strerror}; run from the top of the checkout") from error
-    if variant not in variants:
-        raise UserError(f"variants.yaml has no {variant}; it has {', '.join(variants)}")
-    values = {k: v if isinstance(v, str) else json.dumps(v, separators=(",", ":")) for k, v in variants[variant].items()}
+    if name not in variants:
+        raise UserError(f"variants.yaml has no {name}; it has {', '.join(variants)}")
+    values = {k: v if isinstance(v, str) else json.dumps(v, separators=(",", ":")) for k, v in variants[name].items()}
     print(*(f"-S {key}={value}" for key, value in values.items()))
 
 
+def queue(jobs: int) -> None:
+    """Run the queued experiments."""
+    from cifarlab import queue
+
+    queue.watch(jobs)
+
+
+def study(name: str, jobs: int) -> None:
+    """Run what a study lacks and print where its answer is."""
+    from cifarlab import studies
+
+    print(studies.run(name, jobs))
+
+
+def search(name: str) -> None:
+    """Run what a search lacks and print where its answer is."""
+    from cifarlab import search
+
+    print(search.run(name))
+
+
+def check() -> None:
+    """Validate params.yaml."""
+    load_params()
+
+
 def main() -> None:
-    """Parse the command line."""
+    """Parse the command line: each command's arguments are those of its function."""
     parser = argparse.ArgumentParser(prog="python -m cifarlab", description="Small commands around the pipeline.")
-    commands = parser.add_subparsers(dest="command", required=True)
-    comparing = commands.add_parser("compare", help="print the last runs side by side")
-    comparing.add_argument("--last", type=int, default=10, choices=range(1, 1001), metavar="N")
-    commands.add_parser("page", help="make the pages of `dvc plots` open offline")
-    keeping = commands.add_parser("results", help="keep the evidence of the workspace's run under docs/results/")
-    keeping.add_argument("name", metavar="NAME")
-    choosing = commands.add_parser("options", help="print a variant of variants.yaml as options of `dvc exp run`")
-    choosing.add_argument("variant", metavar="VARIANT")
-    commands.add_parser("sync", help="log to MLflow what it lacks of experiments, commits and the workspace")
-    verifying = commands.add_parser("verify", help="repeat an experiment or a commit in a scratch copy and compare the bytes")
-    verifying.add_argument("name", metavar="NAME")
-    queueing = commands.add_parser("queue", help="run the queued experiments and name a worker that stands still")
-    queueing.add_argument("--jobs", type=int, default=1, choices=range(1, 65), metavar="N")
-    studying = commands.add_parser("study", help="ask studies/NAME.yaml: run what is missing, write the answer to docs/studies/")
-    studying.add_argument("name", metavar="NAME")
-    studying.add_argument("--jobs", type=int, default=1, choices=range(1, 65), metavar="N")
-    commands.add_parser("check", help="validate params.yaml")
-    args = parser.parse_args()
+    commands = parser.add_subparsers(required=True)
+    arguments: dict[str, dict[str, Any]] = {
+        "name": {},
+        "last": {"type": int, "default": 10, "choices": range(1, 1001), "metavar": "N"},
+        "jobs": {"type": int, "default": 1, "choices": range(1, 65), "metavar": "N"},
+    }
+    for function in (compare, page, results, options, sync, verify, queue, study, search, check):
+        command = commands.add_parser(function.__name__, help=(function.__doc__ or "").rstrip("."))
+        command.set_defaults(function=function)
+        for name in inspect.signature(function).parameters:
+            command.add_argument(name if name == "name" else f"--{name}", **arguments[name])
+    given = vars(parser.parse_args())
     try:
-        match args.command:
-            case "compare":
-                compare(args.last)
-            case "page":
-                page()
-            case "results":
-                results(args.name)
-            case "options":
-                options(args.variant)
-            case "sync":
-                sync()
-            case "verify":
-                verify(args.name)
-            case "queue":
-                from cifarlab import queue
-
-                queue.watch(args.jobs)
-            case "study":
-                from cifarlab import studies
-
-                print(studies.run(args.name, args.jobs))
-            case "check":
-                load_params()
+        given.pop("function")(**given)
     except UserError as error:
         sys.exit(f"error: {error}")
     except (OSError, subprocess.CalledProcessError) as error:  # a full disk; not a Git repository

@@ -19,7 +19,6 @@ from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 from torch import Tensor
-from torchvision.utils import make_grid
 
 from cifarlab.augment import augment, draw
 from cifarlab.datasets import Dataset, stratified_split
@@ -164,11 +163,12 @@ def mistakes(data: Dataset, predictions: pd.DataFrame, count: int, title: str) -
 def _gallery(images: Tensor, captions: Sequence[str], headline: str, title: str, side: int = 96) -> Figure:
     """Images uint8 (N, 3, height, width), eight a row, a caption under each."""
     columns, gap = 8, 40
-    white = images.new_full((max(0, columns - len(images)), *images.shape[1:]), 255)  # fills up a first row
-    large = (
-        F.interpolate(torch.cat([images, white]).float(), size=(side, side), mode="bicubic", antialias=True).clamp(0, 255).round().byte()
-    )
-    grid: npt.NDArray[np.uint8] = make_grid(large, nrow=columns, padding=gap, pad_value=255).permute(1, 2, 0).numpy()
+    large = F.interpolate(images.float(), size=(side, side), mode="bicubic", antialias=True).clamp(0, 255).round().byte()
+    rows, step = -(-len(images) // columns), side + gap
+    grid: npt.NDArray[np.uint8] = np.full((gap + rows * step, gap + columns * step, 3), 255, np.uint8)
+    for i, image in enumerate(large.permute(0, 2, 3, 1).numpy()):
+        top, left = (gap + place * step for place in divmod(i, columns))
+        grid[top : top + side, left : left + side] = image
     height, width, _ = grid.shape
     figure, axes = plt.subplots(figsize=(width / 95, height / 95 + 0.8))
     axes.imshow(grid[gap - 4 :])

@@ -77,6 +77,8 @@ class TrainParams(Section):
     """Of the arithmetic in training (Micikevicius et al. 2017); weights and the test are float32."""
     device: Literal["auto", "cpu", "cuda"]
     threads: Annotated[int, Field(ge=1, le=1024)] | Literal["auto"]
+    diagnostics: bool
+    """Look into each layer after every epoch (`diagnostics.diagnose`) and add it to history.csv."""
 
 
 class EvaluateParams(Section):
@@ -86,6 +88,8 @@ class EvaluateParams(Section):
     calibration_bins: Count
     mirror: bool
     """Test-time augmentation: also report the accuracy of the mean over each image and its mirror image."""
+    shifts: Annotated[int, Field(ge=0, le=16)]
+    """Pixels: also report the accuracy on test images shifted by 1, 2, … so many, the mean of the four directions."""
 
 
 class PlotParams(Section):
@@ -124,6 +128,8 @@ class Params(Section):
             raise ValueError(f"{widths}: {weights:,} weights are above a billion; lower model.widths, layers, kernel_size or head")
         if self.train.translate >= self.data.image_size:
             raise ValueError(f"train.translate = {self.train.translate}: must stay below data.image_size = {self.data.image_size}")
+        if self.evaluate.shifts >= self.data.image_size:
+            raise ValueError(f"evaluate.shifts = {self.evaluate.shifts}: must stay below data.image_size = {self.data.image_size}")
         return self
 
     def flat(self) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 import contextlib
 import subprocess
 import time
+from collections.abc import Callable
 from typing import Any
 
 import psutil
@@ -12,12 +13,13 @@ from cifarlab import UserError
 PATIENCE = 60.0
 
 
-def watch(jobs: int, patience: float = PATIENCE) -> None:
+def watch(jobs: int, patience: float = PATIENCE, on_change: Callable[[], None] = lambda: None) -> None:
     """Start `jobs` workers, follow the queue to its end and name a task that stands still (dvc#10562, dvc#10673).
 
     Parameters
     ----------
     patience : seconds without any processor time after which a task stands still
+    on_change : called whenever tasks have ended or started
 
     Raises
     ------
@@ -38,6 +40,7 @@ def watch(jobs: int, patience: float = PATIENCE) -> None:
         now = ", ".join(f"{len(revs)} {status.lower()}" for status, revs in by_status.items())
         if now != counts:
             print(f"queue: {now}", flush=True)
+            on_change()
         counts, left = now, by_status["Running"] + by_status["Queued"]
         if not left:
             break

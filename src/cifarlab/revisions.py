@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pandas as pd
+import yaml
 
 from cifarlab import UserError, tracking
 from cifarlab.files import root
@@ -86,11 +87,17 @@ def sync() -> tuple[pd.DataFrame, bool]:
     whole, known, seen = True, set(), set()
     for revision in [*revisions(), None]:
         name = revision.name if revision else ""
+        what = name or (f"commit {revision.commit[:10]}" if revision else "workspace")
         try:
             lock = _git("show", f"{revision.commit}:dvc.lock") if revision else Path("dvc.lock").read_text("utf-8")
         except (OSError, subprocess.CalledProcessError):
             continue  # nothing has run there
-        digest = tracking.lock_digest(lock)
+        try:
+            digest = tracking.lock_digest(lock)
+        except (yaml.YAMLError, LookupError, TypeError, AttributeError):
+            whole = False
+            rows.append((what, "", "", "not logged: its dvc.lock is damaged; `git checkout dvc.lock` or `dvc repro` mends it"))
+            continue
         if (name, digest) in seen:
             continue
         seen.add((name, digest))
@@ -103,13 +110,26 @@ def sync() -> tuple[pd.DataFrame, bool]:
             except UserError as error:
                 whole, done = False, f"not logged: {error}"
         known |= set(fits)
-        what = name or (f"commit {revision.commit[:10]}" if revision else "workspace")
         rows.append((what, revision.restore if revision else "", " ".join(fits), done))
     for run_id in sorted(runs.keys() - known):
         tags, status = runs[run_id].data.tags, runs[run_id].info.status.lower()
         what = f"{tags.get('dvc.exp.name') or 'workspace'} of {tags.get('git.commit', '')[:10]}"
         rows.append((what, "", run_id, f"a run of no experiment or commit, {status}"))
     return pd.DataFrame(rows, columns=["what", "restored by", "run", "MLflow"]), whole
+
+
+def run_of(revision: Revision) -> str:
+    """Return the run of MLflow that an experiment has or, where DVC restored all of it from its cache, gets now.
+
+    Raises
+    ------
+    UserError
+        MLflow cannot be read or written, or the cache lacks files.
+    """
+    digest = tracking.lock_digest(_git("show", f"{revision.commit}:dvc.lock"))
+    tags = {run.info.run_id: run.data.tags for run in tracking.all_runs()}
+    fits = [i for i, found in tags.items() if found.get("dvc.lock") == digest and found.get("dvc.exp.name") == revision.name]
+    return fits[0] if fits else _log(revision)
 
 
 def _log(revision: Revision | None) -> str:

@@ -20,9 +20,12 @@ from tqdm import tqdm
 from cifarlab import UserError
 from cifarlab.augment import Draws, augment, draw
 from cifarlab.checkpoints import Checkpoint
+from cifarlab.diagnostics import diagnose
 from cifarlab.models import Network, predict
 from cifarlab.optimizers import make_optimizers
 from cifarlab.params import TrainParams
+
+DIAGNOSED = 512  # training images that train.diagnostics looks at
 
 
 class Images(NamedTuple):
@@ -41,6 +44,11 @@ class Epoch(NamedTuple):
     val_loss: float | None
     val_accuracy: float | None
     learning_rate: float
+    diagnostics: dict[str, float]
+
+    def row(self) -> dict[str, float | None]:
+        """Return the columns of history.csv."""
+        return {**{k: v for k, v in self._asdict().items() if k != "diagnostics"}, **self.diagnostics}
 
 
 def set_up(params: TrainParams) -> torch.device:
@@ -48,7 +56,7 @@ def set_up(params: TrainParams) -> torch.device:
     if params.device == "cuda" and not torch.cuda.is_available():
         raise UserError("train.device = cuda: PyTorch sees no CUDA device here; use train.device: auto or cpu")
     torch.manual_seed(params.seed)
-    torch.use_deterministic_algorithms(True)
+    torch.set_deterministic_debug_mode("error")  # use_deterministic_algorithms(True), but that imports the compiler: 2 s
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # all is written before it is read
     _keep_memory()
     torch.backends.cudnn.benchmark = False
@@ -191,18 +199,17 @@ def fit(
         train_loss = loss_sum.item() / batches
         val_loss, val_accuracy = validate(network, validation, params.loss, dtype) if validation else (None, None)
         # What the last step broke shows in the weights or in the validation only.
-        finite = math.isfinite(train_loss) and all(bool(p.isfinite().all()) for p in network.parameters())
-        if not finite or (val_loss is not None and not math.isfinite(val_loss)):
-            raise UserError(
-                f"the training diverged in epoch {epoch}; try a train.lr below {params.lr:g}"
-                + (" or a lower train.muon_lr" if params.optimizer == "muon" else "")
-            )
-        result = Epoch(epoch, train_loss, correct.item() / len(order), val_loss, val_accuracy, float(optimizers[0][1].get_last_lr()[0]))
+        if not (math.isfinite(train_loss + (val_loss or 0)) and all(bool(p.isfinite().all()) for p in network.parameters())):
+            muon = " or a lower train.muon_lr" if params.optimizer == "muon" else ""
+            raise UserError(f"the training diverged in epoch {epoch}; try a train.lr below {params.lr:g}{muon}")
+        inside = diagnose(network, train.images[:DIAGNOSED], train.labels[:DIAGNOSED], loss_of) if params.diagnostics else {}
+        result = Epoch(
+            epoch, train_loss, correct.item() / len(order), val_loss, val_accuracy, float(optimizers[0][1].get_last_lr()[0]), inside
+        )
         history.append(result)
         if checkpoint:
             checkpoint.save({name: part.state_dict() for name, part in parts.items()} | {"history": [tuple(row) for row in history]})
-        seen += len(order)
-        elapsed = time.perf_counter() - started
+        seen, elapsed = seen + len(order), time.perf_counter() - started
         report(result, params.epochs, seen / elapsed, elapsed / seen * len(order) * (params.epochs - epoch))
         on_epoch(history)
     return history

@@ -121,6 +121,17 @@ def test_what_cannot_be_logged_is_listed(lived_in: Project) -> None:
     assert re.search(r"commit \w+\s.*logged", told)
 
 
+def test_a_lock_that_is_damaged_keeps_nothing_else_from_mlflow(lived_in: Project) -> None:
+    lock = lived_in.folder / "dvc.lock"
+    whole = lock.read_text()
+    lock.write_text(f"<<<<<<< HEAD\n{whole}=======\n")
+    told = cifarlab(lived_in, "sync", code=1)
+    lock.write_text(whole)
+    assert "Traceback" not in told
+    assert re.search(r"workspace\s.*its dvc.lock is damaged", told)
+    assert re.search(r"commit \w+\s.*was there", told)
+
+
 def test_verify_repeats_a_commit_to_the_byte(lived_in: Project) -> None:
     runs = len(lived_in.runs())
     status = lived_in.run("git", "status", "--porcelain").stdout

@@ -7,6 +7,7 @@ import subprocess
 
 import pandas as pd
 import pytest
+import yaml
 
 from tests.pipeline.conftest import Project
 
@@ -45,13 +46,62 @@ def test_a_study_that_was_killed_goes_on_and_finds_what_is_there(project: Projec
     assert {run.data.tags["dvc.exp.name"] for run in children} == set(table.experiment)
     assert len(children) == 9
     assert {run.data.tags["mlflow.parentRunId"] for run in children} == {parent.info.run_id}
-    assert project.artifacts(parent.info.run_id) == {"demo.md", "demo.png", "demo.csv"}
+    assert project.artifacts(parent.info.run_id) == {"demo.md", "demo.png", "demo.csv", "demo-epochs.csv"}
     for run in children:
         [row] = table[table.experiment == run.data.tags["dvc.exp.name"]].to_dict("records")
         assert run.data.metrics["test_accuracy"] == pytest.approx(row["accuracy"])
     assert set(table.experiment) <= set(project.dvc("exp", "list", "--name-only").split())
 
-    # Asked again, nothing runs, and the same is written.
+    # Asked again, nothing runs, and the same is written: on another commit, and by another machine, which has the tables only.
+    project.run("git", "add", "docs/studies")
+    project.run("git", "commit", "--quiet", "--message", "what the study says")
+    project.dvc("exp", "remove", "--all-commits")
+    project.lose_store()
     again = project.run(*COMMAND, seconds=100, PYTHONPATH="src").stdout
     assert "9 points, 9 done, 0 to run" in again
     assert (project.folder / "docs/studies/demo.md").read_text() == page
+    # Other parameters are another question.
+    params = project.folder / "params.yaml"
+    params.write_text(params.read_text().replace("  momentum: 0.85", "  momentum: 0.8"))
+    with subprocess.Popen(COMMAND, cwd=project.folder, env=env, text=True, stdout=subprocess.PIPE, start_new_session=True) as killed:
+        assert killed.stdout is not None
+        assert [killed.stdout.readline() for _ in range(2)][1] == "9 points, 0 done, 9 to run\n"
+        os.killpg(killed.pid, signal.SIGKILL)
+
+
+@pytest.mark.timeout(600)
+def test_a_search_keeps_what_it_has_tried_and_names_the_best_within_its_time(project: Project) -> None:
+    project.run("git", "checkout", "--quiet", "params.yaml")
+    search = {
+        "question": "Which network?",
+        "base": {"data.name": "digits", "model.layers": 2, "train.flip": "none", "train.batch_size": 64, "tracking.log_model": False},
+        "space": {"model.widths": [[8, 16], [8, 24]], "train.lr": {"low": 0.1, "high": 0.4, "log": True}},
+        "rungs": [1, 2],
+        "seconds": 300,
+        "trials": 1,
+    }
+    path = project.folder / "studies/search.yaml"
+    command = ("python", "-m", "cifarlab", "search", "search")
+    for trials in (1, 2):
+        path.write_text(yaml.safe_dump(search | {"trials": trials}))
+        told = project.run(*command, seconds=250, PYTHONPATH="src").stdout
+        assert f"{trials - 1} of {trials} trials done" in told
+        assert f"search-{trials - 1}-1: " in told
+        assert told.count("on validation") in (1, 2)
+    page = (project.folder / "docs/studies/search.md").read_text()
+    experiments = set(re.findall(r"^\| (search-\d-\d) \|", page, re.MULTILINE))
+    assert {name.split("-")[1] for name in experiments} == {"0", "1"}
+    assert experiments <= set(project.dvc("exp", "list", "--name-only").split())
+    assert "search-0-2" in experiments
+    best = max(re.findall(r"^\| search-\d-2 \| 2 \| ([\d.]+)%", page, re.MULTILINE), key=float)
+    assert f"{best}% on validation" in page
+    client = project.client()
+    [experiment] = client.search_experiments(filter_string="name = 'cifarlab'")
+    children = client.search_runs([experiment.experiment_id], "tags.study = 'search'")
+    assert {run.data.tags["dvc.exp.name"] for run in children} == experiments
+
+    path.write_text(yaml.safe_dump(search | {"trials": 3, "seconds": 1e-9}))
+    said = project.run(*command, seconds=250, PYTHONPATH="src", check=False).stdout
+    assert "no trial came to its end within 1e-09 s" in said
+    path.write_text("question: ?")
+    assert "search.yaml is no search" in project.run(*command, PYTHONPATH="src", check=False).stdout
