@@ -50,13 +50,14 @@ def lived_in(project: Project) -> Project:
     project.run("git", "add", "--all")
     project.run("git", "commit", "--quiet", "--message=baseline")
     project.dvc("exp", "run", "--temp", "--name", "other-seed", "-S", "train.seed=1")
-    project.dvc("exp", "run", "--temp", "--name", "other-bins", "-S", "evaluate.calibration_bins=10")
+    project.dvc("exp", "run", "--temp", "--name", "with-mirror", "-S", "evaluate.mirror=true")
     return project
 
 
 def test_a_store_that_was_lost_comes_back_from_files_to_the_last_timestamp(lived_in: Project) -> None:
     before = {name: content(lived_in, run) for name, run in lived_in.runs().items()}
-    assert cifarlab(lived_in, "sync").count("was there") == 3
+    told = cifarlab(lived_in, "sync")
+    assert told.count("was there") == 3, told
     lived_in.lose_store()
     assert cifarlab(lived_in, "sync").count("logged") == 3
     after = {name: content(lived_in, run) for name, run in lived_in.runs().items()}
