@@ -1,5 +1,6 @@
 """The statistics of a study beside simulations and hand-made cases; what a study file may say."""
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -102,3 +103,34 @@ def test_a_wrong_study_is_refused_in_one_sentence(content: str, told: str, tmp_p
     assert "\n" not in str(refused.value)
     with pytest.raises(UserError, match="studies there: s"):
         studies.load("nobody")
+
+
+def test_a_table_is_believed_only_for_the_parameters_and_the_code_it_was_made_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ["params.yaml", "dvc.yaml", "studies/demo.yaml", *(str(p.relative_to(REPO)) for p in REPO.glob("s*/**/*.py"))]:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(REPO / name, tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+    _, points = studies.load("demo")
+    rows = [{"experiment": p.experiment, "key": studies.key_of(p), "accuracy": 0.5} for p in points[:4]]
+    table = tmp_path / "docs/studies/demo.csv"
+    table.parent.mkdir(parents=True)
+    pd.DataFrame(rows).to_csv(table, index=False)
+
+    def known() -> int:
+        return len(studies._tables("demo", points)[0])
+
+    assert known() == 4
+    parameters, code = tmp_path / "params.yaml", tmp_path / "src/cifarlab/models.py"
+    whole = parameters.read_text()
+    parameters.write_text(whole.replace("dpi: 120", "dpi: 60").replace("https://", "https://mirror."))  # which decide no figure
+    assert known() == 4
+    parameters.write_text(whole.replace("momentum: 0.85", "momentum: 0.8"))
+    assert known() == 0
+    parameters.write_text(whole)
+    code.write_text(code.read_text() + "\n")
+    assert known() == 0
+    table.write_text("variant,seed\na,1\n")  # of an older version
+    assert known() == 0
+    table.write_text('a,b\n<<<<<<< "HEAD\n1,2,3\n')
+    with pytest.raises(UserError, match=r"demo.csv is damaged \(.*`git checkout docs/studies/demo.csv` brings it back"):
+        known()

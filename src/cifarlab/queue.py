@@ -13,6 +13,14 @@ from cifarlab import UserError
 PATIENCE = 60.0
 
 
+def waiting() -> set[str]:
+    """Return the names of the experiments that are queued or running."""
+    from dvc.repo import Repo
+
+    with Repo() as repo:
+        return {task["name"] for task in repo.experiments.celery_queue.status() if task["status"] in ("Queued", "Running")}
+
+
 def watch(jobs: int, patience: float = PATIENCE, on_change: Callable[[], None] = lambda: None) -> None:
     """Start `jobs` workers, follow the queue to its end and name a task that stands still (dvc#10562, dvc#10673).
 

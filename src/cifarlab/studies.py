@@ -1,5 +1,6 @@
 """Studies: a question asked as DVC experiments over variants and seeds, and answered with intervals."""
 
+import functools
 import hashlib
 import itertools
 import json
@@ -7,7 +8,7 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -20,7 +21,7 @@ from scipy import stats
 
 from cifarlab import UserError, first_line, queue, tracking
 from cifarlab.files import atomic
-from cifarlab.params import changed, load_params
+from cifarlab.params import Params, changed, load_params
 from cifarlab.revisions import Revision, cache, revisions, run_of
 
 Floats = npt.NDArray[np.float64]
@@ -126,19 +127,21 @@ def run(name: str, jobs: int) -> Path:
     study goes on where it was.
     """
     study, points = load(name)
+    _record(name, study, points)  # what ran, but was not noted before a kill
     results, _ = _tables(name, points)
     missing = [point for point in points if point.experiment not in set(results.experiment)]
     about = f", about {results.wall.median() * len(missing) / 60:.0f} min" if len(results) and missing else ""
     print(f"{study.question}\n{len(points)} points, {len(points) - len(missing)} done, {len(missing)} to run{about}", flush=True)
     started = time.monotonic()
-    for done, point in enumerate(missing, 1):
+    queued = queue.waiting() if jobs > 1 else set()
+    for done, point in enumerate((point for point in missing if point.experiment not in queued), 1):
         run_point(point, "--queue" if jobs > 1 else "--temp")
         if jobs == 1:
-            _record(name, study, points, [point])
+            _record(name, study, points)
         left = (time.monotonic() - started) / done * (len(missing) - done)
         print(f"{point.experiment} {'queued' if jobs > 1 else f'done, {len(missing) - done} left, {left / 60:.0f} min'}", flush=True)
     if jobs > 1 and missing:
-        queue.watch(jobs, on_change=lambda: _record(name, study, points, missing))
+        queue.watch(jobs, on_change=lambda: _record(name, study, points))
     _write(name, study, points)
     gather(name, study.question, list(_tables(name, points)[0].get("run", ())))
     return ANSWERS / f"{name}.md"
@@ -161,53 +164,71 @@ def run_point(point: Point, where: Literal["--queue", "--temp"]) -> None:
 
 
 def read_points(points: list[Point]) -> Iterator[tuple[Point, dict[str, Any], pd.DataFrame]]:
-    """Yield those of the points that have run on the current commit, with all their figures, and their epochs a row each."""
-    head = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
-    experiments = {revision.name: revision for revision in revisions() if revision.baseline == head}
+    """Yield those of the points that have run as experiments, with all their figures, and their epochs a row each."""
+    experiments = revisions()
     for point in points:
-        if not (revision := experiments.get(point.experiment)):
+        key = key_of(point)
+        revision = next((r for r in experiments if r.name == point.experiment and _ran_as(r) == key), None)
+        if not revision:
             continue
         train, evaluation = (_show(revision.commit, f"metrics/{stage}.json") for stage in ("train", "evaluate"))
         per_class = evaluation.pop("accuracy_per_class")
-        row: dict[str, Any] = {"experiment": point.experiment, "variant": point.variant, "seed": point.seed, "key": _key(point.changes)}
+        row: dict[str, Any] = {"experiment": point.experiment, "variant": point.variant, "seed": point.seed, "key": key}
         row |= train | {f"test_{name}": value for name, value in evaluation.items()}
         row |= {f"accuracy/{label}": share for label, share in per_class.items()} | _timing(revision)
         # DVC's cache has the history under the hash that the lock says.
         outs = _show(revision.commit, "dvc.lock")["stages"]["train"]["outs"]
         md5 = next(out["md5"] for out in outs if out["path"] == "plots/history.csv")
         history = pd.read_csv(cache() / "files" / "md5" / md5[:2] / md5[2:])
-        yield point, row, history.assign(experiment=point.experiment, variant=point.variant, seed=point.seed, key=row["key"])
+        yield point, row, history.assign(experiment=point.experiment, variant=point.variant, seed=point.seed, key=key)
 
 
-def _key(changes: dict[str, Any]) -> str:
-    """Hash what decides the figures of a point, on any machine and before its data are there: parameters and code."""
-    stages = yaml.safe_load(Path("dvc.yaml").read_text("utf-8"))["stages"]
+def _key(params: Params, read: Callable[[str], str]) -> str:
+    """Hash what decides the figures of a point, on any machine and before its data are there: parameters, and the code as `read`."""
+    stages = yaml.safe_load(read("dvc.yaml"))["stages"]
     code = sorted({dep for stage in ("download", "train", "evaluate") for dep in stages[stage]["deps"] if dep.endswith(".py")})
-    deciding = {k: v for k, v in changed(changes).flat().items() if not k.startswith(("plot.", "tracking.")) and k != "data.sources"}
-    content = json.dumps([deciding, [Path(file).read_text("utf-8") for file in code]], sort_keys=True)
+    deciding = {k: v for k, v in params.flat().items() if not k.startswith(("plot.", "tracking.")) and k != "data.sources"}
+    content = json.dumps([deciding, [read(file) for file in code]], sort_keys=True)
     return hashlib.sha256(content.encode()).hexdigest()[:16]
+
+
+def key_of(point: Point) -> str:
+    """Return the key that a point has with the parameters and the code of the workspace."""
+    return _key(changed(point.changes), lambda file: Path(file).read_text("utf-8"))
+
+
+def _ran_as(revision: Revision) -> str | None:
+    """Return the key that an experiment ran with; None for one of another version."""
+    try:
+        return _key(Params.model_validate(_show(revision.commit, "params.yaml")), functools.partial(_content, revision.commit))
+    except (ValidationError, LookupError, TypeError, yaml.YAMLError, subprocess.CalledProcessError):
+        return None
 
 
 def _tables(name: str, points: list[Point]) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Return what is known of the points, a row each, and of their epochs; what was made otherwise is left out."""
-    keys = {point.experiment: _key(point.changes) for point in points}
+    keys = {point.experiment: key_of(point) for point in points}
     tables = []
     for path in (ANSWERS / f"{name}.csv", ANSWERS / f"{name}-epochs.csv"):
-        table = pd.read_csv(path) if path.exists() else pd.DataFrame({"experiment": [], "key": []})
+        try:
+            table = pd.read_csv(path) if path.exists() else pd.DataFrame()
+        except ValueError as error:  # as a merge leaves it
+            raise UserError(f"{path} is damaged ({first_line(error)}); `git checkout {path}` brings it back") from error
+        table = table if {"experiment", "key"} <= set(table) else pd.DataFrame({"experiment": [], "key": []})
         tables.append(table[table.key == table.experiment.map(keys)])
     return tables[0], tables[1]
 
 
-def _record(name: str, study: Study, points: list[Point], finished: list[Point]) -> None:
+def _record(name: str, study: Study, points: list[Point]) -> None:
     """Add those of the points that have finished to the tables of the study."""
     results, epochs = _tables(name, points)
-    for point, row, history in list(read_points([p for p in finished if p.experiment not in set(results.experiment)])):
+    for point, row, history in list(read_points([p for p in points if p.experiment not in set(results.experiment)])):
         columns = ["test_accuracy" if study.answer_by == "test" else "val_accuracy", *(f"test_{m}" for m in study.measures)]
         if missing := [column for column in columns if column not in row]:
             raise UserError(f"studies/{name}.yaml: {point.experiment} has no {missing[0]}; is it switched on (data.validation, evaluate)?")
         results = pd.concat([results, pd.DataFrame([row | {"accuracy": row[columns[0]]}])])
         epochs = pd.concat([epochs, history])
-    for path, table in ((ANSWERS / f"{name}-epochs.csv", epochs), (ANSWERS / f"{name}.csv", results)):
+    for path, table in () if results.empty else ((ANSWERS / f"{name}-epochs.csv", epochs), (ANSWERS / f"{name}.csv", results)):
         with atomic(path) as temporary:
             table.to_csv(temporary, index=False, float_format="%.6g")
 
@@ -367,9 +388,13 @@ def _save(figure: Any, path: Path) -> None:
     plt.close(figure)
 
 
+def _content(commit: str, file: str) -> str:
+    return subprocess.run(["git", "show", f"{commit}:{file}"], capture_output=True, text=True, check=True).stdout
+
+
 def _show(commit: str, file: str) -> Any:
     """Return the content of a YAML or JSON file in a commit."""
-    return yaml.safe_load(subprocess.run(["git", "show", f"{commit}:{file}"], capture_output=True, text=True, check=True).stdout)
+    return yaml.safe_load(_content(commit, file))
 
 
 def _timing(revision: Revision) -> dict[str, Any]:
