@@ -36,7 +36,8 @@ def watch(jobs: int, patience: float = PATIENCE, on_change: Callable[[], None] =
     """
     from dvc.repo import Repo
 
-    subprocess.run(["dvc", "queue", "start", "--jobs", str(jobs)], check=True)
+    start, started = ["dvc", "queue", "start", "--jobs", str(jobs)], time.monotonic()
+    subprocess.run(start, check=True)
     moved: dict[str, tuple[Any, float]] = {}  # of a task: what was seen of it, and since when nothing else
     told: set[str] = set()
     counts = ""
@@ -52,6 +53,9 @@ def watch(jobs: int, patience: float = PATIENCE, on_change: Callable[[], None] =
         counts, left = now, by_status["Running"] + by_status["Queued"]
         if not left:
             break
+        if len(by_status["Running"]) < min(jobs, len(left)) and time.monotonic() - started > patience / 2:  # a worker ended early
+            subprocess.run([*start, "--quiet"], check=True)
+            started = time.monotonic()
         for rev in left:
             sign = (tasks[rev]["status"], _processor_time(rev), len(by_status["Running"]))
             if moved.get(rev, ("", 0))[0] != sign:

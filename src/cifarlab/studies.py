@@ -349,12 +349,14 @@ def _draw(path: Path, study: Study, rows: list[Effect], results: pd.DataFrame, e
     split = "val" if "val_accuracy" in epochs and epochs.val_accuracy.notna().any() else "train"
     bands = {"hue": "variant", "hue_order": names, "palette": colours, "errorbar": ("ci", 95), "n_boot": 200, "seed": 0}
     sns.lineplot(epochs, x="epoch", y=f"{split}_accuracy", ax=learning, legend=len(names) <= 12, **bands)
+    if learning.get_legend():
+        sns.move_legend(learning, "upper center", bbox_to_anchor=(0.5, -0.14), ncol=2, fontsize=8, title=None, frameon=False)
     learning.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
     learning.set(title="Learning curves, mean and 95 % band", ylabel={"val": "validation", "train": "training"}[split] + " accuracy")
     means = results.groupby("variant")[[c for c in results.columns if c.startswith("accuracy/")]].mean().loc[names] * 100
     means.columns = means.columns.str.removeprefix("accuracy/")
     sns.heatmap(means.iloc[1:] - means.iloc[0], cmap="vlag", center=0, annot=True, fmt=".1f", annot_kws={"size": 7}, cbar=False, ax=each)
-    each.set(title=f"Test accuracy of each class, points beside {names[0]}", xlabel="", ylabel="")
+    each.set(title="Test accuracy of each class, difference in points", xlabel="", ylabel="")
     figure.suptitle(study.question)
     _save(figure, path)
 
