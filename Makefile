@@ -104,8 +104,8 @@ backprop: setup  ## the pages that need no training, how a convolution back-prop
 	python studies/backprop.py
 	python studies/gradient.py
 
-test: setup  ## all tests (twenty minutes of two cores); TESTS=tests/test_models.py for some
-	python -m pytest -n 2 --dist loadfile $(TESTS)
+test: setup  ## all tests (twenty to forty minutes); TESTS=tests/test_models.py for some
+	python -m pytest $(TESTS)
 
 lint: setup  ## ruff and mypy
 	ruff check .

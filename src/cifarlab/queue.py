@@ -13,12 +13,17 @@ from cifarlab import UserError
 PATIENCE = 60.0
 
 
-def waiting() -> set[str]:
-    """Return the names of the experiments that are queued or running."""
+def tasks() -> dict[str, dict[str, Any]]:
+    """Return the tasks of the queue by revision, each with name and status (Queued, Running, Success, Failed)."""
     from dvc.repo import Repo
 
     with Repo() as repo:
-        return {task["name"] for task in repo.experiments.celery_queue.status() if task["status"] in ("Queued", "Running")}
+        return {task["rev"]: task for task in repo.experiments.celery_queue.status()}
+
+
+def waiting() -> set[str]:
+    """Return the names of the experiments that are queued or running."""
+    return {task["name"] for task in tasks().values() if task["status"] in ("Queued", "Running")}
 
 
 def watch(jobs: int, patience: float = PATIENCE, on_change: Callable[[], None] = lambda: None) -> None:
@@ -32,20 +37,18 @@ def watch(jobs: int, patience: float = PATIENCE, on_change: Callable[[], None] =
     Raises
     ------
     UserError
-        Tasks failed, or all that are left stand still.
+        Tasks failed that had not before, or all that are left stand still.
     """
-    from dvc.repo import Repo
-
+    before = {rev for rev, task in tasks().items() if task["status"] == "Failed"}  # these were told already
     start, started = ["dvc", "queue", "start", "--jobs", str(jobs)], time.monotonic()
     subprocess.run(start, check=True)
     moved: dict[str, tuple[Any, float]] = {}  # of a task: what was seen of it, and since when nothing else
     told: set[str] = set()
     counts = ""
     while True:
-        with Repo() as repo:
-            tasks = {task["rev"]: task for task in repo.experiments.celery_queue.status()}
-        names = {rev: task["name"] or rev[:7] for rev, task in tasks.items()}
-        by_status = {s: [rev for rev, task in tasks.items() if task["status"] == s] for s in ("Success", "Running", "Queued", "Failed")}
+        listed = {rev: task for rev, task in tasks().items() if rev not in before}
+        names = {rev: task["name"] or rev[:7] for rev, task in listed.items()}
+        by_status = {s: [rev for rev, task in listed.items() if task["status"] == s] for s in ("Success", "Running", "Queued", "Failed")}
         now = ", ".join(f"{len(revs)} {status.lower()}" for status, revs in by_status.items())
         if now != counts:
             print(f"queue: {now}", flush=True)
@@ -57,7 +60,7 @@ def watch(jobs: int, patience: float = PATIENCE, on_change: Callable[[], None] =
             subprocess.run([*start, "--quiet"], check=True)
             started = time.monotonic()
         for rev in left:
-            sign = (tasks[rev]["status"], _processor_time(rev), len(by_status["Running"]))
+            sign = (listed[rev]["status"], _processor_time(rev), len(by_status["Running"]))
             if moved.get(rev, ("", 0))[0] != sign:
                 moved[rev] = (sign, time.monotonic())
         still = {rev for rev in left if time.monotonic() - moved[rev][1] > patience}
@@ -69,7 +72,7 @@ def watch(jobs: int, patience: float = PATIENCE, on_change: Callable[[], None] =
                 f"the queue stands still: {', '.join(names[rev] for rev in left)}; `dvc queue stop --kill`, then `make queue` again: "
                 "trainings continue where they were"
             )
-        time.sleep(min(2.0, patience / 4))  # between two looks
+        time.sleep(min(5.0, patience / 4))  # between two looks
     if failed := by_status["Failed"]:
         raise UserError(f"failed: {', '.join(names[rev] for rev in failed)}; `dvc queue logs NAME` says why")
 
