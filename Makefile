@@ -107,13 +107,17 @@ backprop: setup  ## the pages that need no training, how a convolution back-prop
 test: setup  ## all tests (twenty to forty minutes); TESTS=tests/test_models.py for some
 	python -m pytest $(TESTS)
 
-lint: setup  ## ruff and mypy
+lint: setup audit  ## ruff, mypy and audit
 	ruff check .
 	ruff format --check .
 	mypy
 
-audit: setup  ## known vulnerabilities of what is pinned (needs the advisories of PyPI)
-	uvx pip-audit --requirement requirements.txt --no-deps --disable-pip
+audit: setup  ## known vulnerabilities of what is pinned; says for how much of it PyPI's advisories could not be asked
+	@mkdir -p .cache
+	@uvx pip-audit@2.10.0 --progress-spinner off --requirement requirements.txt --no-deps --disable-pip >.cache/audit.txt 2>&1; \
+	found=$$?; grep -v -e "could not be audited" -e "^WARNING" -e "^Name .*Skip" -e "^---" .cache/audit.txt; \
+	echo "$$(grep -c "could not be audited" .cache/audit.txt) of $$(grep -c "==" requirements.txt) packages could not be looked up from here"; \
+	exit $$found
 
 format: setup  ## let ruff mend what it can
 	ruff check --fix .

@@ -104,21 +104,47 @@ def _download(url: str, sha256: str, cache: Path) -> Path:
         raise UserError(f"{cache} cannot be written: {error.strerror or first_line(error)}") from error
 
 
-class ArrayUnpickler(pickle.Unpickler):
-    """Reads numpy arrays and plain containers; anything else in the pickle is refused, nothing is run."""
+class Bytes:
+    """Stands in for the arrays in a pickle, all of which must be uint8.
 
-    RECONSTRUCT = np.empty(0).__reduce__()[0]
+    numpy's own `__setstate__` trusts what it is given: a damaged or hostile state makes it write anywhere in memory.
+    """
+
+    def __init__(self, *_: Any) -> None:
+        self.array: npt.NDArray[np.uint8] = np.empty(0, np.uint8)
+
+    def __setstate__(self, state: Any) -> None:
+        _, shape, kind, fortran, content = state
+        if not isinstance(kind, Kind) or not isinstance(content, bytes):
+            raise pickle.UnpicklingError("an array that is not of uint8")
+        self.array = np.frombuffer(content, np.uint8).reshape(shape, order="F" if fortran else "C")
+
+
+class Kind:
+    """Stands in for the dtype uint8, the only one there is."""
+
+    def __init__(self, name: Any, *_: Any) -> None:
+        if name not in ("u1", b"u1"):
+            raise pickle.UnpicklingError(f"an array of {name!r} instead of uint8")
+
+    def __setstate__(self, _: Any) -> None:
+        pass
+
+
+class ArrayUnpickler(pickle.Unpickler):
+    """Reads arrays of uint8 and plain containers; anything else in the pickle is refused, nothing is run."""
+
     ADMITTED: ClassVar[dict[tuple[str, str], Any]] = {
-        ("numpy.core.multiarray", "_reconstruct"): RECONSTRUCT,
-        ("numpy._core.multiarray", "_reconstruct"): RECONSTRUCT,
-        ("numpy", "ndarray"): np.ndarray,
-        ("numpy", "dtype"): np.dtype,
+        ("numpy.core.multiarray", "_reconstruct"): Bytes,
+        ("numpy._core.multiarray", "_reconstruct"): Bytes,
+        ("numpy", "ndarray"): Bytes,
+        ("numpy", "dtype"): Kind,
         # How Python 3 writes bytes for Python 2; codecs of the user's choice stay out.
         ("_codecs", "encode"): lambda text, _: text.encode("latin1"),
     }
 
     def find_class(self, module: str, name: str) -> Any:
-        """Return one of the few constructors of an array."""
+        """Return what stands in for one of the few constructors of an array."""
         try:
             return self.ADMITTED[module, name]
         except KeyError:
@@ -142,8 +168,8 @@ def read_cifar10(archive: Path) -> Dataset:
 
             for split, names in (("train", [f"data_batch_{i}" for i in range(1, 6)]), ("test", ["test_batch"])):
                 for content in map(batch, names):
-                    pixels, numbers = content[b"data"], content[b"labels"]
-                    if pixels.dtype != np.uint8 or pixels.nbytes > MEMBER or pixels.shape != (len(numbers), 3072):
+                    pixels, numbers = content[b"data"].array, content[b"labels"]
+                    if pixels.shape != (len(numbers), 3072):
                         raise ValueError("a batch has not as many images of 3×32×32 bytes as labels")
                     images[split].append(pixels.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1))
                     labels[split].append(np.fromiter(numbers, np.int64))

@@ -158,6 +158,7 @@ def run_point(point: Point, where: Literal["--queue", "--temp"]) -> None:
     log = Path(".dvc/tmp") / f"{point.experiment}.log"
     options = [option for key, value in point.changes.items() for option in ("-S", f"{key}={json.dumps(value)}")]
     command = ["dvc", "exp", "run", "--quiet", "--force", where, "--name", point.experiment, *options]
+    log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("w") as file:
         if subprocess.run(command, stdout=file, stderr=file, check=False).returncode:
             raise UserError(f"{point.experiment} failed: {(log.read_text().strip().splitlines() or ['?'])[-1]} ({log})")
