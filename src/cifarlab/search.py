@@ -111,7 +111,7 @@ def _write(name: str, search: Search, study: Any) -> None:
     done.sort(
         key=lambda trial: (-trial.last_step, trial.user_attrs["seconds"] > search.seconds, -trial.intermediate_values[trial.last_step])
     )
-    if not done or done[0].value is None:
+    if not done or done[0].state.name != "COMPLETE":  # a pruned trial has a value, too
         raise UserError(f"studies/{name}.yaml: no trial came to its end within {search.seconds:g} s; raise seconds or trials")
     keys = list(search.space)
     rows = [
