@@ -131,7 +131,7 @@ class Kind:
         pass
 
 
-class ArrayUnpickler(pickle.Unpickler):
+class ArrayUnpickler(pickle._Unpickler):  # the one in Python: that in C takes as much memory as a pickle says it will need
     """Reads arrays of uint8 and plain containers; anything else in the pickle is refused, nothing is run."""
 
     ADMITTED: ClassVar[dict[tuple[str, str], Any]] = {
