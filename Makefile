@@ -104,8 +104,8 @@ backprop: setup  ## the pages that need no training, how a convolution back-prop
 	python studies/backprop.py
 	python studies/gradient.py
 
-test: setup  ## all tests (twenty to forty minutes); TESTS=tests/test_models.py for some
-	python -m pytest $(TESTS)
+test: setup  ## all tests, on every core (some twenty minutes on two); TESTS=tests/test_models.py for some
+	python -m pytest --numprocesses auto --dist loadscope $(TESTS)
 
 lint: setup audit  ## ruff, mypy and audit
 	ruff check .
