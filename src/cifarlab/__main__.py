@@ -68,14 +68,9 @@ def results(name: str) -> None:
     tables = [Path(f"plots/{table}.csv") for table in ("history", "per_class", "confusion")]
     for file in [Path("params.yaml"), Path("dvc.lock"), *Path("metrics").glob("*.json"), *tables, *Path("plots").glob("*.png")]:
         shutil.copy(file, target / file.name)
-    machine = {
-        "cores": os.cpu_count(),
-        "platform": platform.platform(),
-        "python": platform.python_version(),
-        **{package: version(package) for package in tracking.VERSIONS},
-        **known["conditions"],
-        "epoch_seconds": [round(seconds, 1) for _, seconds in known["epochs"].values()],
-    }
+    machine: dict[str, Any] = {"cores": os.cpu_count(), "platform": platform.platform(), "python": platform.python_version()}
+    machine |= {package: version(package) for package in tracking.VERSIONS} | known["conditions"]
+    machine["epoch_seconds"] = [round(seconds, 1) for _, seconds in known["epochs"].values()]
     write_json(target / "machine.json", machine)
     print(f"kept in {target}/")
 

@@ -122,10 +122,8 @@ def run_of(revision: Revision) -> str:
 
 def _log(revision: Revision) -> str:
     """Log a revision and return its run."""
-    with contextlib.ExitStack() as stack:
-        if revision.commit:
-            stack.enter_context(contextlib.chdir(stack.enter_context(scratch(revision.commit))))
-        elif subprocess.run(["dvc", "status", "--quiet"], check=False).returncode:
+    with scratch(revision.commit) if revision.commit else contextlib.nullcontext(Path()) as folder, contextlib.chdir(folder):
+        if not revision.commit and subprocess.run(["dvc", "status", "--quiet"], check=False).returncode:
             raise UserError("changed since its pipeline ran; `dvc repro` runs and logs it")
         if missing := [stage for stage in tracking.STAGES if not tracking.outputs(stage)]:
             raise UserError(f"its pipeline did not come to its end, {missing[0]} is missing; run it again")
@@ -139,9 +137,8 @@ def _log(revision: Revision) -> str:
 def verify(name: str) -> None:
     """Train, evaluate and plot an experiment or a commit again, in a scratch copy, compare every file, and print what differs.
 
-    Ends with exit code 1 but where the files are identical or, where the first run had another machine, threads, precision or
-    PyTorch, where the test accuracies differ no more than those of two networks of equal skill do on so many images, in 95 of
-    100 cases: 1.96 √(2 p (1 - p) / n).
+    Ends with exit code 1 but where the files are identical or, where the first run had another machine, threads, precision or PyTorch,
+    the test accuracies differ no more than those of two networks of equal skill do on n images, 95 of 100 times: 1.96 √(2 p (1 - p) / n).
     """
     commit = next((revision.commit for revision in revisions() if revision.name == name), name)
     try:

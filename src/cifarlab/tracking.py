@@ -142,15 +142,14 @@ def _wait_for_database() -> None:
 class Mirror:
     """The MLflow run of a pipeline execution, as one of its stages writes to it.
 
-    The run is found by training key and DVC experiment, so stages pass nothing to each other and running a stage
-    again goes to the same run. What the run lacks of this stage and those before it (the store is new, a server was
-    away, DVC restored a stage from its cache) it gets from their files.
+    The run is found by training key and DVC experiment, so stages pass nothing to each other and running a stage again goes to the same
+    run. What it lacks of this stage and those before (the store is new, a server was away, DVC restored a stage) it gets from their files.
 
     Parameters
     ----------
     conditions : of a train stage, `training.conditions`
-    adopt : continue a run of the same training that was killed, under whatever experiment name: `dvc exp run` draws a
-        new one every time. For a train stage that knows that no other process trains the same.
+    adopt : continue a killed run of the same training whatever its experiment, for `dvc exp run` draws a new name every time; of a train
+        stage that knows that no other process trains the same
     origin : name and baseline commit of the DVC experiment, if not those that DVC names to its stages
     """
 
