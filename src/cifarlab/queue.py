@@ -10,8 +10,6 @@ import psutil
 
 from cifarlab import UserError
 
-PATIENCE = 60.0
-
 
 def tasks() -> dict[str, dict[str, Any]]:
     """Return the tasks of the queue by revision, each with name and status (Queued, Running, Success, Failed)."""
@@ -26,7 +24,7 @@ def waiting() -> set[str]:
     return {task["name"] for task in tasks().values() if task["status"] in ("Queued", "Running")}
 
 
-def watch(jobs: int, patience: float = PATIENCE, on_change: Callable[[], None] = lambda: None) -> None:
+def watch(jobs: int, patience: float = 60, on_change: Callable[[], None] = lambda: None) -> None:
     """Start `jobs` workers, follow the queue to its end and name a task that stands still (dvc#10562, dvc#10673).
 
     Parameters
@@ -34,10 +32,7 @@ def watch(jobs: int, patience: float = PATIENCE, on_change: Callable[[], None] =
     patience : seconds without any processor time after which a task stands still
     on_change : called whenever tasks have ended or started
 
-    Raises
-    ------
-    UserError
-        Tasks failed that had not before, or all that are left stand still.
+    UserError says that tasks failed that had not before, or that all that are left stand still.
     """
     before = {rev for rev, task in tasks().items() if task["status"] == "Failed"}  # these were told already
     start, started = ["dvc", "queue", "start", "--jobs", str(jobs)], time.monotonic()
@@ -77,12 +72,11 @@ def watch(jobs: int, patience: float = PATIENCE, on_change: Callable[[], None] =
         raise UserError(f"failed: {', '.join(names[rev] for rev in failed)}; `dvc queue logs NAME` says why")
 
 
-def _processor_time(rev: str) -> float | None:
-    """Return the seconds of processor time of a task and all it started; None where no process has it."""
-    total = None
+def _processor_time(rev: str) -> float:
+    """Return the seconds of processor time of a task and all it started; 0 where no process has it."""
+    total = 0.0
     for process in psutil.process_iter(["cmdline"]):
         if any(rev in part for part in process.info["cmdline"] or []):
             with contextlib.suppress(psutil.Error):
-                times = [p.cpu_times() for p in [process, *process.children(recursive=True)]]
-                total = (total or 0.0) + sum(t.user + t.system for t in times)
+                total += sum(sum(p.cpu_times()[:2]) for p in [process, *process.children(recursive=True)])  # user and system
     return total

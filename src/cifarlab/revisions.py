@@ -6,6 +6,7 @@ import json
 import math
 import os
 import subprocess
+import sys
 import tarfile
 import tempfile
 from collections.abc import Iterator
@@ -13,7 +14,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pandas as pd
-import yaml
 
 from cifarlab import UserError, tracking
 from cifarlab.files import root
@@ -21,18 +21,19 @@ from cifarlab.params import load_params
 
 
 class Revision(NamedTuple):
-    """A commit that holds what the pipeline wrote."""
+    """A commit that holds what the pipeline wrote, or the workspace."""
 
     name: str
-    """of the DVC experiment; empty for a commit of a branch."""
+    """of the DVC experiment; empty for a commit of a branch and for the workspace."""
     commit: str
+    """Empty for the workspace."""
     baseline: str
     """The commit that the experiment started from; of a commit of a branch itself."""
 
     @property
     def restore(self) -> str:
         """The command that brings it back into the workspace."""
-        return f"dvc exp apply {self.name}" if self.name else f"git checkout {self.commit[:10]} && dvc checkout"
+        return f"dvc exp apply {self.name}" if self.name else f"git checkout {self.commit[:10]} && dvc checkout" if self.commit else ""
 
 
 def revisions() -> list[Revision]:
@@ -54,10 +55,7 @@ def cache() -> Path:
 def scratch(commit: str) -> Iterator[Path]:
     """Yield a folder with the files of a commit and, from this checkout's DVC cache, its outputs; it is deleted afterwards.
 
-    Raises
-    ------
-    UserError
-        The cache lacks outputs.
+    UserError says that the cache lacks outputs.
     """
     (root() / ".dvc" / "tmp").mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(dir=root() / ".dvc" / "tmp", prefix="scratch-") as name:
@@ -65,66 +63,56 @@ def scratch(commit: str) -> Iterator[Path]:
         with tarfile.open(fileobj=io.BytesIO(archive)) as tar:
             tar.extractall(name, filter="data")
         (Path(name) / ".dvc" / "config.local").write_text(f"[core]\n    no_scm = true\n[cache]\n    dir = {cache()}\n")
-        found = subprocess.run(["dvc", "checkout", "--quiet"], cwd=name, capture_output=True, check=False)
-        if found.returncode:
+        if subprocess.run(["dvc", "checkout", "--quiet"], cwd=name, capture_output=True, check=False).returncode:
             raise UserError("its outputs are not all in DVC's cache; `dvc fetch --all-commits` where there is a remote, or run it again")
         yield Path(name)
 
 
-def sync() -> tuple[pd.DataFrame, bool]:
+def sync() -> None:
     """Log to MLflow, from files, what it lacks of experiments, commits and the workspace.
 
-    Returns
-    -------
-    (table, whole)
-        A row for each of them and for each run of MLflow that belongs to none: what, the command that restores it, its run,
-        what was done. `whole` is False where something could not be logged.
+    Prints a row for each of them and for each run of MLflow that belongs to none: what, the command that restores it, its run,
+    what was done. UserError says that something could not be logged.
     """
     os.environ["DVC_ROOT"] = str(root())  # also from within a scratch copy
     runs = {run.info.run_id: run for run in tracking.all_runs()}
     complete = {run_id: run.data.tags for run_id, run in runs.items() if run.info.status == "FINISHED" and "dvc.lock" in run.data.tags}
     rows: list[tuple[str, str, str, str]] = []
     whole, known, seen = True, set(), set()
-    for revision in [*revisions(), None]:
-        name = revision.name if revision else ""
-        what = name or (f"commit {revision.commit[:10]}" if revision else "workspace")
+    for revision in [*revisions(), Revision("", "", "")]:
+        name, commit, _ = revision
         try:
-            lock = _git("show", f"{revision.commit}:dvc.lock") if revision else Path("dvc.lock").read_text("utf-8")
+            lock = _git("show", f"{commit}:dvc.lock") if commit else Path("dvc.lock").read_text("utf-8")
         except (OSError, subprocess.CalledProcessError):
             continue  # nothing has run there
+        fits, done = [], "was there"
         try:
             digest = tracking.lock_digest(lock)
-        except (yaml.YAMLError, LookupError, TypeError, AttributeError):
-            whole = False
-            rows.append((what, "", "", "not logged: its dvc.lock is damaged; `git checkout dvc.lock` or `dvc repro` mends it"))
-            continue
-        if (name, digest) in seen:
-            continue
-        seen.add((name, digest))
-        # A commit made of an experiment is that experiment's run.
-        fits = [i for i, tags in complete.items() if tags["dvc.lock"] == digest and name in ("", tags["dvc.exp.name"])]
-        done = "was there"
-        if not fits:
-            try:
+            if (name, digest) in seen:
+                continue
+            seen.add((name, digest))
+            # A commit made of an experiment is that experiment's run.
+            fits = [i for i, tags in complete.items() if tags["dvc.lock"] == digest and name in ("", tags["dvc.exp.name"])]
+            if not fits:
                 fits, done = [_log(revision)], "logged"
-            except UserError as error:
-                whole, done = False, f"not logged: {error}"
+        except UserError as error:
+            whole, done = False, f"not logged: {error}"
         known |= set(fits)
-        rows.append((what, revision.restore if revision else "", " ".join(fits), done))
+        rows.append((name or (f"commit {commit[:10]}" if commit else "workspace"), revision.restore, " ".join(fits), done))
     for run_id in sorted(runs.keys() - known):
-        tags, status = runs[run_id].data.tags, runs[run_id].info.status.lower()
+        tags = runs[run_id].data.tags
         what = f"{tags.get('dvc.exp.name') or 'workspace'} of {tags.get('git.commit', '')[:10]}"
-        rows.append((what, "", run_id, f"a run of no experiment or commit, {status}"))
-    return pd.DataFrame(rows, columns=["what", "restored by", "run", "MLflow"]), whole
+        rows.append((what, "", run_id, f"a run of no experiment or commit, {runs[run_id].info.status.lower()}"))
+    table = pd.DataFrame(rows, columns=["what", "restored by", "run", "MLflow"])
+    print(table.to_string(index=False) if rows else "no experiment, no commit with a dvc.lock, no run yet")
+    if not whole:
+        raise UserError("MLflow lacks what the table says")
 
 
 def run_of(revision: Revision) -> str:
     """Return the run of MLflow that an experiment has or, where DVC restored all of it from its cache, gets now.
 
-    Raises
-    ------
-    UserError
-        MLflow cannot be read or written, or the cache lacks files.
+    UserError says that MLflow cannot be read or written, or that the cache lacks files.
     """
     digest = tracking.lock_digest(_git("show", f"{revision.commit}:dvc.lock"))
     tags = {run.info.run_id: run.data.tags for run in tracking.all_runs()}
@@ -132,31 +120,25 @@ def run_of(revision: Revision) -> str:
     return fits[0] if fits else _log(revision)
 
 
-def _log(revision: Revision | None) -> str:
-    """Log a revision, or the workspace for None, and return the run."""
-    with contextlib.ExitStack() as stack:
-        if revision:
-            stack.enter_context(contextlib.chdir(stack.enter_context(scratch(revision.commit))))
-        elif subprocess.run(["dvc", "status", "--quiet"], check=False).returncode:
+def _log(revision: Revision) -> str:
+    """Log a revision and return its run."""
+    with scratch(revision.commit) if revision.commit else contextlib.nullcontext(Path()) as folder, contextlib.chdir(folder):
+        if not revision.commit and subprocess.run(["dvc", "status", "--quiet"], check=False).returncode:
             raise UserError("changed since its pipeline ran; `dvc repro` runs and logs it")
         if missing := [stage for stage in tracking.STAGES if not tracking.outputs(stage)]:
             raise UserError(f"its pipeline did not come to its end, {missing[0]} is missing; run it again")
-        with tracking.Mirror("plot", load_params(), origin=(revision.name, revision.baseline) if revision else ("", "")) as mirror:
+        with tracking.Mirror("plot", load_params(), origin=(revision.name, revision.baseline)) as mirror:
             pass
-        if mirror.client is None:
-            raise UserError("MLflow did not take it")
-        return mirror.run_id
+    if mirror.client is None:
+        raise UserError("MLflow did not take it")
+    return mirror.run_id
 
 
-def verify(name: str) -> tuple[str, bool]:
-    """Train, evaluate and plot an experiment or a commit again, in a scratch copy, and compare every file.
+def verify(name: str) -> None:
+    """Train, evaluate and plot an experiment or a commit again, in a scratch copy, compare every file, and print what differs.
 
-    Returns
-    -------
-    (sentence, held)
-        `held` where the files are identical or, where the first run had another machine, threads, precision or PyTorch, where
-        the test accuracies differ no more than those of two networks of equal skill do on so many images, in 95 of 100 cases:
-        1.96 √(2 p (1 - p) / n).
+    Ends with exit code 1 but where the files are identical or, where the first run had another machine, threads, precision or PyTorch,
+    the test accuracies differ no more than those of two networks of equal skill do on n images, 95 of 100 times: 1.96 √(2 p (1 - p) / n).
     """
     commit = next((revision.commit for revision in revisions() if revision.name == name), name)
     try:
@@ -167,8 +149,7 @@ def verify(name: str) -> tuple[str, bool]:
         first = {path: (folder / path).read_bytes() for stage in tracking.STAGES for path in tracking.outputs(stage, folder)}
         if not any(path.suffix == ".safetensors" for path in first):
             raise UserError(f"{name} holds no trained network: commit dvc.lock and metrics/ after `dvc repro`")
-        with contextlib.chdir(folder):
-            key = tracking.training_key(load_params())
+        key = tracking.training_key(load_params(folder / "params.yaml"), folder)
         # The scratch copy is a checkout of its own: no checkpoint, no run of MLflow is shared.
         env = {k: v for k, v in os.environ.items() if not k.startswith(("DVC_EXP", "DVC_ROOT", "MLFLOW_TRACKING"))}
         command = ["dvc", "repro", "--force", "--single-item", "--no-run-cache", "--no-commit", *tracking.STAGES]
@@ -178,21 +159,23 @@ def verify(name: str) -> tuple[str, bool]:
         before, now = (tracking.read_diary(key, checkout)["conditions"] for checkout in (root(), folder))
     different = [path for path in first if first[path] != again.get(path)]
     if not different:
-        return f"identical: {len(first)} files of {name}, the weights included", True
+        print(f"identical: {len(first)} files of {name}, the weights included")
+        return
     told = f"{len(different)} of {len(first)} files differ, first {different[0]}"
     if (weights := Path("models/network.safetensors")) in different:
         told += f"; of the weights first the tensor {_first_tensor(first[weights], again[weights])}"
     if before == now:
-        return f"not repeated on {now['device']}: {told}", False
+        print(f"not repeated on {now['device']}: {told}")
+        sys.exit(1)
     changed = ", ".join(f"{k} {before.get(k, 'unknown')} → {now[k]}" for k in now if before.get(k) != now[k])
     old, new = (json.loads(files[Path("metrics/evaluate.json")])["accuracy"] for files in (first, again))
     images = first[Path("plots/predictions.csv")].count(b"\n") - 1
     bound = 1.96 * math.sqrt(2 * old * (1 - old) / images)
+    told = f"{told}, as it may under other conditions ({changed}); what holds there: test accuracy {old:.2%} then, {new:.2%} now"
     held = abs(new - old) <= bound
-    return (
-        f"{told}, as it may under other conditions ({changed}); what holds there: test accuracy {old:.2%} then, {new:.2%} now, "
-        f"{'within' if held else 'NOT within'} ±{bound:.2%} for {images:,} images"
-    ), held
+    print(f"{told}, {'within' if held else 'NOT within'} ±{bound:.2%} for {images:,} images")
+    if not held:
+        sys.exit(1)
 
 
 def _first_tensor(one: bytes, other: bytes) -> str:
@@ -200,8 +183,6 @@ def _first_tensor(one: bytes, other: bytes) -> str:
 
     old, new = load(one), load(other)
     for name in old:
-        if name not in new or old[name].shape != new[name].shape:
-            return f"{name}, which has another shape"
         if not old[name].equal(new[name]):
             return f"{name}, by up to {(old[name].double() - new[name].double()).abs().max().item():.3g}"
     return "none: the headers differ"

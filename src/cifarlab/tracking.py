@@ -1,7 +1,6 @@
 """Everything that knows MLflow. Files are the truth, MLflow is their mirror: no failure in here ends a stage."""
 
 import contextlib
-import functools
 import hashlib
 import json
 import logging
@@ -16,8 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Concatenate, ParamSpec
+from typing import Any
 
 import pandas as pd
 import yaml
@@ -25,9 +23,8 @@ from filelock import FileLock
 
 from cifarlab import UserError, first_line
 from cifarlab.files import root, write_json
-from cifarlab.params import Params
+from cifarlab.params import Params, load_params
 
-P = ParamSpec("P")
 KEY = "cifarlab.key"
 STAGES = ("train", "evaluate", "plot")
 VERSIONS = ("torch", "numpy", "dvc", "mlflow")
@@ -53,14 +50,18 @@ def outputs(stage: str, folder: Path = Path()) -> list[Path]:
     """Return the files that a stage of dvc.yaml writes, metrics included, relative to `folder`, that are there."""
     entry = yaml.safe_load((folder / "dvc.yaml").read_text("utf-8"))["stages"][stage]
     names = [next(iter(out)) if isinstance(out, dict) else out for out in [*entry["outs"], *entry.get("metrics", [])]]
-    found = [path for name in names for path in ([folder / name] if (folder / name).is_file() else (folder / name).rglob("*"))]
+    found = (path for name in names for path in [folder / name, *(folder / name).rglob("*")])
     return sorted(path.relative_to(folder) for path in found if path.is_file())
 
 
 def lock_digest(lock: str) -> str:
     """Hash the entries that a dvc.lock has of the stages before plot: DVC writes plot's own when the stage is over."""
-    stages = yaml.safe_load(lock)["stages"]
-    return hashlib.sha256(json.dumps({s: stages.get(s) for s in ("download", "train", "evaluate")}, sort_keys=True).encode()).hexdigest()
+    try:
+        stages = yaml.safe_load(lock)["stages"]
+        entries = {stage: stages.get(stage) for stage in ("download", "train", "evaluate")}
+    except (yaml.YAMLError, LookupError, TypeError, AttributeError) as error:
+        raise UserError("its dvc.lock is damaged; `git checkout dvc.lock` or `dvc repro` mends it") from error
+    return hashlib.sha256(json.dumps(entries, sort_keys=True).encode()).hexdigest()
 
 
 def connect() -> Any:
@@ -75,7 +76,7 @@ def connect() -> Any:
     for name in ("mlflow", "alembic", "urllib3"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
 
-    mlflow.set_tracking_uri(os.environ.get("MLFLOW_TRACKING_URI") or _local_store())
+    mlflow.set_tracking_uri(os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{root() / 'mlflow.db'}")
     _wait_for_database()
     with _alone():
         if (path := _database()) and not path.exists():  # its tables are made elsewhere: half of them would never be mended
@@ -96,7 +97,7 @@ def experiment_id(client: Any, name: str) -> str:
                 client.restore_experiment(found.experiment_id)
             return str(found.experiment_id)
         artifacts = None
-        if mlflow.get_tracking_uri() == _local_store():
+        if mlflow.get_tracking_uri() == f"sqlite:///{root() / 'mlflow.db'}":
             artifacts = (root() / "mlartifacts").as_uri()
             with sqlite3.connect(root() / "mlflow.db") as database:
                 database.execute("PRAGMA journal_mode=WAL")  # a reader (the UI) and a writer do not stop each other
@@ -106,10 +107,6 @@ def experiment_id(client: Any, name: str) -> str:
 def _alone() -> FileLock:
     """Lock out the other stages of this checkout: two that make the store at the same time break each other."""
     return FileLock(root() / ".dvc" / "tmp" / "mlflow.lock", timeout=45)
-
-
-def _local_store() -> str:
-    return f"sqlite:///{root() / 'mlflow.db'}"
 
 
 def _database() -> Path | None:
@@ -134,22 +131,6 @@ def read_diary(key: str, checkout: Path | None = None) -> dict[str, Any]:
         return {"conditions": {}, "epochs": {}}
 
 
-def harmless(method: "Callable[Concatenate[Mirror, P], None]") -> "Callable[Concatenate[Mirror, P], None]":
-    """Turn any failure of MLflow into one warning a stage; nothing is logged until the stage ends and tries once more."""
-
-    @functools.wraps(method)
-    def wrapper(self: "Mirror", /, *args: P.args, **kwargs: P.kwargs) -> None:
-        if self.client is None:
-            return
-        try:
-            _wait_for_database()
-            method(self, *args, **kwargs)
-        except Exception as error:  # MLflow, requests, SQLAlchemy and the disk each raise their own
-            self._give_up(error)
-
-    return wrapper
-
-
 def _wait_for_database() -> None:
     """Raise OperationalError where another process has locked the SQLite store for 5 s: MLflow itself would wait 20 s a call."""
     if (path := _database()) and path.exists():
@@ -161,85 +142,75 @@ def _wait_for_database() -> None:
 class Mirror:
     """The MLflow run of a pipeline execution, as one of its stages writes to it.
 
-    The run is found by training key and DVC experiment, so stages pass nothing to each other and running a stage
-    again goes to the same run. What the run lacks of this stage and those before it (the store is new, a server was
-    away, DVC restored a stage from its cache) it gets from their files.
+    The run is found by training key and DVC experiment, so stages pass nothing to each other and running a stage again goes to the same
+    run. What it lacks of this stage and those before (the store is new, a server was away, DVC restored a stage) it gets from their files.
 
     Parameters
     ----------
     conditions : of a train stage, `training.conditions`
-    adopt : continue a run of the same training that was killed, under whatever experiment name: `dvc exp run` draws a
-        new one every time. For a train stage that knows that no other process trains the same.
+    adopt : continue a killed run of the same training whatever its experiment, for `dvc exp run` draws a new name every time; of a train
+        stage that knows that no other process trains the same
     origin : name and baseline commit of the DVC experiment, if not those that DVC names to its stages
     """
 
     def __init__(
-        self,
-        stage: str,
-        params: Params,
-        conditions: dict[str, str] | None = None,
-        *,
-        adopt: bool = False,
-        origin: tuple[str, str] | None = None,
+        self, stage: str, params: Params, conditions: dict[str, str] | None = None, *, adopt: bool = False, origin: tuple[str, ...] = ()
     ) -> None:
-        self.stage, self.params, self.conditions, self.adopt = stage, params, conditions, adopt
+        self.stage, self.params, self.conditions, self.adopt = stage, params, conditions or {}, adopt
         self.origin = origin or (os.environ.get("DVC_EXP_NAME", ""), os.environ.get("DVC_EXP_BASELINE_REV", ""))
         self.key = training_key(params)
         self.diary = read_diary(self.key)
         self.client: Any = None
-        self.run_id = ""
-        self.tags: dict[str, str] = {}
         self.monitor: Any = None
-        self.warned = False
+        self.tags: dict[str, str] = {}
+        self.run_id, self.warned = "", False
         self.opened = self.clock = time.perf_counter()
         self.idle_since: int | None = None
 
     def __enter__(self) -> "Mirror":
-        self._connect()
+        with self.harmless():
+            self._open()
         self.clock = time.perf_counter()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        killed = kind is KeyboardInterrupt
         if self.monitor:  # must end even where MLflow no longer answers
-            _within(1 if kind is KeyboardInterrupt else 9, self.monitor.finish)
-        if kind is KeyboardInterrupt:
-            _within(1, functools.partial(self._close, "KILLED"))
-            return
-        if self.client is None:  # it may be back
-            self._connect()
-        self._close("FINISHED" if kind is None else "FAILED")
+            _within(1 if killed else 9, self.monitor.finish)
+        if not killed:
+            self._close("FINISHED" if kind is None else "FAILED")
+        elif self.client:
+            _within(1, lambda: self._close("KILLED"))
+
+    @contextlib.contextmanager
+    def harmless(self) -> Iterator[None]:
+        """Turn any failure of MLflow into one warning a stage; nothing is logged until the stage ends and tries once more."""
+        try:
+            yield
+        except Exception as error:  # MLflow, requests, SQLAlchemy and the disk each raise their own
+            self.client = None
+            if not self.warned:
+                told = f"warning: MLflow does not get all of this {self.stage} stage ({type(error).__name__}: {first_line(error)[:200]})"
+                print(f"{told}; the files are not affected, `make sync` logs what is missing", file=sys.stderr, flush=True)
+            self.warned = True
 
     def epoch(self, epoch: int) -> None:
         """Note the end of an epoch, and log what history.csv has of it while training goes on."""
         now = time.perf_counter()
         before = {number: times for number, times in self.diary["epochs"].items() if int(number) < epoch}
         times = [int(time.time() * 1000), round(now - self.clock, 3)]
-        self.diary = {"conditions": self.conditions or {}, "epochs": before | {str(epoch): times}}
+        self.diary = {"conditions": self.conditions, "epochs": before | {str(epoch): times}}
         self.clock = now
         with contextlib.suppress(OSError):  # a full disk costs the timings
             write_json(diary(self.key), self.diary)
-        self._epochs()
+        if self.client:
+            with self.harmless():
+                _wait_for_database()
+                self._log_epochs()
 
-    def _give_up(self, error: Exception) -> None:
-        self.client = None
-        if not self.warned:
-            print(
-                f"warning: MLflow does not get all of this {self.stage} stage ({type(error).__name__}: {first_line(error)[:200]}); "
-                "the files are not affected, `make sync` logs what is missing",
-                file=sys.stderr,
-                flush=True,
-            )
-        self.warned = True
-
-    def _connect(self) -> None:
-        try:
-            self.client = connect()
-        except Exception as error:  # a malformed MLFLOW_TRACKING_URI, a damaged database
-            self._give_up(error)
-        self._open()
-
-    @harmless
     def _open(self) -> None:
+        """Find the run, or make it, and log what it lacks of the stages before this one."""
+        self.client = connect()
         experiment = experiment_id(self.client, self.params.tracking.experiment)
         name, baseline = self.origin
         same_key = f"tags.`{KEY}` = '{self.key}'"
@@ -252,56 +223,45 @@ class Mirror:
             self.client.update_run(self.run_id, "RUNNING", name or None)
             self._set_tags({k: v for k, v in origin.items() if self.tags.get(k, "") != v})
         else:
-            commit = baseline or _git_commit()
-            tags = {
-                KEY: self.key,
-                **origin,
-                "git.commit": commit,
-                "variant": self.params.model.describe(),
-                "version.python": platform.python_version(),
-                **{f"version.{package}": version(package) for package in VERSIONS},
-                # Where the UI looks for them.
-                "mlflow.source.git.commit": commit,
-                "mlflow.source.name": "dvc.yaml",
-                "mlflow.source.type": "PROJECT",
-            }
+            head = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
+            commit, variant = baseline or head, self.params.model.describe()
+            tags = origin | {KEY: self.key, "git.commit": commit, "variant": variant, "version.python": platform.python_version()}
+            tags |= {f"version.{package}": version(package) for package in VERSIONS}
+            # Where the UI looks for them.
+            tags |= {"mlflow.source.git.commit": commit, "mlflow.source.name": "dvc.yaml", "mlflow.source.type": "PROJECT"}
             known = [] if self.stage == "train" else list(self.diary["epochs"].values())
             self.run_id = self.client.create_run(
                 experiment,
                 start_time=int(known[0][0] - 1000 * known[0][1] if known else 1000 * (time.time() - time.perf_counter() + self.opened)),
-                run_name=name or self.params.model.describe(),
+                run_name=name or variant,
                 tags={k: v for k, v in tags.items() if v or k == "dvc.exp.name"},
             ).info.run_id
             self.idle_since, self.tags = known[-1][0] if known else None, {}
         self._log_params()
         for stage in STAGES[: STAGES.index(self.stage)]:
             self._log_files(stage)
-        if self.conditions:
-            self._set_tags(self.conditions)
-            self._watch_the_machine()
+        self._set_tags(self.conditions)
+        if self.conditions and self.params.tracking.system_metrics and not self.monitor:
+            from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
-    def _watch_the_machine(self) -> None:
-        import mlflow
-        from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
-
-        if self.params.tracking.system_metrics and not self.monitor:
-            self.monitor = SystemMetricsMonitor(
-                self.run_id, sampling_interval=5, resume_logging=True, tracking_uri=mlflow.get_tracking_uri()
-            )
+            self.monitor = SystemMetricsMonitor(self.run_id, sampling_interval=5, resume_logging=True)
             self.monitor.start()
 
-    @harmless
     def _close(self, status: str) -> None:
-        if self.monitor:
-            # A training shorter than the sampling interval has a sample, too.
-            self.monitor.collect_metrics()
-            self.monitor.publish_metrics(self.monitor.aggregate_metrics())
-            self.monitor.mlflow_logger.flush()
-        if status == "FINISHED":
-            self._log_files(self.stage)
-        # The duration of a run is the time of its stages, not that between them: a figure drawn a day later adds seconds.
-        end = None if self.idle_since is None else self.idle_since + int(1000 * (time.perf_counter() - self.opened))
-        self.client.set_terminated(self.run_id, status, end)
+        """Log what this stage wrote, where it ended well, and end the run."""
+        with self.harmless():
+            if not self.client:  # it may be back
+                self._open()
+            _wait_for_database()
+            if self.monitor:  # a training shorter than the sampling interval has a sample, too
+                self.monitor.collect_metrics()
+                self.monitor.publish_metrics(self.monitor.aggregate_metrics())
+                self.monitor.mlflow_logger.flush()
+            if status == "FINISHED":
+                self._log_files(self.stage)
+            # The duration of a run is the time of its stages, not that between them: a figure drawn a day later adds seconds.
+            end = None if self.idle_since is None else self.idle_since + int(1000 * (time.perf_counter() - self.opened))
+            self.client.set_terminated(self.run_id, status, end)
 
     def _log_params(self) -> None:
         from mlflow.entities import Param
@@ -314,10 +274,16 @@ class Mirror:
 
     def _log_files(self, stage: str) -> None:
         """Log what a stage wrote, but for a run that has these very files already."""
-        digests = {str(path): _sha256(path) for path in outputs(stage)}
-        digest = hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()
+        files = outputs(stage)
+        digest = hashlib.sha256(json.dumps({str(path): _sha256(path) for path in files}, sort_keys=True).encode()).hexdigest()
         if self.tags.get(f"logged.{stage}") != digest:
-            {"train": self._log_training, "evaluate": self._log_evaluation, "plot": self._log_figures}[stage]()
+            if stage == "train":
+                self._log_training()
+            elif stage == "evaluate":
+                self._log_evaluation()
+            for file in files:
+                if folder := {".csv": "tables", ".png": "figures"}.get(file.suffix):
+                    self.client.log_artifact(self.run_id, str(file), folder)
             self._set_tags({f"logged.{stage}": digest})
         if stage == "evaluate" and self.params.tracking.log_model:
             self._log_model()
@@ -325,22 +291,17 @@ class Mirror:
             self._set_tags({"dvc.lock": lock_digest(Path("dvc.lock").read_text("utf-8"))})
 
     def _log_training(self) -> None:
-        self._epochs()
-        final = json.loads(Path("metrics/train.json").read_text("utf-8"))
-        self._metrics({name: value for name, value in final.items() if not name.endswith(("loss", "accuracy"))})
-        self.client.log_artifact(self.run_id, "plots/history.csv", "tables")
-        self._set_tags({"weights.sha256": _sha256(Path("models/network.safetensors")), **self.diary["conditions"]})
-        self._log_dataset()
-
-    def _log_dataset(self) -> None:
         import mlflow.data
         from mlflow.data.code_dataset_source import CodeDatasetSource
         from mlflow.entities import DatasetInput, InputTag
 
         from cifarlab.datasets import Dataset
 
-        data = Dataset.load(Path("data"))
-        digest = json.loads(Path("data/dataset.json").read_text("utf-8"))["digest"]
+        self._log_epochs()
+        final = json.loads(Path("metrics/train.json").read_text("utf-8"))
+        self._log_metrics({name: value for name, value in final.items() if not name.endswith(("loss", "accuracy"))})
+        self._set_tags({"weights.sha256": _sha256(Path("models/network.safetensors")), **self.diary["conditions"]})
+        data, digest = Dataset.load(Path("data")), json.loads(Path("data/dataset.json").read_text("utf-8"))["digest"]
         sources = ["sklearn.datasets.load_digits"] if self.params.data.name == "digits" else self.params.data.sources
         source = CodeDatasetSource({"sources": sources})
         # MLflow takes 36 characters, and would itself hash only the first 10,000 values.
@@ -350,11 +311,9 @@ class Mirror:
     def _log_evaluation(self) -> None:
         metrics = json.loads(Path("metrics/evaluate.json").read_text("utf-8"))
         per_class = metrics.pop("accuracy_per_class")
-        self._metrics({f"test_{name}": value for name, value in metrics.items()})
-        allowed = re.compile(r"[^/\w.: -]")  # in the name of a metric
-        self._metrics({f"accuracy/{allowed.sub('_', name)}": value for name, value in per_class.items()})
-        for table in ("predictions", "per_class", "confusion"):
-            self.client.log_artifact(self.run_id, f"plots/{table}.csv", "tables")
+        refused = re.compile(r"[^/\w.: -]")  # in the name of a metric
+        self._log_metrics({f"test_{name}": value for name, value in metrics.items()})
+        self._log_metrics({f"accuracy/{refused.sub('_', name)}": value for name, value in per_class.items()})
         # What log_table writes, but replaced, not appended to, when the stage runs again.
         self.client.log_text(self.run_id, pd.read_csv("plots/confusion.csv").to_json(orient="split", index=False), "confusion_matrix.json")
         self._set_tags({"mlflow.loggedArtifacts": json.dumps([{"path": "confusion_matrix.json", "type": "table"}])})
@@ -389,30 +348,24 @@ class Mirror:
                 pip_requirements=[f"torch=={version('torch')}"],
             )
         if model.model_id not in [output.model_id for output in (run.outputs.model_outputs if run.outputs else [])]:
-            final = [point for name in run.data.metrics for point in self.client.get_metric_history(self.run_id, name) if point.step == 0]
+            final = [p for name in run.data.metrics for p in self.client.get_metric_history(self.run_id, name) if p.step == 0]
             metrics = [Metric(p.key, p.value, p.timestamp, p.step, model_id=model.model_id) for p in final]
             self.client.log_batch(self.run_id, metrics)
             self.client.log_outputs(self.run_id, [LoggedModelOutput(model.model_id, 0)])
 
-    def _log_figures(self) -> None:
-        for figure in sorted(Path("plots").glob("*.png")):
-            self.client.log_artifact(self.run_id, str(figure), "figures")
-
-    @harmless
-    def _epochs(self) -> None:
+    def _log_epochs(self) -> None:
         """Log the rows of history.csv that the run lacks, at the time when the epoch ended, or now where that is not known."""
         from mlflow.entities import Metric
 
         done = {point.step for point in self.client.get_metric_history(self.run_id, "train_loss")}
         now = int(time.time() * 1000)
-        rows = pd.read_csv("plots/history.csv", index_col="epoch")
-        for step, row in zip(rows.index.astype(int).tolist(), rows.to_dict("records"), strict=True):
+        for step, row in pd.read_csv("plots/history.csv", index_col="epoch").to_dict("index").items():
             if step not in done:
                 ended, seconds = self.diary["epochs"].get(str(step), (now, None))
                 values = {str(k): float(v) for k, v in row.items() if pd.notna(v)} | ({} if seconds is None else {"epoch_seconds": seconds})
                 self.client.log_batch(self.run_id, metrics=[Metric(name, value, ended, step) for name, value in values.items()])
 
-    def _metrics(self, values: dict[str, float]) -> None:
+    def _log_metrics(self, values: dict[str, float]) -> None:
         """Log final figures, but for those that the run already has."""
         known = self.client.get_run(self.run_id).data.metrics
         for name, value in values.items():
@@ -437,10 +390,6 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _git_commit() -> str:
-    return subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
-
-
 @contextlib.contextmanager
 def _readable() -> Iterator[None]:
     try:
@@ -453,35 +402,31 @@ def _readable() -> Iterator[None]:
 @_readable()
 def all_runs() -> list[Any]:
     """Return the runs of this project in every experiment of MLflow."""
-    client = connect()
-    experiments = [experiment.experiment_id for experiment in client.search_experiments()]
-    found: list[Any] = []
-    token: str | None = None
-    while token != "":
-        page = client.search_runs(experiments, f"tags.`{KEY}` LIKE '%'", max_results=1000, page_token=token)
-        found, token = [*found, *page], page.token or ""
-    return found
+    connect()
+    import mlflow
+
+    return list(mlflow.search_runs(filter_string=f"tags.`{KEY}` LIKE '%'", search_all_experiments=True, output_format="list"))
 
 
-@_readable()
-def recent_runs(experiment: str, last: int) -> pd.DataFrame:
-    """Return the newest runs, one a row, oldest first: name, variant, test figures, size and training time in seconds."""
-    client = connect()
-    found = client.get_experiment_by_name(experiment)
-    runs = client.search_runs([found.experiment_id], max_results=last) if found else []
-    rows = []
-    for run in reversed(runs):
-        metrics = run.data.metrics
-        seconds = sum(point.value for point in client.get_metric_history(run.info.run_id, "epoch_seconds"))
-        rows.append(
-            {
-                "run": run.info.run_name,
-                "variant": run.data.tags.get("variant", ""),
-                "test accuracy": f"{metrics['test_accuracy']:.2%}" if "test_accuracy" in metrics else None,
-                "test loss": f"{metrics['test_loss']:.3f}" if "test_loss" in metrics else None,
-                "macro F1": f"{metrics['test_macro_f1']:.3f}" if "test_macro_f1" in metrics else None,
-                "parameters": f"{metrics['parameters']:,.0f}" if "parameters" in metrics else None,
-                "training s": f"{seconds:.0f}" if seconds else None,
-            }
-        )
-    return pd.DataFrame(rows)
+def compare(last: int) -> None:
+    """Print the newest runs, one a row, oldest first: name, variant, test figures, size and training time in seconds."""
+    columns = {
+        "tags.mlflow.runName": ("run", "{}"),
+        "tags.variant": ("variant", "{}"),
+        "metrics.test_accuracy": ("test accuracy", "{:.2%}"),
+        "metrics.test_loss": ("test loss", "{:.3f}"),
+        "metrics.test_macro_f1": ("macro F1", "{:.3f}"),
+        "metrics.parameters": ("parameters", "{:,.0f}"),
+        "seconds": ("training s", "{:.0f}"),
+    }
+    experiment = load_params().tracking.experiment
+    with _readable():
+        client = connect()
+        import mlflow
+
+        runs = mlflow.search_runs(experiment_names=[experiment], max_results=last)[::-1]
+        epochs = [client.get_metric_history(run, "epoch_seconds") for run in runs.run_id]
+    runs["seconds"] = [sum(epoch.value for epoch in history) or float("nan") for history in epochs]
+    runs = runs.reindex(columns=list(columns))
+    table = pd.DataFrame({name: runs[column].map(form.format, na_action="ignore") for column, (name, form) in columns.items()})
+    print(table.to_string(index=False, na_rep="–") if len(table) else "MLflow holds no run yet: `make demo` makes two in a few minutes")
