@@ -148,6 +148,18 @@ LIMITS = {
 }  # fmt: skip
 
 
+def read_yaml(path: Path, hint: str) -> Any:
+    """Read a file; UserError where that fails, with the hint where there is none."""
+    try:
+        return yaml.safe_load(path.read_text("utf-8"))
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}; {hint}") from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: not UTF-8, or a date that is none
+        mark = getattr(error, "problem_mark", None)
+        where = f" in line {mark.line + 1}" if mark else ""
+        raise UserError(f"{path} is not valid YAML{where}: {getattr(error, 'problem', None) or first_line(error)}") from error
+
+
 def load_params(path: Path = Path("params.yaml")) -> Params:
     """Read and validate params.yaml.
 
@@ -156,15 +168,7 @@ def load_params(path: Path = Path("params.yaml")) -> Params:
     UserError
         One line per fault: the key, its value, what is allowed, and for an unknown key the nearest one.
     """
-    try:
-        content = yaml.safe_load(path.read_text("utf-8"))
-    except OSError as error:
-        told = f"{path} cannot be read: {error.strerror}; run from the top of the checkout, `git checkout {path}` brings it back"
-        raise UserError(told) from error
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: not UTF-8, or a date that is none
-        mark = getattr(error, "problem_mark", None)
-        where = f" in line {mark.line + 1}" if mark else ""
-        raise UserError(f"{path} is not valid YAML{where}: {getattr(error, 'problem', None) or first_line(error)}") from error
+    content = read_yaml(path, f"run from the top of the checkout, `git checkout {path}` brings it back")
     if not isinstance(content, dict):
         raise UserError(f"{path} must hold the sections {', '.join(SECTIONS)}; it holds {_shown(content)}")
     return _validated(content, f"{path}: ")
