@@ -2,7 +2,7 @@
 
 import json
 import textwrap
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import matplotlib
@@ -33,23 +33,24 @@ CAPTION, LABEL = 12, 40  # characters
 def draw_all(params: Params, data: Path, tables: Path) -> Iterator[Path]:
     """Draw every figure into `tables`, from the tables there and the images in `data`; yield their paths."""
     images = Dataset.load(data)
-    text = dict.fromkeys(("actual", "predicted", "class"), str)  # a class may be called 7
-    predictions = pd.read_csv(tables / "predictions.csv", dtype=text, keep_default_na=False)
+    # A class may be called 7, or actual.
+    texts = {"confusion": ["actual/predicted"], "per_class": ["class"], "predictions": ["actual", "predicted"]}
+    confusion, per_class, predictions = (
+        pd.read_csv(tables / f"{name}.csv", dtype=dict.fromkeys(columns, str), keep_default_na=False) for name, columns in texts.items()
+    )
+    confusion = confusion.set_index("actual/predicted")
     accuracy = json.loads((tables.parent / "metrics" / "evaluate.json").read_text("utf-8"))["accuracy"]
     title = f"{images.name} · {params.model.describe()} · test accuracy {accuracy:.1%}"
-    corner = "actual/predicted"
-    confusion = pd.read_csv(tables / "confusion.csv", dtype={corner: str}, keep_default_na=False).set_index(corner)
-    per_class = pd.read_csv(tables / "per_class.csv", dtype=text, keep_default_na=False)
-    figures: dict[str, Callable[[], Figure]] = {
-        "confusion": lambda: confusion_heatmap(confusion, title, normalized=False),
-        "confusion_recall": lambda: confusion_heatmap(confusion, title, normalized=True),
-        "curves": lambda: curves(pd.read_csv(tables / "history.csv"), title),
-        "per_class": lambda: per_class_bars(per_class, accuracy, title),
-        "training_images": lambda: training_images(images, params, title),
-        "mistakes": lambda: mistakes(images, predictions, params.plot.mistakes, title),
+    figures = {
+        "confusion": confusion_heatmap(confusion, title, normalized=False),
+        "confusion_recall": confusion_heatmap(confusion, title, normalized=True),
+        "curves": curves(pd.read_csv(tables / "history.csv"), title),
+        "per_class": per_class_bars(per_class, accuracy, title),
+        "training_images": training_images(images, params, title),
+        "mistakes": mistakes(images, predictions, params.plot.mistakes, title),
     }
-    for name, make in figures.items():
-        save(make(), tables / f"{name}.png", params.plot.dpi)
+    for name, figure in figures.items():
+        save(figure, tables / f"{name}.png", params.plot.dpi)
         yield tables / f"{name}.png"
 
 

@@ -161,13 +161,7 @@ def read_yaml(path: Path, hint: str) -> Any:
 
 
 def load_params(path: Path = Path("params.yaml")) -> Params:
-    """Read and validate params.yaml.
-
-    Raises
-    ------
-    UserError
-        One line per fault: the key, its value, what is allowed, and for an unknown key the nearest one.
-    """
+    """Read and validate params.yaml; UserError with a line per fault: key, value, what is allowed, the nearest to an unknown key."""
     content = read_yaml(path, f"run from the top of the checkout, `git checkout {path}` brings it back")
     if not isinstance(content, dict):
         raise UserError(f"{path} must hold the sections {', '.join(SECTIONS)}; it holds {_shown(content)}")
@@ -212,9 +206,10 @@ def _sentence(fault: Any, content: dict[str, Any]) -> str:
         return f"the key {_shown(fault['input'])} is refused; a key is text"
     key, (section, *names) = _key(fault["loc"]), fault["loc"][:2]
     if fault["type"] == "extra_forbidden":
-        of, known = (f"the keys of {section}", SECTIONS[section].model_fields) if names else ("the sections", SECTIONS)
-        elsewhere = [k for k in KEYS if k.split(".")[1] == fault["loc"][-1]]
-        nearest = elsewhere or [".".join([*fault["loc"][:-1], *difflib.get_close_matches(fault["loc"][-1], known, 1, 0)])]
+        *above, unknown = fault["loc"]
+        of, known = (f"the keys of {section}", SECTIONS[section].model_fields) if above else ("the sections", SECTIONS)
+        elsewhere = [k for k in KEYS if k.split(".")[1] == unknown]
+        nearest = elsewhere or [".".join([*above, *difflib.get_close_matches(unknown, known, 1, 0)])]
         value = "" if isinstance(fault["input"], dict) else f" = {_shown(fault['input'])}"
         return f"unknown key {key}{value}; did you mean {nearest[0]}? ({of} are {', '.join(known)})"
     if names:

@@ -290,10 +290,9 @@ def _sentence(found: pd.DataFrame) -> str:
     return f"Beside *{found.index[0]}* ({found.accuracy.iloc[0]:.2f} %) are {listed}."
 
 
-def _interval(values: pd.Series) -> tuple[float, float]:
-    """Return the 95 % interval of a mean."""
-    low, high = stats.t.interval(0.95, len(values) - 1, values.mean(), values.sem())
-    return float(low), float(high)
+def _interval(values: pd.Series) -> Any:
+    """Return the 95 % interval of a mean: low, high."""
+    return stats.t.interval(0.95, len(values) - 1, values.mean(), values.sem())
 
 
 def _draw(path: Path, study: Study, found: pd.DataFrame, results: pd.DataFrame, epochs: pd.DataFrame) -> None:
@@ -312,7 +311,7 @@ def _draw(path: Path, study: Study, found: pd.DataFrame, results: pd.DataFrame, 
         bars = {"err_style": "bars", "err_kws": {"capsize": 3}, "errorbar": _interval, "marker": "o"}
         sns.lineplot(results.assign(accuracy=100 * results.accuracy), x=axis, y="accuracy", hue=line, style=line, ax=effect, **bars)
         effect.set(title="Mean and 95 % interval", ylabel=f"{study.answer_by} accuracy, %", xticks=sorted(values))
-        colours = {"hue": axis, "style": line, "palette": "flare", "legend": "full"}
+        hint, colours = "", {"hue": axis, "style": line, "palette": "flare", "legend": "full"}
     else:
         palette = ["black", *sns.color_palette("husl", len(names) - 1)]
         for place, (row, colour) in enumerate(zip(found.itertuples(), palette, strict=True)):
@@ -321,7 +320,7 @@ def _draw(path: Path, study: Study, found: pd.DataFrame, results: pd.DataFrame, 
         effect.axvline(0, color="0.4", lw=1)
         effect.set(yticks=range(len(names)), yticklabels=names, ylim=(len(names) - 0.5, -0.5))
         effect.set(title="Effect, 95 % interval (hollow: noise)", xlabel=f"{study.answer_by} accuracy, points beside {names[0]}")
-        colours = {"hue": "variant", "hue_order": names, "palette": palette, "legend": False}
+        hint, colours = " (colours as on the left)", {"hue": "variant", "hue_order": names, "palette": palette, "legend": False}
     split, label = ("val", "validation") if epochs.get("val_accuracy", pd.Series()).notna().any() else ("train", "training")
     few = len(names) <= 10  # beyond, bands hide each other
     bands = {"errorbar": _interval, "err_kws": {"alpha": 0.1}} if few else {"errorbar": None}
@@ -329,9 +328,7 @@ def _draw(path: Path, study: Study, found: pd.DataFrame, results: pd.DataFrame, 
     if learning.get_legend():
         sns.move_legend(learning, "center left", bbox_to_anchor=(1, 0.5), fontsize=9, frameon=False)
     learning.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
-    learning.set(title=f"Learning curves, mean{' and 95 % band' if few else ''}", ylabel=f"{label} accuracy")
-    if not colours["legend"]:
-        learning.set(xlabel="epoch (colours as on the left)")
+    learning.set(title=f"Learning curves, mean{' and 95 % band' if few else ''}", ylabel=f"{label} accuracy", xlabel=f"epoch{hint}")
     means = results.groupby("variant")[[c for c in results.columns if c.startswith("accuracy/")]].mean().loc[names] * 100
     means.columns = means.columns.str.removeprefix("accuracy/")
     sns.heatmap(means.iloc[1:] - means.iloc[0], cmap="vlag", center=0, annot=True, fmt=".1f", annot_kws={"size": 7}, cbar=False, ax=each)
