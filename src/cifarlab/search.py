@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from cifarlab import UserError
 from cifarlab.files import root
-from cifarlab.params import changed
+from cifarlab.params import changed, load_params
 from cifarlab.studies import Point, Question, key_of, publish, read_points, run_point, table
 
 
@@ -42,6 +42,7 @@ def run(name: str) -> Path:
     accuracy. Optuna's memory is .cache/optuna.db; a search that was stopped tries the trial again that was running.
     """
     search = Search.read(name)
+    load_params()  # what is wrong there is no trial's fault
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     (root() / ".cache").mkdir(exist_ok=True)
     study = optuna.create_study(
