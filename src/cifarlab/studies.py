@@ -139,6 +139,7 @@ def run(name: str, jobs: int) -> Path:
 def run_point(point: Point, where: Literal["--queue", "--temp"]) -> None:
     """Run or queue a point; UserError with its last words where it fails."""
     log = Path(".dvc/tmp") / f"{point.experiment}.log"
+    log.parent.mkdir(exist_ok=True)  # DVC has not run in a new checkout
     options = [option for key, value in point.changes.items() for option in ("-S", f"{key}={json.dumps(value)}")]
     command = ["dvc", "exp", "run", "--quiet", "--force", where, "--name", point.experiment, *options]
     with log.open("w") as file:
