@@ -18,16 +18,22 @@ def results(**accuracies: list[float]) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["variant", "seed", "accuracy"])
 
 
+def copy_code(folder: Path) -> None:
+    for name in ["params.yaml", "dvc.yaml", *(str(path.relative_to(REPO)) for path in REPO.glob("s*/**/*.py"))]:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(REPO / name, folder / name)
+
+
 @pytest.mark.parametrize("n", [2, 3, 10])
 def test_the_interval_of_a_difference_holds_the_truth_95_times_in_a_hundred(n: int) -> None:
     rng, truth, trials = np.random.default_rng(0), 0.7, 4000
-    held = 0
-    for _ in range(trials):
-        luck = rng.normal(0, 5, n)  # of a seed, the same for both variants: pairing takes it out
-        difference, half, _ = studies.compare(80 + luck, 80 + luck + truth + rng.normal(0, 0.5, n))
-        held += abs(difference - truth) <= half
+    luck = rng.normal(0.8, 0.05, n)  # of a seed, the same for all variants: pairing takes it out
+    names = ["base", *(f"v{i}" for i in range(trials))]
+    frame = results(base=list(luck), **{name: list(luck + truth / 100 + rng.normal(0, 0.005, n)) for name in names[1:]})
+    found = studies.effects(frame, names)[1:]
+    held = ((found.difference - truth).abs() <= found.half).mean()
     # Three standard errors of a share of 0.95 in so many trials.
-    assert held / trials == pytest.approx(0.95, abs=3 * (0.95 * 0.05 / trials) ** 0.5)
+    assert held == pytest.approx(0.95, abs=3 * (0.95 * 0.05 / trials) ** 0.5)
 
 
 def test_where_nothing_differs_a_study_of_many_variants_is_wrong_in_five_of_a_hundred(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -36,13 +42,15 @@ def test_where_nothing_differs_a_study_of_many_variants_is_wrong_in_five_of_a_hu
     wrong = 0
     for _ in range(trials):
         frame = results(**{name: list(rng.normal(0.8, 0.01, 4)) for name in names})
-        wrong += any(effect.real for effect in studies.effects(frame, names))
+        wrong += studies.effects(frame, names).real.any()
     assert wrong / trials <= 0.05 + 3 * (0.05 * 0.95 / trials) ** 0.5
 
 
 def test_effects_by_hand() -> None:
     base, up, other = [0.80, 0.82, 0.84], [0.83, 0.8501, 0.8699], [0.84, 0.80, 0.83]
-    first, better, noise = studies.effects(results(base=base, up=up, other=other), ["base", "up", "other"])
+    found = studies.effects(results(base=base, up=up, other=other), ["base", "up", "other"])
+    assert list(found.index) == ["base", "up", "other"]
+    first, better, noise = found.itertuples()
     assert (first.accuracy, first.difference, first.real) == (pytest.approx(82), 0, False)
     assert first.interval == pytest.approx(4.302652729911275 * 2 / 3**0.5)  # the quantile of Student's t of 2 degrees, deviation 2
     assert better.difference == pytest.approx(3)
@@ -53,9 +61,9 @@ def test_effects_by_hand() -> None:
 
 
 def test_a_change_that_reaches_nothing_is_no_effect_and_one_without_spread_is() -> None:
-    base = np.array([80.0, 81.0, 82.0])
-    assert studies.compare(base, base) == (0, 0, 1)
-    assert studies.compare(base, base + 1) == (1, 0, 0)
+    base = [0.25, 0.5, 0.75]
+    found = studies.effects(results(base=base, same=base, up=[0.375, 0.625, 0.875]), ["base", "same", "up"])
+    assert found[["difference", "half", "p", "real"]].to_numpy().tolist() == [[0, 0, 1, False], [0, 0, 1, False], [12.5, 0, 0, True]]
 
 
 @pytest.mark.parametrize("path", sorted({*(REPO / "studies").glob("*.yaml")} - {REPO / "studies/search.yaml"}), ids=lambda path: path.stem)
@@ -67,14 +75,14 @@ def test_every_study_can_be_asked(path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_a_grid_is_every_combination(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "studies").mkdir()
-    (tmp_path / "params.yaml").write_text((REPO / "params.yaml").read_text())
+    copy_code(tmp_path)
     grid = {"model.layers": [3, 6], "model.norm": ["batch", "none"]}
     (tmp_path / "studies/g.yaml").write_text(yaml.safe_dump({"question": "?", "grid": grid, "seeds": [4, 5]}))
     monkeypatch.chdir(tmp_path)
     study, points = studies.load("g")
     assert list(study.variants) == ["layers 3, norm batch", "layers 3, norm none", "layers 6, norm batch", "layers 6, norm none"]
-    assert points[-1] == ("layers 6, norm none", 5, "g-layers-6-norm-none-5", {"model.layers": 6, "model.norm": "none", "train.seed": 5})
+    changes = {"model.layers": 6, "model.norm": "none", "train.seed": 5}
+    assert points[-1][:4] == ("layers 6, norm none", 5, "g-layers-6-norm-none-5", changes)
 
 
 @pytest.mark.parametrize(
@@ -85,15 +93,20 @@ def test_a_grid_is_every_combination(tmp_path: Path, monkeypatch: pytest.MonkeyP
         ("{question: a, seeds: [0, 1]}", "at least two variants"),
         ("{question: a, seeds: [0, 0], variants: {a: {}, b: {}}}", "a seed stands twice"),
         ("{question: a, seeds: [0, 1], variants: {a b: {}, a-b: {}}}", "of different names"),
-        ("{question: a, seeds: [0, 1], variants: {a: {}, deep: {model.layer: 9}}}", "deep model.layer Extra inputs"),
-        ("{question: a, seeds: [0, 1], variants: {a: {}, deep: {model.layers: many}}}", "deep model.layers"),
+        (
+            "{question: a, seeds: [0, 1], variants: {a: {}, deep: {model.layer: 9}}}",
+            "deep: unknown key model.layer = 9",
+        ),
+        (
+            "{question: a, seeds: [0, 1], variants: {a: {}, deep: {model.layers: many}}}",
+            "deep: model.layers = 'many' is refused",
+        ),
         ("{question: a, seeds: [0, 1], sedes: 3, variants: {a: {}, b: {}}}", "sedes Extra inputs"),
         ("[1, 2]", "Input should be a valid dictionary"),
     ],
 )
 def test_a_wrong_study_is_refused_in_one_sentence(content: str, told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "studies").mkdir()
-    (tmp_path / "params.yaml").write_text((REPO / "params.yaml").read_text())
+    copy_code(tmp_path)
     (tmp_path / "studies/s.yaml").write_text(content)
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError) as refused:
@@ -106,18 +119,17 @@ def test_a_wrong_study_is_refused_in_one_sentence(content: str, told: str, tmp_p
 
 
 def test_a_table_is_believed_only_for_the_parameters_and_the_code_it_was_made_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ["params.yaml", "dvc.yaml", "studies/demo.yaml", *(str(p.relative_to(REPO)) for p in REPO.glob("s*/**/*.py"))]:
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(REPO / name, tmp_path / name)
+    copy_code(tmp_path)
+    shutil.copy(REPO / "studies/demo.yaml", tmp_path / "studies")
     monkeypatch.chdir(tmp_path)
     _, points = studies.load("demo")
-    rows = [{"experiment": p.experiment, "key": studies.key_of(p), "accuracy": 0.5} for p in points[:4]]
+    rows = [{"experiment": p.experiment, "key": p.key, "accuracy": 0.5} for p in points[:4]]
     table = tmp_path / "docs/studies/demo.csv"
     table.parent.mkdir(parents=True)
     pd.DataFrame(rows).to_csv(table, index=False)
 
     def known() -> int:
-        return len(studies._tables("demo", points)[0])
+        return len(studies._tables("demo", studies.load("demo")[1])[0])
 
     assert known() == 4
     parameters, code = tmp_path / "params.yaml", tmp_path / "src/cifarlab/models.py"

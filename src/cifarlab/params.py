@@ -126,10 +126,9 @@ class Params(Section):
         if weights > 10**9:
             widths = f"model.widths = {self.model.widths}"
             raise ValueError(f"{widths}: {weights:,} weights are above a billion; lower model.widths, layers, kernel_size or head")
-        if self.train.translate >= self.data.image_size:
-            raise ValueError(f"train.translate = {self.train.translate}: must stay below data.image_size = {self.data.image_size}")
-        if self.evaluate.shifts >= self.data.image_size:
-            raise ValueError(f"evaluate.shifts = {self.evaluate.shifts}: must stay below data.image_size = {self.data.image_size}")
+        for key, pixels in (("train.translate", self.train.translate), ("evaluate.shifts", self.evaluate.shifts)):
+            if pixels >= self.data.image_size:
+                raise ValueError(f"{key} = {pixels}: must stay below data.image_size = {self.data.image_size}")
         return self
 
     def flat(self) -> dict[str, Any]:
@@ -137,60 +136,54 @@ class Params(Section):
         return {f"{section}.{key}": value for section, values in self.model_dump().items() for key, value in values.items()}
 
 
-SECTIONS: dict[str, type[Section]] = {
-    "data": DataParams,
-    "model": ModelParams,
-    "train": TrainParams,
-    "evaluate": EvaluateParams,
-    "plot": PlotParams,
-    "tracking": TrackingParams,
-}
+SECTIONS: dict[str, type[Section]] = Params.__annotations__
+KEYS = [f"{name}.{key}" for name, section in SECTIONS.items() for key in section.model_fields]
 SHORT = reprlib.Repr()
 SHORT.maxlevel, SHORT.maxstring = 3, 10**6  # strings are cut when their passwords are hidden
-KEYS = [f"{name}.{key}" for name, section in SECTIONS.items() for key in section.model_fields]
+# JSON schema in words.
+KINDS = {"array": "a list", "boolean": "true or false", "integer": "a whole number", "null": "null", "number": "a number", "string": "text"}
+LIMITS = {
+    "minimum": "at least", "exclusiveMinimum": "above", "maximum": "at most", "exclusiveMaximum": "below",
+    "minItems": "of length at least", "maxItems": "of length at most", "minLength": "of length at least", "pattern": "that matches",
+}  # fmt: skip
 
 
-def load_params(path: Path = Path("params.yaml")) -> Params:
-    """Read and validate params.yaml.
-
-    Raises
-    ------
-    UserError
-        One line per fault: the key, its value, what is allowed, and for an unknown key the nearest one.
-    """
+def read_yaml(path: Path, hint: str) -> Any:
+    """Read a file; UserError where that fails, with the hint where there is none."""
     try:
-        content = yaml.safe_load(path.read_text("utf-8"))
+        return yaml.safe_load(path.read_text("utf-8"))
     except OSError as error:
-        raise UserError(
-            f"{path} cannot be read: {error.strerror}; run from the top of the checkout, `git checkout {path}` brings it back"
-        ) from error
+        raise UserError(f"{path} cannot be read: {error.strerror}; {hint}") from error
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: not UTF-8, or a date that is none
         mark = getattr(error, "problem_mark", None)
         where = f" in line {mark.line + 1}" if mark else ""
         raise UserError(f"{path} is not valid YAML{where}: {getattr(error, 'problem', None) or first_line(error)}") from error
+
+
+def load_params(path: Path = Path("params.yaml")) -> Params:
+    """Read and validate params.yaml; UserError with a line per fault: key, value, what is allowed, the nearest to an unknown key."""
+    content = read_yaml(path, f"run from the top of the checkout, `git checkout {path}` brings it back")
     if not isinstance(content, dict):
         raise UserError(f"{path} must hold the sections {', '.join(SECTIONS)}; it holds {_shown(content)}")
+    return _validated(content, f"{path}: ")
+
+
+def changed(changes: dict[str, Any]) -> Params:
+    """Return params.yaml with changes by full key, {"model.layers": 3}, as `dvc exp run -S` makes them; UserError as `load_params`."""
+    content = load_params().model_dump()
+    for key, value in changes.items():
+        section, _, field = key.partition(".")
+        content.setdefault(section, {})[field] = value
+    return _validated(content, "")
+
+
+def _validated(content: dict[str, Any], prefix: str) -> Params:
     try:
         return Params.model_validate(content)
     except ValidationError as error:
         # A union reports one fault per member: one sentence per key is enough.
         faults = {_key(fault["loc"]) or fault["msg"]: _sentence(fault, content) for fault in error.errors()}
-        raise UserError("\n".join(f"{path}: {sentence}" for sentence in faults.values())) from error
-
-
-def changed(changes: dict[str, Any]) -> Params:
-    """Return params.yaml with changes by full key, {"model.layers": 3}, as `dvc exp run -S` makes them.
-
-    Raises
-    ------
-    UserError, ValidationError
-        Of the file; of the changes.
-    """
-    content = load_params().model_dump()
-    for key, value in changes.items():
-        section, _, field = key.partition(".")
-        content.setdefault(section, {})[field] = value
-    return Params.model_validate(content)
+        raise UserError("\n".join(prefix + sentence for sentence in faults.values())) from error
 
 
 def _shown(value: Any) -> str:
@@ -209,54 +202,30 @@ def _key(loc: tuple[int | str, ...]) -> str:
 def _sentence(fault: Any, content: dict[str, Any]) -> str:
     if fault["type"] == "value_error":  # ours, a whole sentence already
         return str(fault["ctx"]["error"])
-    key = _key(fault["loc"])
-    if fault["type"] == "extra_forbidden":
-        section, *nested = map(str, fault["loc"])
-        nearest = _nearest(section, *nested)
-        known = (
-            f"the keys of {section} are {', '.join(SECTIONS[section].model_fields)}"
-            if section in SECTIONS
-            else f"the sections are {', '.join(SECTIONS)}"
-        )
-        value = "" if isinstance(fault["input"], dict) else f" = {_shown(fault['input'])}"
-        return f"unknown key {key}{value}; did you mean {nearest}? ({known})"
-    if fault["type"] == "missing":
-        return f"{key} is missing; it must be {_allowed(key)}"
     if fault["type"] == "invalid_key":
         return f"the key {_shown(fault['input'])} is refused; a key is text"
-    section, _, name = key.partition(".")
-    value = content[section][name] if name else content[section]
-    return f"{key} = {_shown(value)} is refused; it must be {_allowed(key)}"
-
-
-def _nearest(section: str, name: str | None = None) -> str:
-    if name is None:
-        return difflib.get_close_matches(section, SECTIONS, 1, 0)[0]
-    same = [f"{section}.{k}" for k in SECTIONS[section].model_fields]
-    elsewhere = [k for k in KEYS if k.split(".")[1] == name]
-    return (elsewhere or difflib.get_close_matches(f"{section}.{name}", same, 1, 0))[0]
-
-
-def _allowed(key: str) -> str:
-    section, _, name = key.partition(".")
-    if not name:
-        return f"a section with the keys {', '.join(SECTIONS[section].model_fields)}"
-    schema = SECTIONS[section].model_json_schema()["properties"][name]
-    return " or ".join(_in_words(alternative) for alternative in schema.get("anyOf", [schema]))
+    key, (section, *names) = _key(fault["loc"]), fault["loc"][:2]
+    if fault["type"] == "extra_forbidden":
+        *above, unknown = fault["loc"]
+        of, known = (f"the keys of {section}", SECTIONS[section].model_fields) if above else ("the sections", SECTIONS)
+        elsewhere = [k for k in KEYS if k.split(".")[1] == unknown]
+        nearest = elsewhere or [".".join([*above, *difflib.get_close_matches(unknown, known, 1, 0)])]
+        value = "" if isinstance(fault["input"], dict) else f" = {_shown(fault['input'])}"
+        return f"unknown key {key}{value}; did you mean {nearest[0]}? ({of} are {', '.join(known)})"
+    if names:
+        allowed = _in_words(SECTIONS[section].model_json_schema()["properties"][names[0]])
+    else:
+        allowed = f"a section with the keys {', '.join(SECTIONS[section].model_fields)}"
+    if fault["type"] == "missing":
+        return f"{key} is missing; it must be {allowed}"
+    return f"{key} = {_shown(content[section][names[0]] if names else content[section])} is refused; it must be {allowed}"
 
 
 def _in_words(schema: dict[str, Any]) -> str:
+    if "anyOf" in schema:
+        return " or ".join(map(_in_words, schema["anyOf"]))
     if "enum" in schema:
         return "one of " + ", ".join(schema["enum"])
-    if "const" in schema:
-        return str(schema["const"])
-    if schema["type"] == "array":
-        size = f" of {schema.get('minItems', 0)} to {schema['maxItems']} items" if "maxItems" in schema else ""
-        return f"a list{size}, each item {_in_words(schema['items'])}"
-    if schema["type"] in ("integer", "number"):
-        bounds = [("minimum", "at least"), ("exclusiveMinimum", "above"), ("maximum", "at most"), ("exclusiveMaximum", "below")]
-        limits = " and ".join(f"{word} {schema[bound]}" for bound, word in bounds if bound in schema)
-        return ("a whole number " if schema["type"] == "integer" else "a number ") + limits
-    if "pattern" in schema:
-        return "64 lowercase hexadecimal digits"
-    return {"string": "text that is not empty", "boolean": "true or false", "null": "null"}[schema["type"]]
+    limits = " and ".join(f"{word} {schema[limit]}" for limit, word in LIMITS.items() if limit in schema)
+    items = f", each item {_in_words(schema['items'])}" if "items" in schema else ""
+    return schema.get("const") or f"{KINDS[schema['type']]} {limits}".strip() + items
