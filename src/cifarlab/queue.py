@@ -34,8 +34,9 @@ def watch(jobs: int, patience: float = 60, on_change: Callable[[], None] = lambd
 
     UserError says that tasks failed that had not before, or that all that are left stand still.
     """
-    before = {rev for rev, task in tasks().items() if task["status"] == "Failed"}  # these were told already
+    before = {rev for rev, task in tasks().items() if task["status"] in ("Failed", "Success")}  # these were told already
     start, started = ["dvc", "queue", "start", "--jobs", str(jobs)], time.monotonic()
+    begun = started
     subprocess.run(start, check=True)
     moved: dict[str, tuple[Any, float]] = {}  # of a task: what was seen of it, and since when nothing else
     told: set[str] = set()
@@ -45,10 +46,13 @@ def watch(jobs: int, patience: float = 60, on_change: Callable[[], None] = lambd
         names = {rev: task["name"] or rev[:7] for rev, task in listed.items()}
         by_status = {s: [rev for rev, task in listed.items() if task["status"] == s] for s in ("Success", "Running", "Queued", "Failed")}
         now = ", ".join(f"{len(revs)} {status.lower()}" for status, revs in by_status.items())
+        left = by_status["Running"] + by_status["Queued"]
         if now != counts:
-            print(f"queue: {now}", flush=True)
+            ended = len(listed) - len(left)
+            about = f", about {(time.monotonic() - begun) / ended * len(left) / 60:.0f} min left" if ended and left else ""
+            print(f"queue: {now}{about}", flush=True)
             on_change()
-        counts, left = now, by_status["Running"] + by_status["Queued"]
+        counts = now
         if not left:
             break
         if len(by_status["Running"]) < min(jobs, len(left)) and time.monotonic() - started > patience / 2:  # a worker ended early
