@@ -112,12 +112,12 @@ lint: setup audit  ## ruff, mypy and audit
 	ruff format --check .
 	mypy
 
-audit: setup  ## known vulnerabilities of what is pinned; says for how much of it PyPI's advisories could not be asked
+audit: setup  ## known vulnerabilities of what is pinned, as far as PyPI's advisories can be asked from here
 	@mkdir -p .cache
 	@uvx pip-audit@2.10.0 --progress-spinner off --requirement requirements.txt --no-deps --disable-pip >.cache/audit.txt 2>&1; \
-	found=$$?; grep -v -e "could not be audited" -e "^WARNING" -e "^Name .*Skip" -e "^---" .cache/audit.txt; \
-	echo "$$(grep -c "could not be audited" .cache/audit.txt) of $$(grep -c "==" requirements.txt) packages could not be looked up from here"; \
-	exit $$found
+	if grep -q "^Found .* known vulnerabilit" .cache/audit.txt; then grep -v "could not be audited" .cache/audit.txt; exit 1; fi; \
+	grep "^No known" .cache/audit.txt && echo "but $$(grep -c "could not be audited" .cache/audit.txt) of $$(grep -c "==" requirements.txt) could not be asked for" \
+	|| echo "PyPI's advisories cannot be asked from here: $$(head -1 .cache/audit.txt)"
 
 format: setup  ## let ruff mend what it can
 	ruff check --fix .
