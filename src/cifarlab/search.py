@@ -48,11 +48,11 @@ def run(name: str) -> Path:
     study = optuna.create_study(
         study_name=f"{name} {search.model_dump_json(exclude={'findings', 'trials', 'question'})}"[:500],
         storage=f"sqlite:///{root() / '.cache' / 'optuna.db'}",
-        sampler=optuna.samplers.TPESampler(seed=0),
         pruner=optuna.pruners.SuccessiveHalvingPruner(min_resource=search.rungs[0], reduction_factor=3),
         direction="maximize",
         load_if_exists=True,
     )
+    study.sampler = optuna.samplers.TPESampler(seed=len(study.trials))  # continued, it must not draw the same again
     for trial in study.get_trials(states=[TrialState.RUNNING]):
         study.tell(trial.number, state=TrialState.FAIL)
         study.enqueue_trial(trial.params)
