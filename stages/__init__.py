@@ -1,6 +1,7 @@
 """The stages of dvc.yaml, one module each: `python -m stages.train`."""
 
 import os
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -24,8 +25,17 @@ except ModuleNotFoundError as error:
     _not_set_up(error)
 
 
+def _interrupt(*_: object) -> None:
+    """Raise KeyboardInterrupt, and again until it is heard: Python drops what is raised in a destructor or a weakref's callback."""
+    signal.setitimer(signal.ITIMER_REAL, 0.3)
+    raise KeyboardInterrupt
+
+
 def run(stage: Callable[[Params], None]) -> None:
     """Run a stage with validated parameters; an error of the user's ends in a sentence, not in a traceback."""
+    if hasattr(signal, "setitimer"):
+        signal.signal(signal.SIGINT, _interrupt)
+        signal.signal(signal.SIGALRM, _interrupt)
     try:
         stage(load_params())
     except UserError as error:
@@ -37,6 +47,9 @@ def run(stage: Callable[[Params], None]) -> None:
             raise
         sys.exit("error: the memory is not enough; lower train.batch_size, evaluate.batch_size, model.widths or data.image_size")
     except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        if hasattr(signal, "setitimer"):
+            signal.setitimer(signal.ITIMER_REAL, 0)
         sys.stdout.flush()
         print("interrupted; type the same command again and it continues", file=sys.stderr, flush=True)
         os._exit(1)  # all is written and closed; taking PyTorch and MLflow down would cost seconds

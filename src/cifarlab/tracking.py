@@ -7,6 +7,7 @@ import logging
 import os
 import platform
 import re
+import signal
 import sqlite3
 import subprocess
 import sys
@@ -175,6 +176,8 @@ class Mirror:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         killed = kind is KeyboardInterrupt
+        if killed and hasattr(signal, "setitimer"):  # it was heard: see stages.run
+            signal.setitimer(signal.ITIMER_REAL, 0)
         if self.monitor:  # must end even where MLflow no longer answers
             _within(1 if killed else 9, self.monitor.finish)
         if not killed:
