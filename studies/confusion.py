@@ -65,7 +65,7 @@ def draw(path: Path, table: list[Pair], predictions: pd.DataFrame, data: Dataset
     labels = [f"{row.one} → {row.other}{' *' if row.p < 0.05 else ''}" for row in top]
     axes.set(yticks=places, yticklabels=labels, xlabel="test images", title="Most confused pairs (*: uneven beyond chance)")
     axes.invert_yaxis()
-    axes.legend(loc="lower right")
+    axes.legend(loc="upper center", bbox_to_anchor=(0.3, -0.1), ncols=2, frameon=False)
     grid = gallery.subplots(SHOWN, 2 * EXAMPLES, squeeze=False)
     for row, pair in zip(grid, table, strict=False):
         for way, (actual, predicted) in enumerate(((pair.one, pair.other), (pair.other, pair.one))):

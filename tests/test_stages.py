@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import signal
 import subprocess
 import sys
 import venv
@@ -105,3 +106,28 @@ def test_accuracy_on_mirrored_and_on_shifted_images(
 
     found = {key: value for key, value in metrics.items() if key.startswith("accuracy_shifted")}
     assert found == ({f"accuracy_shifted_{i}": pytest.approx(shifted(i), abs=1e-6) for i in (1, 2)} if mirror else {})
+
+
+def test_a_ctrl_c_that_python_drops_is_heard_all_the_same(folder: Path) -> None:
+    """What is raised in a destructor goes no further than a message."""
+    script = """
+import time, stages
+class Dropped:
+    def __del__(self):
+        print("here", flush=True)
+        time.sleep(60)
+def stage(params):
+    Dropped()
+    print("dropped", flush=True)
+    time.sleep(60)
+stages.run(stage)
+"""
+    with subprocess.Popen([sys.executable, "-c", script], cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout
+        assert process.stderr
+        assert process.stdout.readline() == "here\n"
+        process.send_signal(signal.SIGINT)
+        assert process.stdout.readline() == "dropped\n"
+        assert process.wait(10) == 1
+        said = process.stderr.read()
+    assert said.splitlines()[-1] == "interrupted; type the same command again and it continues"

@@ -1,7 +1,9 @@
 """The training key, and what a run of MLflow gets when a stage ends one way or another."""
 
+import contextlib
 import json
 import shutil
+import sqlite3
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -140,3 +142,15 @@ def test_a_deleted_experiment_comes_back(checkout: Path, make_params: Make, caps
         pass
     assert "warning" not in capsys.readouterr().err
     assert client.get_experiment_by_name("cifarlab").lifecycle_stage == "active"
+
+
+def test_a_database_elsewhere_has_its_artifacts_beside_it(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """MLflow's own default is relative to the working folder, which `dvc exp run --temp` deletes."""
+    elsewhere = checkout / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{elsewhere / 'other.db'}")
+    client = tracking.connect()
+    experiment = client.get_experiment(tracking.experiment_id(client, "cifarlab"))
+    assert experiment.artifact_location == (elsewhere / "mlartifacts").as_uri()
+    with contextlib.closing(sqlite3.connect(elsewhere / "other.db")) as database:
+        assert database.execute("PRAGMA journal_mode").fetchone() == ("wal",)

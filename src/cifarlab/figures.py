@@ -152,7 +152,7 @@ def _gallery(images: Tensor, captions: Sequence[str], headline: str, title: str,
     tiles = torch.full((rows * columns, 3, tile, tile), 255, dtype=torch.uint8)
     tiles[: len(large), :, :side, 20:-20] = large
     grid = tiles.view(rows, columns, 3, tile, tile).permute(0, 3, 1, 4, 2).reshape(rows * tile, columns * tile, 3).numpy()
-    figure, axes = plt.subplots(figsize=(columns * tile / 95, rows * tile / 95 + 0.8))
+    figure, axes = plt.subplots(figsize=(columns * tile / 95, rows * tile / 95 + 1.2))
     axes.imshow(grid)
     axes.axis("off")
     for i, caption in enumerate(captions):

@@ -26,7 +26,7 @@ class DataParams(Section):
     name: Literal["cifar10", "folder", "digits"]
     sources: list[str]
     """URLs (https, http, file) or paths, tried in turn. Relative paths start at the main checkout."""
-    sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")] | None
+    sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$", description="64 lowercase hexadecimal digits")] | None
     """Checksum of the archive, required for a download."""
     image_size: Annotated[int, Field(ge=1, le=512)]
     """Height and width in pixels."""
@@ -144,7 +144,7 @@ SHORT.maxlevel, SHORT.maxstring = 3, 10**6  # strings are cut when their passwor
 KINDS = {"array": "a list", "boolean": "true or false", "integer": "a whole number", "null": "null", "number": "a number", "string": "text"}
 LIMITS = {
     "minimum": "at least", "exclusiveMinimum": "above", "maximum": "at most", "exclusiveMaximum": "below",
-    "minItems": "of length at least", "maxItems": "of length at most", "minLength": "of length at least", "pattern": "that matches",
+    "minItems": "of length at least", "maxItems": "of length at most", "minLength": "of length at least",
 }  # fmt: skip
 
 
@@ -226,6 +226,8 @@ def _in_words(schema: dict[str, Any]) -> str:
         return " or ".join(map(_in_words, schema["anyOf"]))
     if "enum" in schema:
         return "one of " + ", ".join(schema["enum"])
+    if "description" in schema:
+        return str(schema["description"])
     limits = " and ".join(f"{word} {schema[limit]}" for limit, word in LIMITS.items() if limit in schema)
     items = f", each item {_in_words(schema['items'])}" if "items" in schema else ""
     return schema.get("const") or f"{KINDS[schema['type']]} {limits}".strip() + items

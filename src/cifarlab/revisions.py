@@ -9,9 +9,9 @@ import subprocess
 import sys
 import tarfile
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pandas as pd
 
@@ -76,7 +76,6 @@ def sync() -> None:
     """
     os.environ["DVC_ROOT"] = str(root())  # also from within a scratch copy
     runs = {run.info.run_id: run for run in tracking.all_runs()}
-    complete = {run_id: run.data.tags for run_id, run in runs.items() if run.info.status == "FINISHED" and "dvc.lock" in run.data.tags}
     rows: list[tuple[str, str, str, str]] = []
     whole, known, seen = True, set(), set()
     for revision in [*revisions(), Revision("", "", "")]:
@@ -91,8 +90,7 @@ def sync() -> None:
             if (name, digest) in seen:
                 continue
             seen.add((name, digest))
-            # A commit made of an experiment is that experiment's run.
-            fits = [i for i, tags in complete.items() if tags["dvc.lock"] == digest and name in ("", tags["dvc.exp.name"])]
+            fits = _complete(runs.values(), digest, name)
             if not fits:
                 fits, done = [_log(revision)], "logged"
         except UserError as error:
@@ -115,9 +113,13 @@ def run_of(revision: Revision) -> str:
     UserError says that MLflow cannot be read or written, or that the cache lacks files.
     """
     digest = tracking.lock_digest(_git("show", f"{revision.commit}:dvc.lock"))
-    tags = {run.info.run_id: run.data.tags for run in tracking.all_runs()}
-    fits = [i for i, found in tags.items() if found.get("dvc.lock") == digest and found.get("dvc.exp.name") == revision.name]
-    return fits[0] if fits else _log(revision)
+    return next(iter(_complete(tracking.all_runs(), digest, revision.name)), "") or _log(revision)
+
+
+def _complete(runs: Iterable[Any], digest: str, name: str) -> list[str]:
+    """Return those of the runs that have all of a dvc.lock, of an experiment or, as a commit may be made of one, of any."""
+    finished = {run.info.run_id: run.data.tags for run in runs if run.info.status == "FINISHED"}
+    return [i for i, tags in finished.items() if tags.get("dvc.lock") == digest and name in ("", tags["dvc.exp.name"])]
 
 
 def _log(revision: Revision) -> str:

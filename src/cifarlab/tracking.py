@@ -89,18 +89,16 @@ def connect() -> Any:
 
 
 def experiment_id(client: Any, name: str) -> str:
-    """Return the id of the MLflow experiment, made when missing, its artifacts at the root of the main checkout."""
-    import mlflow
-
+    """Return the id of the MLflow experiment, made when missing, its artifacts beside the database where that is SQLite."""
     with _alone():
         if found := client.get_experiment_by_name(name):
             if found.lifecycle_stage == "deleted":  # its name stays taken
                 client.restore_experiment(found.experiment_id)
             return str(found.experiment_id)
         artifacts = None
-        if mlflow.get_tracking_uri() == f"sqlite:///{root() / 'mlflow.db'}":
-            artifacts = (root() / "mlartifacts").as_uri()
-            with sqlite3.connect(root() / "mlflow.db") as database:
+        if path := _database():  # MLflow's own default starts at the working folder, which a `--temp` run deletes
+            artifacts = (path.parent / "mlartifacts").as_uri()
+            with sqlite3.connect(path) as database:
                 database.execute("PRAGMA journal_mode=WAL")  # a reader (the UI) and a writer do not stop each other
         return str(client.create_experiment(name, artifacts))
 
@@ -171,6 +169,11 @@ class Mirror:
     def __enter__(self) -> "Mirror":
         with self.harmless():
             self._open()
+            if self.conditions and self.params.tracking.system_metrics:
+                from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
+
+                self.monitor = SystemMetricsMonitor(self.run_id, sampling_interval=5, resume_logging=True)
+                self.monitor.start()
         self.clock = time.perf_counter()
         return self
 
@@ -244,11 +247,6 @@ class Mirror:
         for stage in STAGES[: STAGES.index(self.stage)]:
             self._log_files(stage)
         self._set_tags(self.conditions)
-        if self.conditions and self.params.tracking.system_metrics and not self.monitor:
-            from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
-
-            self.monitor = SystemMetricsMonitor(self.run_id, sampling_interval=5, resume_logging=True)
-            self.monitor.start()
 
     def _close(self, status: str) -> None:
         """Log what this stage wrote, where it ended well, and end the run."""
