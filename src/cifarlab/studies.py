@@ -141,7 +141,10 @@ def run_point(point: Point, where: Literal["--queue", "--temp"]) -> None:
     log = Path(".dvc/tmp") / f"{point.experiment}.log"
     log.parent.mkdir(exist_ok=True)  # DVC has not run in a new checkout
     options = [option for key, value in point.changes.items() for option in ("-S", f"{key}={json.dumps(value)}")]
-    command = ["dvc", "exp", "run", "--quiet", "--force", where, "--name", point.experiment, *options]
+    # DVC's own --force would replace an experiment of that name, and run every stage again whatever its cache has.
+    head = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+    subprocess.run(["git", "update-ref", "-d", f"refs/exps/{head[:2]}/{head[2:]}/{point.experiment}"], check=True)
+    command = ["dvc", "exp", "run", "--quiet", where, "--name", point.experiment, *options]
     with log.open("w") as file:
         if subprocess.run(command, stdout=file, stderr=file, check=False).returncode:
             raise UserError(f"{point.experiment} failed: {(log.read_text().strip().splitlines() or ['?'])[-1]} ({log})")

@@ -52,6 +52,13 @@ def test_a_study_that_was_killed_goes_on_and_finds_what_is_there(project: Projec
         assert run.data.metrics["test_accuracy"] == pytest.approx(row["accuracy"])
     assert set(table.experiment) <= set(project.dvc("exp", "list", "--name-only").split())
 
+    # A point whose row was lost is in DVC's run cache: the experiment is made anew, nothing trains.
+    again = "from cifarlab import studies; studies.run_point(studies.load('demo')[1][-1], '--temp')"
+    project.run("python", "-c", again, PYTHONPATH="src")
+    said = (project.folder / ".dvc/tmp/demo-another-label-smoothing-2.log").read_text()
+    assert "epoch" not in said
+    assert project.dvc("exp", "list", "--name-only").split().count("demo-another-label-smoothing-2") == 1
+
     # Asked again, nothing runs, and the same is written: on another commit, and by another machine, which has the tables only.
     project.run("git", "add", "docs/studies")
     project.run("git", "commit", "--quiet", "--message", "what the study says")
