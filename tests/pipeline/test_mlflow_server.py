@@ -1,8 +1,14 @@
 """A tracking server beside the pipeline: a real one, and one that is away."""
 
+import shlex
 import socket
+import subprocess
 import time
+from pathlib import Path
 
+import psutil
+
+from tests.conftest import REPO
 from tests.pipeline.conftest import Project, stages_run
 from tests.servers import Server
 
@@ -29,3 +35,19 @@ def test_a_server_that_is_away_costs_a_warning(project: Project) -> None:
     assert "Traceback" not in output
     assert time.monotonic() - started < 120
     assert (project.folder / "plots/confusion.png").exists()
+
+
+def test_the_ui_listens_on_this_machine_only(project: Project, tmp_path: Path) -> None:
+    ui = Server(tmp_path)
+    recipe = project.run("make", "--dry-run", "--file", str(REPO / "Makefile"), "ui", f"PORT={ui.port}", f"CURDIR={tmp_path}").stdout
+    command = shlex.split(recipe.splitlines()[-1])
+    assert command[:2] == ["mlflow", "ui"]
+    with (tmp_path / "server.log").open("w") as log:
+        ui.process = subprocess.Popen(command, cwd=tmp_path, env=project.env, stdout=log, stderr=log, start_new_session=True)
+    try:
+        ui.wait()
+        server = psutil.Process(ui.process.pid)
+        sockets = [socket for process in [server, *server.children(recursive=True)] for socket in process.net_connections("inet")]
+        assert {at.laddr.ip for at in sockets if at.status == psutil.CONN_LISTEN} == {"127.0.0.1"}
+    finally:
+        ui.kill()
