@@ -79,7 +79,8 @@ def run(name: str) -> Path:
             if row["seconds"] is None:
                 raise UserError("a budget of time needs the times of the epochs, which MLflow has not got")
             accuracy, seconds = row["val_accuracy"], row["seconds"] / epochs * search.rungs[-1]
-            told = {"experiment": point.experiment, "run": row["run"], "seconds": seconds, "test": row["test_accuracy"], "epochs": epochs}
+            told = {"experiment": point.experiment, "seconds": seconds, "test": row["test_accuracy"], "epochs": epochs}
+            told["runs"] = [*trial.user_attrs.get("runs", []), row["run"]]
             for attribute, value in told.items():
                 trial.set_user_attr(attribute, value)
             print(f"{point.experiment}: {accuracy:.2%} on validation, {seconds:.0f} s for {search.rungs[-1]} epochs; {drawn}", flush=True)
@@ -91,7 +92,7 @@ def run(name: str) -> Path:
     over = len(study.get_trials(states=(TrialState.COMPLETE, TrialState.PRUNED)))
     print(f"{search.question}\n{over} of {search.trials} trials done", flush=True)
     study.optimize(objective, max(0, search.trials - over))
-    runs = [trial.user_attrs["run"] for trial in study.trials if "run" in trial.user_attrs]
+    runs = [run for trial in study.trials for run in trial.user_attrs.get("runs", [])]
     return publish(name, search.question, _page(name, search, study.trials), runs)
 
 

@@ -39,7 +39,8 @@ def test_a_server_that_is_away_costs_a_warning(project: Project) -> None:
 
 def test_the_ui_listens_on_this_machine_only(project: Project, tmp_path: Path) -> None:
     ui = Server(tmp_path)
-    recipe = project.run("make", "--dry-run", "--file", str(REPO / "Makefile"), "ui", f"PORT={ui.port}", f"CURDIR={tmp_path}").stdout
+    makefile = ("--file", str(REPO / "Makefile"), f"PORT={ui.port}", f"CURDIR={tmp_path}")
+    recipe = project.run("make", "--dry-run", "--no-print-directory", *makefile, "ui").stdout
     command = shlex.split(recipe.splitlines()[-1])
     assert command[:2] == ["mlflow", "ui"]
     with (tmp_path / "server.log").open("w") as log:
