@@ -74,7 +74,6 @@ def sync() -> None:
     Prints a row for each of them and for each run of MLflow that belongs to none: what, the command that restores it, its run,
     what was done. UserError says that something could not be logged.
     """
-    os.environ["DVC_ROOT"] = str(root())  # also from within a scratch copy
     runs = {run.info.run_id: run for run in tracking.all_runs()}
     rows: list[tuple[str, str, str, str]] = []
     whole, known, seen = True, set(), set()
@@ -124,6 +123,7 @@ def _complete(runs: Iterable[Any], digest: str, name: str) -> list[str]:
 
 def _log(revision: Revision) -> str:
     """Log a revision and return its run."""
+    os.environ["DVC_ROOT"] = str(root())  # also from within a scratch copy: the store and the times of the epochs lie there
     with scratch(revision.commit) if revision.commit else contextlib.nullcontext(Path()) as folder, contextlib.chdir(folder):
         if not revision.commit and subprocess.run(["dvc", "status", "--quiet"], check=False).returncode:
             raise UserError("changed since its pipeline ran; `dvc repro` runs and logs it")

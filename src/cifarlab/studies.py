@@ -269,14 +269,15 @@ def _page(name: str, study: Study, results: pd.DataFrame, epochs: pd.DataFrame) 
         cost = [f"{row['parameters']:,.0f}", f"{row['seconds']:.1f}", f"{row['speed']:,.0f}"]
         rows.append([row["variant"], f"{row['accuracy']:.2f} ± {row['interval']:.2f}", *beside, *others, *cost])
     named = [measure.replace("_", " ") for measure in measured]
+    data = " and ".join(sorted(set(results.get("data", pd.Series()).dropna()))) or "unknown data"
     head = ["variant", f"{study.answer_by} accuracy %", "difference", "95 % interval", "more than noise", *named]
     return [
         f"# {study.question}\n",
         *pictures,
-        f"{_sentence(found)} {study.findings}".strip() + "\n",
+        f"{study.findings} {_sentence(found)}".strip() + "\n",
         *table([*head, "parameters", "training s", "images/s"], rows),
         f"\n{len(study.seeds)} seeds ({', '.join(map(str, study.seeds))}). ± and intervals: 95 %, Student's t, differences paired by seed;",
-        f"p corrected for {len(rows) - 1} comparisons (Holm). {results.images.max():,} training images. Shared by all variants:",
+        f"p corrected for {len(rows) - 1} comparisons (Holm). {results.images.max():,} training images of {data}. Shared by all variants:",
         f"{study.shared}; all else as in params.yaml.",
         f"Machine: {' and '.join(sorted(set(results.machine.dropna()))) or 'unknown'}.\n",
         f"    make study NAME={name}\n\nasks studies/{name}.yaml again; {name}.csv has every point: a DVC experiment, a run in MLflow.",
@@ -290,8 +291,9 @@ def _sentence(found: pd.DataFrame) -> str:
     for name, difference, real in zip(others.index, others.difference, others.real, strict=True):
         told = f"{name} ({difference:+.2f} points)" if real else name
         groups[("better" if difference > 0 else "worse") if real else "not to be told from noise"].append(told)
-    listed = ", ".join(f"{word}: {'; '.join(names)}" for word, names in groups.items() if names)
-    return f"Beside *{found.index[0]}* ({found.accuracy.iloc[0]:.2f} %) are {listed}."
+    listed = [f"{word}: {'; '.join(names)}" for word, names in groups.items() if 0 < len(names) <= 5]
+    listed += [f"{word}: {len(names)} variants, such as {names[0]}" for word, names in groups.items() if len(names) > 5]
+    return f"Compared with *{found.index[0]}* ({found.accuracy.iloc[0]:.2f} %), {' – '.join(listed)}."
 
 
 def _interval(values: pd.Series) -> Any:
@@ -326,17 +328,17 @@ def _draw(path: Path, study: Study, found: pd.DataFrame, results: pd.DataFrame, 
         effect.set(title="Effect, 95 % interval (hollow: noise)", xlabel=f"{study.answer_by} accuracy, points beside {names[0]}")
         hint, colours = " (colours as on the left)", {"hue": "variant", "hue_order": names, "palette": palette, "legend": False}
     split, label = ("val", "validation") if epochs.get("val_accuracy", pd.Series()).notna().any() else ("train", "training")
-    few = len(names) <= 10  # beyond, bands hide each other
-    bands = {"errorbar": _interval, "err_kws": {"alpha": 0.1}} if few else {"errorbar": None}
-    sns.lineplot(epochs, x="epoch", y=f"{split}_accuracy", ax=learning, **bands, **colours)
+    bands = {"errorbar": _interval, "err_kws": {"alpha": min(0.1, 0.7 / len(names))}}  # many of them hide each other
+    epochs = epochs.assign(accuracy=100 * epochs[f"{split}_accuracy"])
+    sns.lineplot(epochs, x="epoch", y="accuracy", ax=learning, **bands, **colours)
     if learning.get_legend():
         sns.move_legend(learning, "center left", bbox_to_anchor=(1, 0.5), fontsize=9, frameon=False)
     learning.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
-    learning.set(title=f"Learning curves, mean{' and 95 % band' if few else ''}", ylabel=f"{label} accuracy", xlabel=f"epoch{hint}")
+    learning.set(title="Learning curves, mean and 95 % band", ylabel=f"{label} accuracy, %", xlabel=f"epoch{hint}")
     means = results.groupby("variant")[[c for c in results.columns if c.startswith("accuracy/")]].mean().loc[names] * 100
     means.columns = means.columns.str.removeprefix("accuracy/")
     sns.heatmap(means.iloc[1:] - means.iloc[0], cmap="vlag", center=0, annot=True, fmt=".1f", annot_kws={"size": 7}, cbar=False, ax=each)
-    each.set(title="Effect on each class, points", xlabel="", ylabel="")
+    each.set(title="Effect on each class", xlabel=f"points beside {names[0]}", ylabel="")
     each.tick_params(axis="y", labelrotation=0)
     figure.suptitle(study.question)
     figures.save(figure, path, dpi=100)
@@ -364,16 +366,17 @@ def _draw_layers(path: Path, study: Study, epochs: pd.DataFrame, columns: list[s
 
 
 def _timing(revision: Revision) -> dict[str, Any]:
-    """Return id, training time, time of the whole run in s, and machine, of the run in MLflow; nothing, after a warning, without MLflow."""
+    """Return id, training time, time of the whole run in s, machine and data, of the run in MLflow; nothing, but a warning, without it."""
     try:
         client, run_id = tracking.connect(), run_of(revision)
         run, epochs = client.get_run(run_id), client.get_metric_history(run_id, "epoch_seconds")
     except Exception as error:  # MLflow, requests, SQLAlchemy and the disk each raise their own
         print(f"warning: {revision.name} has no training time: {first_line(error)[:200]}", file=sys.stderr)
-        return dict.fromkeys(("run", "seconds", "wall", "machine"))
+        return dict.fromkeys(("run", "seconds", "wall", "machine", "data"))
     tags, wall = run.data.tags, (run.info.end_time - run.info.start_time) / 1000
     machine = f"{tags.get('device')}, {tags.get('threads')} threads, {tags.get('precision')}, PyTorch {tags.get('torch')}"
-    return {"run": run_id, "seconds": sum(epoch.value for epoch in epochs) or None, "wall": wall, "machine": machine}
+    data = run.inputs.dataset_inputs[0].dataset.name
+    return {"run": run_id, "seconds": sum(epoch.value for epoch in epochs) or None, "wall": wall, "machine": machine, "data": data}
 
 
 def publish(name: str, question: str, page: list[str], runs: list[str]) -> Path:

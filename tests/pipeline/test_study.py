@@ -59,6 +59,14 @@ def test_a_study_that_was_killed_goes_on_and_finds_what_is_there(project: Projec
     assert "epoch" not in said
     assert project.dvc("exp", "list", "--name-only").split().count("demo-another-label-smoothing-2") == 1
 
+    # So it may never have had a run of its own: it gets one, with the times and the machine of its training.
+    project.lose_store()
+    reads = "[(row, _)] = studies.read_points(studies.load('demo')[1][-1:]); print(row['seconds'], row['machine'], row['data'], sep=';')"
+    seconds, *others = project.run("python", "-c", f"from cifarlab import studies; {reads}", PYTHONPATH="src").stdout.strip().split(";")
+    last = table.set_index("experiment").loc["demo-another-label-smoothing-2"]
+    assert float(seconds) == pytest.approx(last.seconds, rel=1e-4)
+    assert others == [last.machine, "digits"]
+
     # Asked again, nothing runs, and the same is written: on another commit, and by another machine, which has the tables only.
     project.run("git", "add", "docs/studies")
     project.run("git", "commit", "--quiet", "--message", "what the study says")
