@@ -104,7 +104,7 @@ def _page(name: str, search: Search, trials: list[optuna.trial.FrozenTrial]) -> 
         raise UserError(f"studies/{name}.yaml: no trial came to its end within {search.seconds:g} s; raise seconds or trials")
     rows = []
     for of, accuracy, trial in told:
-        drawn = [str(trial.params.get(key, "")) for key in search.space]
+        drawn = [f"{value:.3g}" if isinstance(value := trial.params[key], float) else str(value) for key in search.space]
         rows.append([of["experiment"], str(of["epochs"]), f"{accuracy:.2%}", f"{of['seconds']:.0f}", *drawn])
     best = ", ".join(f"`{key}={value}`" for key, value in told[0][2].params.items())
     return [
