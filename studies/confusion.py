@@ -92,7 +92,7 @@ def page(table: list[Pair], title: str) -> str:
         "# Which classes are confused, and which way?\n",
         "![pairs and examples](confusion.png)\n",
         f"{title}. Of {len(table)} pairs of classes {half} make half of all mistakes; *{first.one}* and *{first.other}* alone make",
-        f"{first.share:.0%}. Beyond chance uneven (binomial test, Holm) are "
+        f"{first.share:.0%}. Uneven beyond chance (binomial test, Holm): "
         + ("; ".join(f"{r.one} → {r.other} ({r.there} against {r.back})" for r in uneven) or "none")
         + ".\n",
         "| pair | there | back | share of all mistakes | p |",
