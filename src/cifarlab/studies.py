@@ -298,7 +298,8 @@ def _sentence(found: pd.DataFrame) -> str:
 
 def _interval(values: pd.Series) -> Any:
     """Return the 95 % interval of a mean: low, high."""
-    return stats.t.interval(0.95, len(values) - 1, values.mean(), values.sem())
+    half = stats.t.ppf(0.975, len(values) - 1) * values.sem()
+    return values.mean() - half, values.mean() + half
 
 
 def _draw(path: Path, study: Study, found: pd.DataFrame, results: pd.DataFrame, epochs: pd.DataFrame) -> None:
