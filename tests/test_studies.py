@@ -146,3 +146,23 @@ def test_a_table_is_believed_only_for_the_parameters_and_the_code_it_was_made_wi
     table.write_text('a,b\n<<<<<<< "HEAD\n1,2,3\n')
     with pytest.raises(UserError, match=r"demo.csv is damaged \(.*`git checkout docs/studies/demo.csv` brings it back"):
         known()
+
+
+def test_a_grid_is_compared_one_parameter_at_a_time() -> None:
+    study = studies.Study(question="?", grid={"model.layers": [1, 2], "model.norm": ["batch", "none"]}, seeds=[0, 1, 2])
+    frame = results(
+        **{"layers 1, norm batch": [0.5, 0.6, 0.7], "layers 1, norm none": [0.5, 0.6, 0.7]},
+        **{"layers 2, norm batch": [0.8, 0.8, 0.8], "layers 2, norm none": [0.59, 0.7, 0.81]},
+    )
+    rows = studies._one_at_a_time(study, frame)
+    # What is beside the first variant is not said again.
+    assert [row[:2] for row in rows] == [
+        ["layers 2, norm none", "layers 1, norm none"],
+        ["layers 2, norm none", "layers 2, norm batch"],
+    ]
+    # Differences of 9, 10 and 11 points: t = 10 / (1 / √3); of -21, -10 and 1: t = -10 / (11 / √3). Holm: twice the smaller p.
+    p = [2 * stats.t.sf(10 * 3**0.5 / spread, 2) for spread in (1, 11)]
+    assert rows[0][2:] == ["+10.00", "+7.52 … +12.48", f"**yes**, p = {2 * p[0]:.2g}"]
+    assert rows[1][2] == "-10.00"
+    assert rows[1][4] == f"no, p = {p[1]:.2g}"
+    assert studies._one_at_a_time(studies.Study(question="?", variants={"a": {}, "b": {"train.lr": 1}}, seeds=[0, 1]), frame) == []

@@ -263,25 +263,49 @@ def _page(name: str, study: Study, results: pd.DataFrame, epochs: pd.DataFrame) 
     error = of_variant[measured].sem() * stats.t.ppf(0.975, len(study.seeds) - 1)
     rows: list[list[str]] = []
     for row in found.join(of_variant[["parameters", "seconds", "speed", *measured]].mean()).reset_index().to_dict("records"):
-        low, high, real = row["difference"] - row["half"], row["difference"] + row["half"], "**yes**" if row["real"] else "no"
-        beside = [f"{row['difference']:+.2f}", f"{low:+.2f} … {high:+.2f}", f"{real}, p = {row['p']:.2g}"] if rows else [""] * 3
-        others = [f"{row[measure]:.4g} ± {error[measure][row['variant']]:.2g}" for measure in measured]
+        beside = _cells(row["difference"], row["half"], row["p"]) if rows else [""] * 3
+        measures = [f"{row[measure]:.4g} ± {error[measure][row['variant']]:.2g}" for measure in measured]
         cost = [f"{row['parameters']:,.0f}", f"{row['seconds']:.1f}", f"{row['speed']:,.0f}"]
-        rows.append([row["variant"], f"{row['accuracy']:.2f} ± {row['interval']:.2f}", *beside, *others, *cost])
+        rows.append([row["variant"], f"{row['accuracy']:.2f} ± {row['interval']:.2f}", *beside, *measures, *cost])
     named = [measure.replace("_", " ") for measure in measured]
     data = " and ".join(sorted(set(results.get("data", pd.Series()).dropna()))) or "unknown data"
-    head = ["variant", f"{study.answer_by} accuracy %", "difference", "95 % interval", "more than noise", *named]
+    compared = ["difference", "95 % interval", "more than noise"]
+    head = ["variant", f"{study.answer_by} accuracy %", *compared, *named]
+    others: list[str] = []
+    counts = str(len(rows) - 1)
+    if pairs := _one_at_a_time(study, results):
+        others = ["\nOne parameter of the grid at a time, beside its first value:\n", *table(["variant", "beside", *compared], pairs)]
+        counts += f" and {len(pairs)}"
     return [
         f"# {study.question}\n",
         *pictures,
         f"{study.findings} {_sentence(found)}".strip() + "\n",
         *table([*head, "parameters", "training s", "images/s"], rows),
+        *others,
         f"\n{len(study.seeds)} seeds ({', '.join(map(str, study.seeds))}). ± and intervals: 95 %, Student's t, differences paired by seed;",
-        f"p corrected for {len(rows) - 1} comparisons (Holm). {results.images.max():,} training images of {data}. Shared by all variants:",
+        f"p corrected for the {counts} comparisons of a table (Holm). {results.images.max():,} training images of {data}.",
+        "Shared by all variants:",
         f"{study.shared}; all else as in params.yaml.",
         f"Machine: {' and '.join(sorted(set(results.machine.dropna()))) or 'unknown'}.\n",
         f"    make study NAME={name}\n\nasks studies/{name}.yaml again; {name}.csv has every point: a DVC experiment, a run in MLflow.",
     ]
+
+
+def _cells(difference: float, half: float, p: float) -> list[str]:
+    """Say a difference, its interval, and whether it is more than noise."""
+    return [f"{difference:+.2f}", f"{difference - half:+.2f} … {difference + half:+.2f}", f"{'**yes**' if p < 0.05 else 'no'}, p = {p:.2g}"]
+
+
+def _one_at_a_time(study: Study, results: pd.DataFrame) -> list[list[str]]:
+    """Compare each variant of a grid with that which has one parameter at its first value, but for those beside the first variant."""
+    pairs, rows = [], []
+    for key, (name, changes) in itertools.product(study.grid, study.variants.items()):
+        first = next(n for n, c in study.variants.items() if c == changes | {key: study.grid[key][0]})
+        if first not in (name, next(iter(study.variants))):
+            pairs.append((name, first))
+            rows.append(effects(results, [first, name]).iloc[1])
+    corrected = multipletests([row.p for row in rows], method="holm")[1] if rows else []
+    return [[*pair, *_cells(row.difference, row.half, p)] for pair, row, p in zip(pairs, rows, corrected, strict=True)]
 
 
 def _sentence(found: pd.DataFrame) -> str:
