@@ -48,7 +48,7 @@ def test_committed_parameters_are_valid_and_kept_as_they_are() -> None:
         {"model.global_pool": "none"},
         {"model.norm_scale": True, "train.optimizer": "adamw"},
         {"train.flip": "random", "train.precision": "bfloat16", "train.norm_bias_lr": 0.5, "evaluate.mirror": True},
-        {"train.translate": 31, "train.seed": 2**31 - 1, "train.threads": 1024},
+        {"train.translate": 31, "train.cutmix": 1, "train.seed": 2**31 - 1, "train.threads": 1024},
     ],
 )
 def test_accepts(make_params: Make, changes: dict[str, Any]) -> None:

@@ -234,6 +234,35 @@ def test_training_figures_are_those_of_the_batches(train_params: MakeTrain, make
 
 
 @pytest.mark.parametrize("loss", ["cross_entropy", "quadratic"])
+def test_cutmix_shares_out_the_label_as_it_does_the_pixels(train_params: MakeTrain, make_network: MakeNetwork, loss: str) -> None:
+    # One batch, nothing else random; each image is of one grey, which tells whose a pixel is.
+    network, seen, n = make_network(norm="none"), [], 30
+    labels = torch.arange(n) % 3
+    data = Images(torch.arange(n, dtype=torch.uint8)[:, None, None, None].expand(n, SIZE, SIZE, 3).contiguous(), labels)
+    network.normalize.register_forward_pre_hook(lambda _, x: seen.append(x[0].clone()))
+    start = copy.deepcopy(network)
+    params = train_params(epochs=1, batch_size=n, flip="none", translate=0, label_smoothing=0.1, cutmix=1, loss=loss, seed=3)
+    [last] = fit(network, params, data, None, ignore)
+    whose = seen[0][:, 0].flatten(1).long()
+    target = np.stack([np.bincount(labels[pixels], minlength=3) / SIZE**2 for pixels in whose]) * 0.9 + 0.1 / 3
+    assert 0 < (whose != whose.mode(1).values[:, None]).float().mean() < 0.5
+    p = probabilities(start(seen[0]).detach())
+    losses = -(target * np.log(p)).sum(1) if loss == "cross_entropy" else ((p - target) ** 2).sum(1) / 2
+    assert last.train_loss == pytest.approx(losses.mean(), rel=1e-5)
+
+
+@pytest.mark.parametrize("share", [0, 0.3])
+def test_cutmix_changes_the_share_of_batches_that_it_is_asked_to(train_params: MakeTrain, make_network: MakeNetwork, share: float) -> None:
+    network, data, seen = make_network(), coloured(400), []
+    network.normalize.register_forward_pre_hook(lambda _, x: seen.append(x[0].clone()))
+    fit(network, train_params(epochs=1, batch_size=2, flip="none", translate=0, cutmix=share), data, None, ignore)
+    originals = {image.numpy().tobytes() for image in data.images}
+    mixed = sum(any(image.numpy().tobytes() not in originals for image in batch.permute(0, 2, 3, 1).contiguous()) for batch in seen)
+    # A few rectangles are empty: 200 batches, a standard deviation of 6.5.
+    assert mixed == 0 if share == 0 else 30 < mixed < 85
+
+
+@pytest.mark.parametrize("loss", ["cross_entropy", "quadratic"])
 def test_validation_figures_are_those_of_the_network_in_evaluation(train_params: MakeTrain, make_network: MakeNetwork, loss: str) -> None:
     # Dropout, batch statistics, label smoothing and augmentation all belong to training only.
     network, held_out = make_network(dropout=0.5, norm="batch"), coloured(31, seed=1)

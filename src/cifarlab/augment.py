@@ -1,5 +1,6 @@
 """Augmentation of whole batches where they lie, on CPU or GPU."""
 
+from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -55,6 +56,19 @@ def augment(images: Tensor, draws: Draws | None) -> Tensor:
     rows = _reflect(torch.arange(height, device=device) + draws.shifts[:, :1], height)
     columns = _reflect(torch.where(draws.mirrored[:, None], width - 1 - columns, columns) + draws.shifts[:, 1:], width)
     return images[torch.arange(n, device=device)[:, None, None], rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+
+
+def cutmix(share: float, classes: int) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """Return a function that does CutMix (Yun et al. 2019) to `share` of the batches it is given, as torch's global generator draws.
+
+    It maps images (N, channels, height, width) and labels int64 (N,) to images in which a rectangle, the same for all, is
+    that of the image before, and to the share of each class in them, float (N, classes); or returns both as they are.
+    """
+    if not share:
+        return lambda images, labels: (images, labels)
+    from torchvision.transforms.v2 import CutMix, RandomApply  # 2 s that other trainings need not wait for
+
+    return RandomApply([CutMix(num_classes=classes)], share)  # type: ignore[no-any-return]
 
 
 def _reflect(index: Tensor, size: int) -> Tensor:

@@ -127,7 +127,8 @@ def training_images(data: Dataset, params: Params, title: str) -> Figure:
     draws = draw(len(chosen), params.train.seed, 1, flip=params.train.flip, translate=params.train.translate)
     images = augment(torch.from_numpy(data.images["train"][chosen]), draws)
     captions = [_short(data.classes[label], CAPTION) for label in data.labels["train"][chosen]]
-    return _gallery(images, captions, "Training images as fed to the network", title)
+    mixed = ", before CutMix" if params.train.cutmix else ""
+    return _gallery(images, captions, f"Training images as fed to the network{mixed}", title)
 
 
 def mistakes(data: Dataset, predictions: pd.DataFrame, count: int, title: str) -> Figure:

@@ -73,6 +73,8 @@ class TrainParams(Section):
     """Mirror left and right: with probability ½, or every image the other way round in the next epoch (Jordan 2024, airbench)."""
     translate: Annotated[int, Field(ge=0)]
     """Pixels, by reflection at the border."""
+    cutmix: Annotated[float, Field(ge=0, le=1)]
+    """Share of the batches in which each image gets a rectangle of another, and that part of its label (CutMix, Yun et al. 2019)."""
     precision: Literal["auto", "float32", "bfloat16"]
     """Of the arithmetic in training (Micikevicius et al. 2017); weights and the test are float32."""
     device: Literal["auto", "cpu", "cuda"]

@@ -18,7 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from cifarlab import UserError
-from cifarlab.augment import Draws, augment, draw
+from cifarlab.augment import Draws, augment, cutmix, draw
 from cifarlab.checkpoints import Checkpoint
 from cifarlab.diagnostics import diagnose
 from cifarlab.models import Network, predict
@@ -121,7 +121,7 @@ def conditions(params: TrainParams, device: torch.device) -> dict[str, str]:
 
 
 def loss_function(name: str, label_smoothing: float = 0.0) -> Callable[[Tensor, Tensor], Tensor]:
-    """Return the mean loss of logits (N, classes) against labels (N,).
+    """Return the mean loss of logits (N, classes) against labels, int64 (N,) or shares of the classes, float (N, classes).
 
     cross_entropy in nats; quadratic is ½ Σ (softmax(z) - y)² over the classes, y smoothed alike.
     """
@@ -130,7 +130,8 @@ def loss_function(name: str, label_smoothing: float = 0.0) -> Callable[[Tensor, 
 
     def quadratic(logits: Tensor, labels: Tensor) -> Tensor:
         classes = logits.shape[1]
-        target = F.one_hot(labels, classes) * (1 - label_smoothing) + label_smoothing / classes
+        target = labels if labels.ndim == 2 else F.one_hot(labels, classes)
+        target = target * (1 - label_smoothing) + label_smoothing / classes
         return (logits.softmax(1) - target).square().sum(1).mean() / 2
 
     return quadratic
@@ -148,7 +149,8 @@ def fit(
     """Train `network` in place and return all epochs; `on_epoch` is called with those so far after every one.
 
     The order and the augmentation of an epoch depend on (seed, epoch) only, not on how the epochs before it went: a training
-    that goes on from `checkpoint` ends in the same bytes as one that was never stopped.
+    that goes on from `checkpoint` ends in the same bytes as one that was never stopped. The training accuracy of images
+    that CutMix has changed counts the class of the image that got a piece of another.
 
     Raises
     ------
@@ -161,7 +163,7 @@ def fit(
     device, dtype = train.images.device, precision(params, train.images.device)
     network.to(memory_format=torch.channels_last)
     optimizers = make_optimizers(network, params, params.epochs * batches)
-    loss_of = loss_function(params.loss, params.label_smoothing)
+    loss_of, mix = loss_function(params.loss, params.label_smoothing), cutmix(params.cutmix, len(network.classes))
     history: list[Epoch] = []
     parts: dict[str, Any] = {"network": network} | {str(i): part for i, part in enumerate(itertools.chain(*optimizers))}
     if checkpoint and (state := checkpoint.load()):
@@ -172,7 +174,7 @@ def fit(
     started, seen = time.perf_counter(), 0
     for epoch in range(len(history) + 1, params.epochs + 1):
         network.train()
-        # The order, and on the device dropout, draw from the global generators.
+        # The order, CutMix, and on the device dropout, draw from the global generators.
         torch.manual_seed(params.seed * 100_003 + epoch)
         order = torch.randperm(n)[: batches * batch_size].to(device)
         draws = draw(n, params.seed, epoch, flip=params.flip, translate=params.translate)
@@ -182,10 +184,10 @@ def fit(
             for step, chosen in enumerate(torch.split(order, batch_size), 1):
                 labels = train.labels[chosen]
                 batch = slice((step - 1) * batch_size, step * batch_size)
-                images = augment(train.images[chosen], draws and Draws(*(drawn[batch] for drawn in draws)))
+                images, targets = mix(augment(train.images[chosen], draws and Draws(*(drawn[batch] for drawn in draws))), labels)
                 with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
                     logits = network(images)
-                loss = loss_of(logits.float(), labels)
+                loss = loss_of(logits.float(), targets)
                 network.zero_grad()
                 loss.backward()  # type: ignore[no-untyped-call]
                 for optimizer, schedule in optimizers:

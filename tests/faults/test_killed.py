@@ -102,7 +102,7 @@ def prepared(project: Project) -> Iterator[Project]:
 @pytest.mark.parametrize(
     ("seed", "kills", "changes"),
     [
-        (1, 7, {"model": {"dropout": 0.1}, "train": {"flip": "alternating", "batch_size": 16}}),
+        (1, 7, {"model": {"dropout": 0.1}, "train": {"flip": "alternating", "cutmix": 0.5, "batch_size": 16}}),
         (2, 7, {"model": {"norm_momentum": 0.1}, "train": {"optimizer": "adam", "lr": 0.001, "schedule": "one_cycle", "batch_size": 16}}),
         (3, 6, {"data": {"validation": 0}, "train": {"optimizer": "sgd", "flip": "random", "translate": 2, "batch_size": 16}}),
     ],
