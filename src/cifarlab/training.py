@@ -162,7 +162,7 @@ def fit(
     batches = n // batch_size  # what is left over waits for another epoch's order
     device, dtype = train.images.device, precision(params, train.images.device)
     network.to(memory_format=torch.channels_last)
-    optimizers = make_optimizers(network, params, params.epochs * batches)
+    optimizers = make_optimizers(network, params, params.epochs * batches, dtype)
     loss_of, mix = loss_function(params.loss, params.label_smoothing), cutmix(params.cutmix, len(network.classes))
     history: list[Epoch] = []
     parts: dict[str, Any] = {"network": network} | {str(i): part for i, part in enumerate(itertools.chain(*optimizers))}
