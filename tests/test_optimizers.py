@@ -10,7 +10,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from cifarlab.architecture import ModelParams
 from cifarlab.models import Network
-from cifarlab.optimizers import make_optimizers
+from cifarlab.optimizers import make_optimizers, orthogonalize
 from cifarlab.params import TrainParams
 from tests.conftest import PLAIN_NETWORK, MakeTrain
 
@@ -124,14 +124,17 @@ def test_muon_moves_the_filters_only_and_all_directions_alike(train_params: Make
         assert np.linalg.norm(step.flatten(1).numpy() / 0.1) ** 2 == pytest.approx((lengths**2).sum(), rel=0.02)  # and nowhere else
 
 
-def test_muon_of_filters_is_muon_of_matrices(train_params: MakeTrain, make_network: MakeNetwork) -> None:
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 1e-3), (torch.float32, 0.02)])
+def test_muon_of_filters_is_torchs_muon_of_matrices(
+    train_params: MakeTrain, make_network: MakeNetwork, dtype: torch.dtype, tolerance: float
+) -> None:
     network = make_network()
     filters = [network.get_parameter(f"stages.{stage}.first.0.weight") for stage in (0, 1)]
     matrices = [nn.Parameter(w.detach().flatten(1).clone()) for w in filters]
     start = [m.detach().clone() for m in matrices]
-    theirs = torch.optim.Muon(matrices, lr=0.1, momentum=0.6, weight_decay=0, ns_steps=3)
+    theirs = torch.optim.Muon(matrices, lr=0.1, momentum=0.6, weight_decay=0, ns_steps=3)  # always in bfloat16
     params = train_params(optimizer="muon", muon_lr=0.1, muon_momentum=0.6, weight_decay=0.05, schedule="constant")
-    [_, (ours, _schedule)] = make_optimizers(network, params, 10)
+    [_, (ours, _schedule)] = make_optimizers(network, params, 10, dtype)
     for seed in range(3):
         generator = torch.Generator().manual_seed(seed)
         for weight, matrix in zip(filters, matrices, strict=True):
@@ -141,8 +144,17 @@ def test_muon_of_filters_is_muon_of_matrices(train_params: MakeTrain, make_netwo
         ours.step()
         theirs.step()
     for weight, matrix, initial in zip(filters, matrices, start, strict=True):
-        # It reckons in bfloat16, and sums in another order.
-        assert (weight.flatten(1) - matrix).norm() < 0.02 * (matrix - initial).norm()
+        assert (weight.flatten(1) - matrix).norm() < tolerance * (matrix - initial).norm()
+
+
+@pytest.mark.parametrize("shape", [(6, 20), (20, 6), (5, 5)])
+def test_orthogonalizing_in_float32_changes_the_singular_values_only(shape: tuple[int, int]) -> None:
+    matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    u, s, v = np.linalg.svd(matrix.double().numpy(), full_matrices=False)
+    s /= np.linalg.norm(s)
+    for _ in range(3):
+        s = 3.4445 * s - 4.775 * s**3 + 2.0315 * s**5
+    np.testing.assert_allclose(orthogonalize(matrix, torch.float32), u * s @ v, atol=1e-5)
 
 
 # Schedules
