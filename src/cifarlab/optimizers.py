@@ -27,7 +27,10 @@ class Muon(torch.optim.Optimizer):
         """Update from the gradients of the filters."""
         for group in self.param_groups:
             for weight in group["params"]:
-                buffer = self.state[weight].setdefault("momentum_buffer", torch.zeros_like(weight))
+                state = self.state[weight]
+                if not state:
+                    state["momentum_buffer"] = torch.zeros_like(weight)
+                buffer = state["momentum_buffer"]
                 buffer.lerp_(weight.grad, 1 - group["momentum"])
                 update = orthogonalize(weight.grad.lerp(buffer, group["momentum"]).flatten(1), self.dtype)
                 weight.mul_(len(weight) ** 0.5 / weight.norm().clamp(min=1e-7))
