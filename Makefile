@@ -105,7 +105,7 @@ backprop: setup  ## the pages that need no training, how a convolution back-prop
 	python studies/gradient.py
 
 test: setup  ## all tests, on every core (some twenty minutes on two); TESTS=tests/test_models.py for some
-	python -m pytest --numprocesses auto --dist loadscope $(TESTS)
+	python -m pytest --numprocesses auto --dist loadscope --max-worker-restart 0 $(TESTS)
 
 lint: setup audit  ## ruff, mypy and audit
 	ruff check .

@@ -139,6 +139,33 @@ def torch_sizes(params: ModelParams, size: int) -> list[tuple[int, int, int]] | 
     return sizes
 
 
+def test_a_strided_pointwise_convolution_is_one_that_strides() -> None:
+    ours, theirs = models.StridedPointwise(5, 4, 1).double(), nn.Conv2d(5, 4, 1, 2).double()
+    theirs.load_state_dict(ours.state_dict())
+    for size in (1, 2, 7, 8):
+        x = torch.randn(3, 5, size, size, dtype=torch.double, requires_grad=True)
+        outputs = [layer(x) for layer in (ours, theirs)]
+        gradients = [torch.autograd.grad(y.sin().sum(), [x, *layer.parameters()]) for y, layer in zip(outputs, (ours, theirs), strict=True)]
+        torch.testing.assert_close(outputs[0], outputs[1])
+        torch.testing.assert_close(*gradients)
+
+
+def test_striding_pointwise_convolutions_leave_memory_alone_on_avx2(make: Make) -> None:
+    """In a process of its own: where they do not, glibc aborts it."""
+    params = make(kernel_size=1, pool="stride", layers=4, widths=[5, 3, 4]).model_dump_json()
+    code = """if True:
+        import sys, torch
+        from cifarlab.architecture import ModelParams
+        from cifarlab.models import Network
+        torch.set_num_threads(1)
+        for i in range(100):
+            network = Network(ModelParams.model_validate_json(sys.argv[1]), 16, ["a", "b"]).to(memory_format=torch.channels_last)
+            network(torch.randint(256, (2, 16, 16, 3), dtype=torch.uint8).permute(0, 3, 1, 2)).sum().backward()
+    """
+    env = os.environ | {"PYTHONPATH": str(REPO / "src"), "ONEDNN_MAX_CPU_ISA": "AVX2"}
+    subprocess.run([sys.executable, "-c", code, params], env=env, check=True, timeout=60)
+
+
 @pytest.mark.parametrize("pool_at", ["start", "end"])
 @pytest.mark.parametrize("stem", ["none", "whiten"])
 @pytest.mark.parametrize(("pool", "padding"), list(itertools.product(POOLS, PADDINGS)))

@@ -349,11 +349,12 @@ def test_precision_is_what_is_asked_for(train_params: MakeTrain, monkeypatch: py
     [
         ({}, torch.float32),
         ({"avx2": True, "avx512_bf16": False, "amx_bf16": False}, torch.float32),
-        ({"avx512_bf16": True, "amx_bf16": False}, torch.bfloat16),
-        ({"amx_bf16": True}, torch.bfloat16),
+        ({"avx512_bf16": True, "amx_bf16": False, "cpu_name": "AMD EPYC 9R45"}, torch.bfloat16),
+        ({"avx512_bf16": True, "amx_bf16": False, "cpu_name": "Intel Xeon"}, torch.float32),
+        ({"avx512_bf16": True, "amx_bf16": True, "cpu_name": "Intel Xeon"}, torch.bfloat16),
     ],
 )
-def test_auto_is_bfloat16_where_the_processor_has_it(
+def test_auto_is_bfloat16_where_the_processor_is_faster_at_it(
     train_params: MakeTrain, monkeypatch: pytest.MonkeyPatch, capabilities: dict[str, bool], expected: torch.dtype
 ) -> None:
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)

@@ -89,6 +89,17 @@ class Whiten(nn.Conv2d):
         self.weight.data.copy_(torch.cat([filters, -filters]))
 
 
+class StridedPointwise(nn.Conv2d):
+    """A 1×1 convolution of every second pixel: picks them, then convolves.
+
+    As a convolution that strides, its backward pass corrupts memory in oneDNN (PyTorch 2.14; AVX2; fewer than 8 input channels).
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (N, in, height, width) to (N, out, ⌈height / 2⌉, ⌈width / 2⌉)."""
+        return super().forward(x[..., ::2, ::2])
+
+
 class Stage(nn.Module):
     """Convolutions of one width, pooling and dropout."""
 
@@ -109,7 +120,10 @@ class Stage(nn.Module):
 
 def _layer(params: ModelParams, c: Convolution) -> nn.Sequential:
     padding = params.kernel_size // 2 if params.padding == "same" else 0
-    layer = nn.Sequential(nn.Conv2d(c.in_channels, c.out_channels, params.kernel_size, c.stride, padding))
+    if params.kernel_size == 1 and c.stride == 2:
+        layer = nn.Sequential(StridedPointwise(c.in_channels, c.out_channels, 1))
+    else:
+        layer = nn.Sequential(nn.Conv2d(c.in_channels, c.out_channels, params.kernel_size, c.stride, padding))
     if c.pooled and params.pool_at == "start":
         layer.append(POOLS[params.pool](2))
     if params.norm != "none":
