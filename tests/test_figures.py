@@ -184,6 +184,15 @@ def test_curves_are_those_of_the_history(run: Run) -> None:
         assert all(tick == round(tick) for tick in axes.get_xticks() if first <= tick <= last)  # no epoch 0.96
 
 
+def test_curves_of_mixed_images_say_so(tmp_path: Path, params: Params) -> None:
+    run = Run(tmp_path, **SCENARIOS["four classes"])
+    run.draw(params.model_copy(update={"train": params.train.model_copy(update={"cutmix": 0.5})}))
+    plt.close("all")
+    for axes in run.figures["curves"].axes:
+        assert [text.get_text() for text in axes.get_legend().get_texts()] == ["training, images mixed by CutMix", "validation"]
+    assert sticks_out(run.figures["curves"]) < 0.05
+
+
 def pictures(figure: Figure) -> list[tuple[str, list[int]]]:
     """Return caption and colour of each picture of a gallery; the caption lies below the picture."""
     (axes,) = figure.axes

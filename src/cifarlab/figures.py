@@ -40,11 +40,12 @@ def draw_all(params: Params, data: Path, tables: Path) -> Iterator[Path]:
     )
     confusion = confusion.set_index("actual/predicted")
     accuracy = json.loads((tables.parent / "metrics" / "evaluate.json").read_text("utf-8"))["accuracy"]
+    trained = "training, images mixed by CutMix" if params.train.cutmix else "training"
     title = f"{images.name} · {params.model.describe()} · test accuracy {accuracy:.1%}"
     figures = {
         "confusion": confusion_heatmap(confusion, title, normalized=False),
         "confusion_recall": confusion_heatmap(confusion, title, normalized=True),
-        "curves": curves(pd.read_csv(tables / "history.csv"), title),
+        "curves": curves(pd.read_csv(tables / "history.csv"), title, trained),
         "per_class": per_class_bars(per_class, accuracy, title),
         "training_images": training_images(images, params, title),
         "mistakes": mistakes(images, predictions, params.plot.mistakes, title),
@@ -85,11 +86,11 @@ def confusion_heatmap(counts: pd.DataFrame, title: str, *, normalized: bool) -> 
     return figure
 
 
-def curves(history: pd.DataFrame, title: str) -> Figure:
-    """Loss and accuracy over the epochs, of the training and, where there is one, of the validation split."""
+def curves(history: pd.DataFrame, title: str, trained: str) -> Figure:
+    """Loss and accuracy over the epochs, of the training, labelled `trained`, and, where there is one, of the validation split."""
     figure, panels = plt.subplots(1, 2, figsize=(11, 4.2))
     for axes, quantity in zip(panels, ("loss", "accuracy"), strict=True):
-        for label, split in (("training", "train"), ("validation", "val")):
+        for label, split in ((trained, "train"), ("validation", "val")):
             if history[f"{split}_{quantity}"].notna().any():
                 sns.lineplot(history, x="epoch", y=f"{split}_{quantity}", label=label, marker="o", ax=axes)
         axes.set(xlabel="epoch", ylabel=quantity)
