@@ -19,6 +19,7 @@ def evaluate(params: Params) -> None:
 
     # Only now has DVC what the training wrote: a kill between its end and DVC's own entry must not lose it.
     Checkpoint.remove(training_key(params))
+    models.keep_memory()
     data = Dataset.load(Path("data"))
     network = models.load(Path("models/network.safetensors"))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

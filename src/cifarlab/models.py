@@ -1,6 +1,8 @@
 """The network family: stages of convolutions, their variants and their initialisation."""
 
+import ctypes
 import json
+import sys
 from itertools import pairwise
 from pathlib import Path
 from typing import cast
@@ -203,6 +205,13 @@ def initialise(network: nn.Module, init: str, gain: float) -> None:
         weight.mul_(gain)
         if init != "default" and module.bias is not None:
             nn.init.zeros_(module.bias)
+
+
+def keep_memory() -> None:
+    """Let glibc keep the large blocks that every batch needs again: from the kernel they come back page by page."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt and (mallopt(-3, 1 << 30) or mallopt(-3, 1 << 25)):  # M_MMAP_THRESHOLD; older glibc takes 32 MiB at most
+        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 
 
 @torch.inference_mode()

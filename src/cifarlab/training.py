@@ -1,7 +1,6 @@
 """The training loop. Knows neither DVC nor MLflow nor where files lie: images in, a trained network out."""
 
 import contextlib
-import ctypes
 import itertools
 import math
 import platform
@@ -21,7 +20,7 @@ from cifarlab import UserError
 from cifarlab.augment import Draws, augment, cutmix, draw
 from cifarlab.checkpoints import Checkpoint
 from cifarlab.diagnostics import diagnose
-from cifarlab.models import Network, predict
+from cifarlab.models import Network, keep_memory, predict
 from cifarlab.optimizers import make_optimizers
 from cifarlab.params import TrainParams
 
@@ -58,7 +57,7 @@ def set_up(params: TrainParams) -> torch.device:
     torch.manual_seed(params.seed)
     torch.set_deterministic_debug_mode("error")  # use_deterministic_algorithms(True), but that imports the compiler: 2 s
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # all is written before it is read
-    _keep_memory()
+    keep_memory()
     torch.backends.cudnn.benchmark = False
     if params.threads != "auto":
         torch.set_num_threads(params.threads)
@@ -81,13 +80,6 @@ def take_gpu(locks: Path, count: int) -> FileLock:
         if attempt == 0:
             print("every GPU trains another experiment of this checkout; this one waits for its turn", flush=True)
     raise AssertionError
-
-
-def _keep_memory() -> None:
-    """Let glibc keep the large blocks that every batch needs again: from the kernel they come back page by page."""
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt and (mallopt(-3, 1 << 30) or mallopt(-3, 1 << 25)):  # M_MMAP_THRESHOLD; older glibc takes 32 MiB at most
-        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 
 
 def precision(params: TrainParams, device: torch.device) -> torch.dtype:
@@ -221,7 +213,7 @@ def fit(
 def validate(network: Network, held_out: Images, loss: str, dtype: torch.dtype) -> tuple[float, float]:
     """Return loss, without label smoothing, and accuracy."""
     with torch.autocast(held_out.images.device.type, dtype, enabled=dtype != torch.float32):
-        logits = predict(network, held_out.images, 1000).float()
+        logits = predict(network, held_out.images, 100).float()
     return loss_function(loss)(logits, held_out.labels).item(), (logits.argmax(1) == held_out.labels).float().mean().item()
 
 
