@@ -89,7 +89,7 @@ bench: setup  ## against the notebook's way, three seeds side by side, an hour: 
 	dvc repro --quiet download
 	python -m bench
 
-bench-quick: setup  ## speeds only, in five minutes: bench/results/quick.md
+bench-quick: setup  ## the speeds, in five minutes: bench/results/quick.md
 	dvc repro --quiet download
 	python -m bench --quick
 

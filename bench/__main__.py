@@ -66,8 +66,8 @@ def pipeline() -> Run:
 def plan(quick: bool, seeds: int) -> list[tuple[str, ...]]:
     """Return the measurements in the order they are made: the two ways in turn, so that a slow hour hits both."""
     if quick:  # speeds, of as many images as give a steady one
-        one = [("reference", "0", "6400"), ("ours", "notebook", "0", "1"), ("ours", "tiny", "0"), ("ours", "default", "0", "1")]
-        return [("matmul",), *one, ("pipeline",)]
+        ours = [("ours", "notebook", "0", "1", "12800"), ("ours", "tiny", "0"), ("ours", "default", "0", "1", "6400")]
+        return [("matmul",), ("reference", "0", "6400"), *ours, ("pipeline",)]
     turns = [("reference", "{}"), ("ours", "tiny", "{}"), ("ours", "default", "{}"), ("ours", "notebook", "{}", "2")]
     return [("pipeline",)] + [("matmul",)] * seeds + [tuple(a.format(seed) for a in turn) for seed in range(seeds) for turn in turns]
 
@@ -110,7 +110,17 @@ def table(runs: dict[str, list[Run]]) -> str:
     [pipeline] = runs["pipeline"]
     overhead = pipeline["whole"] - pipeline["epoch"] - median(default["evaluation_seconds"])
     product = [run["gflop_per_second"] for run in runs["matmul"]]
+    full = reference["accuracy"][0] is not None
     rows = [
+        row("test accuracy of `tiny`", "≥ 1", tiny["accuracy"], reference["accuracy"] if full else None, ".2%"),
+        row("training of `tiny`, s", "≤ 0.083", tiny["seconds"], reference["seconds"]),
+    ]
+    if full:
+        rows += [
+            row("test accuracy of the default parameters", "≥ 91 %", default["accuracy"], reference["accuracy"], ".2%"),
+            row("training of the default parameters, s", "≤ 1", default["seconds"], reference["seconds"]),
+        ]
+    rows += [
         row("the notebook's network and batch size, images/s", "≥ 1.8", notebook["images_per_second"], reference["images_per_second"]),
         row("the same network on the test images, s", "≤ 0.5", notebook["evaluation_seconds"], reference["evaluation_seconds"], ".1f"),
         row("default network in training; 4096³ float32 product, GFLOP/s", "≥ 0.7", default["gflop_per_second"], product),
@@ -118,21 +128,13 @@ def table(runs: dict[str, list[Run]]) -> str:
         row("`dvc repro` with nothing to do, s", "≤ 2", [pipeline["nothing"]], form=".1f"),
         row("peak memory of a training, MB", "≤ 2500", default["memory_mb"]),
     ]
-    if reference["accuracy"][0] is not None:
-        rows = [
-            row("test accuracy of `tiny`", "≥ 1", tiny["accuracy"], reference["accuracy"], ".2%"),
-            row("training of `tiny`, s", "≤ 0.083", tiny["seconds"], reference["seconds"]),
-            row("test accuracy of the default parameters", "≥ 91 %", default["accuracy"], reference["accuracy"], ".2%"),
-            row("training of the default parameters, s", "≤ 1", default["seconds"], reference["seconds"]),
-            *rows,
-        ]
     return "\n".join(["| | goal | the notebook's way, or as named | cifarlab | cifarlab / other |", "|---|---|---|---|---|", *rows])
 
 
 def main() -> None:
     """Measure what is missing, then write and print the table."""
     parser = argparse.ArgumentParser(prog="python -m bench", description="cifarlab against the notebook's way, on this machine.")
-    parser.add_argument("--quick", action="store_true", help="speeds only, in under five minutes")
+    parser.add_argument("--quick", action="store_true", help="no accuracies but that of `tiny`, in under five minutes")
     parser.add_argument("--seeds", type=int, default=3)
     args = parser.parse_args()
     here = machine()
