@@ -2,6 +2,7 @@ import itertools
 import json
 import math
 import os
+import platform
 import subprocess
 import sys
 from collections.abc import Callable
@@ -164,6 +165,25 @@ def test_striding_pointwise_convolutions_leave_memory_alone_on_avx2(make: Make) 
     """
     env = os.environ | {"PYTHONPATH": str(REPO / "src"), "ONEDNN_MAX_CPU_ISA": "AVX2"}
     subprocess.run([sys.executable, "-c", code, params], env=env, check=True, timeout=60)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries have no mallopt")
+def test_kept_memory_does_not_come_from_the_kernel_again() -> None:
+    code = """if True:
+        import resource, torch
+        from cifarlab import models
+        models.keep_memory()
+        def blocks():
+            return [torch.ones(6 << 20) for _ in range(4)]  # 24 MiB each
+        for _ in range(4):  # alignment splits the first blocks anew
+            blocks()
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        blocks()
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+    """
+    env = os.environ | {"PYTHONPATH": str(REPO / "src")}
+    told = subprocess.run([sys.executable, "-c", code], env=env, check=True, timeout=60, capture_output=True, text=True).stdout
+    assert int(told) < 1000  # of 24,576 pages
 
 
 @pytest.mark.parametrize("pool_at", ["start", "end"])
