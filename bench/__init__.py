@@ -1,1 +1,1 @@
-"""Speed and accuracy, side by side with the notebook's way of training: `make bench`."""
+"""Measure speed and accuracy, compared with the notebook's way of training: `make bench`."""

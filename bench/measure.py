@@ -1,129 +1,134 @@
-"""One measurement, printed as JSON: `python -m bench.measure ours default 0`. A process of its own for each.
+"""Make one measurement and print it as JSON: `python -m bench.measure ours default 0`.
 
-cifarlab's side uses a GPU where there is one, the notebook's way the CPU: compare the two on machines without one.
+Every measurement runs in its own process. cifarlab uses a GPU if there is one, the notebook's way
+always uses the CPU: compare the two only on machines without a GPU.
 """
 
 import json
 import resource
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import yaml
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench import notebook
-from cifarlab import models, training
-from cifarlab.datasets import Dataset
-from cifarlab.params import Params, changed
+from cifarlab import files
+from cifarlab.data.dataset import Dataset
+from cifarlab.nn.network import Network, predict
+from cifarlab.params.load import changed
+from cifarlab.params.sections import Params
+from cifarlab.runtime.device import precision, set_up
+from cifarlab.training.loop import Images, fit, prepare
 
-DATA = Path("data")
+Measurement = dict[str, Any]
 
 
 def variant(name: str, changes: dict[str, Any] | None = None) -> Params:
-    """params.yaml, changed as variants.yaml says under `name`; "default" is params.yaml itself."""
-    named = {} if name == "default" else yaml.safe_load(Path("variants.yaml").read_text("utf-8"))[name]
-    return changed(named | (changes or {}))
+    """Return the parameters of a variant of variants.yaml; "default" stands for params.yaml.
 
-
-def prepare(params: Params) -> tuple[models.Network, training.Images, training.Images]:
-    """Return network, training and test images on the device, as the train stage has them; no image is held out."""
-    device = training.set_up(params.train)
-    data = Dataset.load(DATA)
-    train, test = (
-        training.Images(torch.from_numpy(data.images[split].copy()).to(device), torch.from_numpy(data.labels[split]).to(device))
-        for split in ("train", "test")
-    )
-    network = models.Network(params.model, params.data.image_size, data.classes)
-    network.measure(train.images)
-    return network.to(device), train, test
-
-
-def reference(seed: int, limit: int | None = None) -> dict[str, Any]:
-    """Train and test the notebook's way: seconds, images/s, test accuracy, seconds for evaluating the test images.
-
-    With a `limit` on the training images the seconds are those that its epochs would take at that speed, and the accuracy is left out.
+    No image is held out for validation: both ways train on all training images.
     """
-    data = Dataset.load(DATA)
+    variants = {"default": {}} | yaml.safe_load(files.VARIANTS.read_text("utf-8"))
+    return changed(variants[name] | {"data.validation": 0} | (changes or {}))
+
+
+def reference(seed: int, limit: int | None = None) -> Measurement:
+    """Train and test the notebook's way.
+
+    With a `limit`, only about that many images are trained on: `seconds` is then the time that all
+    epochs would take at that speed, and `accuracy` is None.
+    """
+    data = Dataset.load(files.DATA)
     torch.manual_seed(seed)
     model = notebook.network()
-    train = notebook.Pictures(data.images["train"][:], data.labels["train"])
-    test = notebook.Pictures(data.images["test"][:], data.labels["test"])
+    train, test = (
+        notebook.Pictures(data.images[split][:], data.labels[split]) for split in ("train", "test")
+    )
+    images = notebook.EPOCHS * len(train)
     start = time.perf_counter()
-    seen = next(seen for seen in notebook.epochs(model, train) if seen >= (limit or notebook.EPOCHS * len(train)))
+    seen = next(seen for seen in notebook.train(model, train) if seen >= (limit or images))
     trained = time.perf_counter()
     accuracy = notebook.accuracy(model, test)
+    speed = seen / (trained - start)
     return {
-        "seconds": (trained - start) / seen * notebook.EPOCHS * len(train),
-        "images_per_second": seen / (trained - start),
+        "seconds": images / speed,
+        "images_per_second": speed,
         "accuracy": None if limit else accuracy,
         "evaluation_seconds": time.perf_counter() - trained,
         "parameters": sum(p.numel() for p in model.parameters()),
     }
 
 
-def ours(name: str, seed: int, epochs: int | None = None, limit: int | None = None) -> dict[str, Any]:
-    """Train and test a variant as the stages do: seconds, speed, test accuracy, seconds for evaluating, peak memory.
+def ours(name: str, seed: int, epochs: int | None = None, limit: int | None = None) -> Measurement:
+    """Train and test a variant as the stages do.
 
-    Nothing is held out: like the notebook's way, all training images train. With a `limit` only
-    the first of them do, and the accuracy is left out.
+    With a `limit`, only the first images of the training set are used, and `accuracy` is None.
     """
     params = variant(name, {"train.seed": seed} | ({"train.epochs": epochs} if epochs else {}))
-    network, train, test = prepare(params)
-    train = training.Images(train.images[:limit], train.labels[:limit])
+    device, data = set_up(params.train), Dataset.load(files.DATA)
+    network, everything, _ = prepare(params, data, device)
+    train = Images(everything.images[:limit], everything.labels[:limit])
+    test = torch.from_numpy(data.images["test"].copy()).to(device)
+    labels = torch.from_numpy(data.labels["test"]).to(device)
+    dtype = precision(params.train, device)
     start = time.perf_counter()
-    training.fit(network, params.train, train, None, lambda _: None)
+    fit(network, params.train, train, None, dtype=dtype)
     synchronize()
     trained = time.perf_counter()
-    logits = models.predict(network, test.images, params.evaluate.batch_size)
-    accuracy = (logits.argmax(1) == test.labels).float().mean().item()
+    logits = predict(network, test, params.evaluate.batch_size)
+    accuracy = (logits.argmax(1) == labels).float().mean().item()
     evaluated = time.perf_counter()
     batch_size = min(params.train.batch_size, len(train.labels))
     seen = params.train.epochs * (len(train.labels) // batch_size) * batch_size
+    speed = seen / (trained - start)
     return {
         "seconds": trained - start,
-        "images_per_second": seen / (trained - start),
-        "gflop_per_second": operations(network, params.data.image_size) * seen / (trained - start) / 1e9,
+        "images_per_second": speed,
+        "gflop_per_second": operations(network, params.data.image_size) * speed / 1e9,
         "accuracy": None if limit else accuracy,
         "evaluation_seconds": evaluated - trained,
         "parameters": network.count_parameters(),
-        "precision": str(training.precision(params.train, train.images.device)),
-        "memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        "precision": str(dtype),
+        "memory_mb": peak_memory(),
     }
 
 
-def operations(network: models.Network, size: int) -> float:
-    """Count the floating-point operations of training on one image of `size` pixels, forward and backward."""
-    images = torch.zeros(2, 3, size, size, device=network.normalize.mean.device)
-    with FlopCounterMode(display=False) as counter:
-        network.train()(images).sum().backward()
-    return float(counter.get_total_flops() / 2)
-
-
-def cost(images: int, *changes: str) -> dict[str, Any]:
-    """Train the default parameters, changed, for an epoch of synthetic images: milliseconds an image, peak memory."""
-    values = {key: yaml.safe_load(value) for key, value in (change.split("=") for change in changes)}
-    params = variant("default", {"train.epochs": 1, "train.lr": 1e-3, **values})
-    device = training.set_up(params.train)
-    pixels = torch.randint(0, 256, (images, params.data.image_size, params.data.image_size, 3), dtype=torch.uint8, device=device)
-    network = models.Network(params.model, params.data.image_size, [str(c) for c in range(10)])
-    network.measure(pixels)
+def cost(images: int, *changes: str) -> Measurement:
+    """Train the default parameters, changed, on synthetic images for one epoch."""
+    values = dict(change.split("=") for change in changes)
+    params = variant(
+        "default",
+        {"train.epochs": 1, "train.lr": 1e-3}
+        | {key: yaml.safe_load(value) for key, value in values.items()},
+    )
+    device, size = set_up(params.train), params.data.image_size
+    # One image that stands for all of them: only the copy that `prepare` makes takes memory.
+    image = np.random.default_rng(0).integers(0, 256, (size, size, 3), np.uint8)
+    data = Dataset(
+        {"train": np.broadcast_to(image, (images, *image.shape))},
+        {"train": np.arange(images) % 10},
+        [str(label) for label in range(10)],
+        "synthetic",
+    )
+    network, train, _ = prepare(params, data, device)
     start = time.perf_counter()
-    training.fit(network.to(device), params.train, training.Images(pixels, torch.arange(images, device=device) % 10), None, lambda _: None)
+    fit(network, params.train, train, None, dtype=precision(params.train, device))
     synchronize()
     seconds = time.perf_counter() - start
     return {
         "milliseconds_per_image": 1e3 * seconds / images,
-        "memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
-        "gflop_per_image": operations(network, params.data.image_size) / 1e9,
+        "memory_mb": peak_memory(),
+        "gflop_per_image": operations(network, size) / 1e9,
     }
 
 
-def matmul(size: int = 4096, repeats: int = 7) -> dict[str, Any]:
-    """GFLOP/s of the machine's own float32 matrix product, the best of some."""
-    device = training.set_up(variant("default").train)
+def matmul(size: int = 4096, repeats: int = 7) -> Measurement:
+    """Multiply two float32 matrices; return the speed of the fastest repetition."""
+    device = set_up(variant("default").train)
     a, b = torch.randn(size, size, device=device), torch.randn(size, size, device=device)
     seconds = []
     for _ in range(repeats):
@@ -134,14 +139,30 @@ def matmul(size: int = 4096, repeats: int = 7) -> dict[str, Any]:
     return {"gflop_per_second": 2 * size**3 / min(seconds) / 1e9}
 
 
+def operations(network: Network, size: int) -> float:
+    """Count the floating-point operations that training takes for one image of `size` pixels.
+
+    The forward and the backward pass are counted, the optimizer is not.
+    """
+    images = torch.zeros(2, 3, size, size, device=network.normalize.mean.device)
+    with FlopCounterMode(display=False) as counter:
+        network.train()(images).sum().backward()
+    return float(counter.get_total_flops() / 2)
+
+
+def peak_memory() -> float:
+    """Return the peak memory of this process so far, in MB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
 def synchronize() -> None:
-    """Wait for the GPU, where there is one."""
+    """Wait until the GPU has finished its work, if there is one."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 
 
 if __name__ == "__main__":
-    what, *arguments = sys.argv[1:]
-    function = {"reference": reference, "ours": ours, "cost": cost, "matmul": matmul}[what]
-    result = function(*(int(a) if a.isdigit() else a for a in arguments))  # type: ignore[operator]
-    print(json.dumps(result))
+    MEASUREMENTS = {"reference": reference, "ours": ours, "cost": cost, "matmul": matmul}
+    kind, *arguments = sys.argv[1:]
+    measure: Any = MEASUREMENTS[kind]
+    print(json.dumps(measure(*(int(a) if a.isdigit() else a for a in arguments))))

@@ -1,6 +1,6 @@
-"""The notebook's way, the yardstick: one image at a time through PIL transforms and a DataLoader, plain float32 PyTorch.
+"""The reference: train as the student's notebook does, in plain float32 PyTorch.
 
-Knows nothing of cifarlab but the arrays of `data/`.
+Every image goes through PIL transforms and a DataLoader. This module uses nothing of cifarlab.
 """
 
 from collections.abc import Iterator
@@ -18,11 +18,13 @@ EPOCHS = 8
 
 
 class Pictures(Dataset[tuple[torch.Tensor, int]]):
-    """Images uint8 (N, 32, 32, 3) as torchvision's CIFAR10 hands them out: PIL, then the transforms."""
+    """Images uint8 (N, 32, 32, 3), served as torchvision's CIFAR10 does: PIL, then transforms."""
 
     def __init__(self, images: npt.NDArray[Any], labels: npt.NDArray[Any]) -> None:
         self.images, self.labels = images, labels
-        self.transform = transforms.Compose([transforms.ToTensor(), transforms.Normalize((0.5,) * 3, (0.5,) * 3)])
+        self.transform = transforms.Compose(
+            [transforms.ToTensor(), transforms.Normalize((0.5,) * 3, (0.5,) * 3)]
+        )
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -32,23 +34,24 @@ class Pictures(Dataset[tuple[torch.Tensor, int]]):
 
 
 def network() -> nn.Sequential:
-    """Three convolutions, 538,506 parameters."""
+    """Return the notebook's network: three convolutions, 538,506 parameters."""
     return nn.Sequential(
         *(nn.Conv2d(3, 64, 3), nn.BatchNorm2d(64), nn.ReLU(), nn.MaxPool2d(2)),
-        *(nn.Conv2d(64, 128, 3), nn.BatchNorm2d(128), nn.ReLU(), nn.MaxPool2d(2), nn.Dropout2d(0.1)),
+        *(nn.Conv2d(64, 128, 3), nn.BatchNorm2d(128), nn.ReLU(), nn.MaxPool2d(2)),
+        nn.Dropout2d(0.1),
         *(nn.Conv2d(128, 256, 3), nn.BatchNorm2d(256), nn.ReLU(), nn.MaxPool2d(2)),
         nn.Flatten(),
         *(nn.Linear(1024, 128), nn.ReLU(), nn.Linear(128, 256), nn.ReLU(), nn.Linear(256, 10)),
     )
 
 
-def epochs(model: nn.Sequential, pictures: Pictures) -> Iterator[int]:
-    """Train and yield after every batch the number of images seen."""
+def train(model: nn.Sequential, pictures: Pictures) -> Iterator[int]:
+    """Train `model` for all epochs; yield the number of images seen so far after every batch."""
     optimizer, criterion = torch.optim.Adam(model.parameters(), lr=1e-3), nn.CrossEntropyLoss()
     seen = 0
     for _ in range(EPOCHS):
         model.train()
-        running_loss = 0.0
+        running_loss = 0.0  # never read, but the notebook computes it too, and that takes time
         for images, labels in DataLoader(pictures, BATCH, shuffle=True):
             optimizer.zero_grad()
             loss = criterion(model(images), labels)
@@ -61,7 +64,7 @@ def epochs(model: nn.Sequential, pictures: Pictures) -> Iterator[int]:
 
 @torch.no_grad()
 def accuracy(model: nn.Sequential, pictures: Pictures) -> float:
-    """Share of `pictures` that the network, in evaluation mode, gets right."""
+    """Return the share of `pictures` that the network classifies correctly in evaluation mode."""
     model.eval()
     correct = 0
     for images, labels in DataLoader(pictures, BATCH):

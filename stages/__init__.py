@@ -3,58 +3,79 @@
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import NoReturn
 
-# The code that runs is that of the folder the stage runs in: a queued experiment runs its own snapshot's code,
-# which an installed package would hide.
+# A stage must run the code of its own folder: a queued experiment runs its own snapshot, and an
+# installed package would hide that.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "src"))
-# Must be set before CUDA starts, for deterministic matrix products.
-os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
-
-def _not_set_up(error: ModuleNotFoundError) -> NoReturn:
-    sys.exit(f"error: {error.name} is not installed for {sys.executable}; `make setup`, then `source .venv/bin/activate`")
-
+__all__ = ["Params", "interrupted_once", "run"]
 
 try:
-    from cifarlab import UserError
-    from cifarlab.params import Params, load_params
+    from cifarlab.errors import UserError
+    from cifarlab.params.load import load_params
+    from cifarlab.params.sections import Params
 except ModuleNotFoundError as error:
-    _not_set_up(error)
+    advice = "run `make setup`, then `source .venv/bin/activate`"
+    sys.exit(f"error: {error.name} is not installed for {sys.executable}; {advice}")
+
+
+def run(stage: Callable[[Params], None]) -> None:
+    """Run a stage with validated parameters. Errors that a user can correct end in one sentence."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic matrix products
+    signal.signal(signal.SIGINT, _interrupt)
+    signal.signal(signal.SIGALRM, _interrupt)
+    try:
+        with interrupted_once():
+            stage(load_params())
+    except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        print("interrupted; type the same command again and it continues", file=sys.stderr)
+        sys.stdout.flush()
+        os._exit(1)  # all files are closed; unloading PyTorch and MLflow would take seconds
+    except Exception as error:
+        if sentence := explain(error):
+            sys.exit(f"error: {sentence}")
+        raise
+
+
+def explain(error: Exception) -> str:
+    """Return what the user can do about an error; empty if it is an error of the program."""
+    if isinstance(error, UserError):
+        return str(error)
+    torch = sys.modules.get("torch")  # if it was never imported, the error is not from there
+    full = isinstance(error, MemoryError) or (torch and isinstance(error, torch.OutOfMemoryError))
+    # On the CPU, PyTorch raises a plain RuntimeError with this text (on Linux, on Windows).
+    texts = "can't allocate memory", "not enough memory: you tried to allocate"
+    if full or any(f"DefaultCPUAllocator: {text}" in str(error) for text in texts):
+        advice = "lower train.batch_size, evaluate.batch_size, model.widths or data.image_size"
+        return f"not enough memory; {advice}"
+    if isinstance(error, OSError) and (error.filename or error.errno):
+        reason = f"{error.strerror or error}: {error.filename or 'disk'}"
+        return f"{reason}; make room or correct the permissions, then type the same command again"
+    return ""
 
 
 def _interrupt(*_: object) -> None:
-    """Raise KeyboardInterrupt, and again until it is heard: Python drops what is raised in a destructor or a weakref's callback."""
+    """Raise KeyboardInterrupt at Ctrl-C, and again every 0.3 s until `interrupted_once` sees it.
+
+    Python drops an exception that is raised inside a destructor or a callback of a weak reference.
+    """
     signal.setitimer(signal.ITIMER_REAL, 0.3)
     raise KeyboardInterrupt
 
 
-def run(stage: Callable[[Params], None]) -> None:
-    """Run a stage with validated parameters; an error of the user's ends in a sentence, not in a traceback."""
-    if hasattr(signal, "setitimer"):
-        signal.signal(signal.SIGINT, _interrupt)
-        signal.signal(signal.SIGALRM, _interrupt)
+@contextmanager
+def interrupted_once() -> Iterator[None]:
+    """Stop repeating the KeyboardInterrupt as soon as one leaves this block.
+
+    Whatever is closed after this block, such as the MLflow run, is then not interrupted again. So
+    this block must be the innermost: `with track("train", …) as run, interrupted_once():`.
+    """
     try:
-        stage(load_params())
-    except UserError as error:
-        sys.exit(f"error: {error}")
-    except ModuleNotFoundError as error:
-        _not_set_up(error)
-    except (MemoryError, RuntimeError) as error:
-        if "memory" not in repr(error).lower():  # PyTorch has no error of its own for it on the CPU
-            raise
-        sys.exit("error: the memory is not enough; lower train.batch_size, evaluate.batch_size, model.widths or data.image_size")
+        yield
     except KeyboardInterrupt:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        if hasattr(signal, "setitimer"):
-            signal.setitimer(signal.ITIMER_REAL, 0)
-        sys.stdout.flush()
-        print("interrupted; type the same command again and it continues", file=sys.stderr, flush=True)
-        os._exit(1)  # all is written and closed; taking PyTorch and MLflow down would cost seconds
-    except OSError as error:
-        if error.filename is None and error.errno is None:
-            raise
-        told = f"{error.strerror or error}: {error.filename or 'disk'}"
-        sys.exit(f"error: {told}; make room or mend the permissions, then type the same command again")
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        raise

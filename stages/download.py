@@ -1,21 +1,17 @@
-"""Get the images: sources of params.yaml → data/."""
+"""Get the images: data.sources of params.yaml → data/."""
 
-from pathlib import Path
-
-from cifarlab.params import Params
-from stages import run
+from stages import Params, run
 
 
 def download(params: Params) -> None:
-    """Write the images as uint8 arrays, with labels, class names and their digest."""
-    from cifarlab import sources
-    from cifarlab.files import root
+    """Write the images as uint8 arrays, with labels, class names and a digest."""
+    from cifarlab import files
+    from cifarlab.data.readers import prepare
 
-    data = sources.prepare(params.data, root(), root() / ".cache")
-    data.save(Path("data"))
-    print(
-        f"{data.name}: {len(data.labels['train']):,} training and {len(data.labels['test']):,} test images of {len(data.classes)} classes"
-    )
+    data = prepare(params.data, files.root(), files.cache())
+    data.save(files.DATA)
+    train, test = len(data.labels["train"]), len(data.labels["test"])
+    print(f"{data.name}: {train:,} training and {test:,} test images, {len(data.classes)} classes")
 
 
 if __name__ == "__main__":

@@ -1,18 +1,16 @@
-"""Draw the pictures: the tables in plots/ and data/ → plots/*.png."""
+"""Draw the figures of a run: the tables in plots/, and data/ → plots/*.png."""
 
-from pathlib import Path
-
-from cifarlab.params import Params
-from stages import run
+from stages import Params, interrupted_once, run
 
 
 def plot(params: Params) -> None:
-    """Draw every figure; titles carry dataset, variant and accuracy."""
-    from cifarlab import figures
-    from cifarlab.tracking import Mirror
+    """Draw every figure. Titles name the data set, the variant and its accuracy."""
+    from cifarlab import files
+    from cifarlab.figures.run import draw_all
+    from cifarlab.tracking.run import track
 
-    with Mirror("plot", params):
-        for path in figures.draw_all(params, Path("data"), Path("plots")):
+    with track("plot", params), interrupted_once():
+        for path in draw_all(params, files.DATA, files.PLOTS):
             print(path)
 
 

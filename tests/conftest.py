@@ -1,6 +1,7 @@
-"""Fixtures: the committed parameters, shrunk for tests."""
+"""Fixtures: small variants of the committed parameters, checkouts of the project, servers."""
 
 import copy
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -9,29 +10,59 @@ import pytest
 import torch
 import yaml
 
-from cifarlab.params import Params, TrainParams, load_params
-from tests.servers import Server
+from cifarlab.data.dataset import Dataset
+from cifarlab.data.readers import prepare
+from cifarlab.errors import UserError
+from cifarlab.params.load import load_params
+from cifarlab.params.sections import DataParams, Params, TrainParams
+from tests.support import cpu_seconds
+from tests.support import project as projects
+from tests.support.archives import ArchiveServer
+from tests.support.forkserver import ForkServer
+from tests.support.project import Project
+from tests.support.servers import Server
 
 REPO = Path(__file__).resolve().parent.parent
 VARIANTS: dict[str, dict[str, Any]] = yaml.safe_load((REPO / "variants.yaml").read_text("utf-8"))
 NOTEBOOK = VARIANTS["notebook"]
-# What the tests of a part go without, unless they say so.
-PLAIN_NETWORK = {"stem": "none", "norm_scale": True, "activation": "relu", "pool_at": "end", "init": "default", "logit_scale": 1}
-PLAIN_TRAINING = {"optimizer": "sgd", "lr": 0.05, "momentum": 0.9, "weight_decay": 0.0005, "norm_bias_lr": 1, "schedule": "one_cycle"}
+# Plain settings for tests of single parts. A test can override them.
+PLAIN_NETWORK = {
+    "stem": "none",
+    "norm_scale": True,
+    "activation": "relu",
+    "pool_at": "end",
+    "init": "default",
+    "logit_scale": 1,
+}
+PLAIN_TRAINING = {
+    "optimizer": "sgd",
+    "lr": 0.05,
+    "momentum": 0.9,
+    "weight_decay": 0.0005,
+    "norm_bias_lr": 1,
+    "schedule": "one_cycle",
+}
 MakeTrain = Callable[..., TrainParams]
 # One thread: the tests' networks are tiny, and results do not depend on the machine's cores.
 torch.set_num_threads(1)
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    config.pluginmanager.register(cpu_seconds)
+
+
 @pytest.fixture
 def content() -> dict[str, Any]:
-    """The committed params.yaml as plain dictionaries, to be changed at will."""
+    """The committed params.yaml as plain dictionaries that a test may change."""
     return copy.deepcopy(yaml.safe_load((REPO / "params.yaml").read_text("utf-8")))
 
 
 @pytest.fixture
 def make_params(content: dict[str, Any], tmp_path: Path) -> Callable[..., Params]:
-    """Return a function: make_params({"model.layers": 3}) gives the committed parameters with changes, validated from a file."""
+    """Return a function that loads the committed parameters with changes.
+
+    For example make_params({"model.layers": 3}). They are validated from a file.
+    """
 
     def make(changes: dict[str, Any] | None = None) -> Params:
         for key, value in (changes or {}).items():
@@ -46,16 +77,133 @@ def make_params(content: dict[str, Any], tmp_path: Path) -> Callable[..., Params
 
 @pytest.fixture
 def train_params(content: dict[str, Any]) -> MakeTrain:
-    """Return a function: train_params(lr=0.1) gives the parameters of a plain and exact training on the CPU, with changes."""
-    exact = {"batch_size": 16, "label_smoothing": 0.1, "precision": "float32", "device": "cpu", "threads": 1}
+    """Return a function that makes the parameters of a plain, exact training on the CPU.
+
+    For example train_params(lr=0.1) changes the learning rate.
+    """
+    exact = {
+        "batch_size": 16,
+        "label_smoothing": 0.1,
+        "precision": "float32",
+        "device": "cpu",
+        "threads": 1,
+    }
     return lambda **changes: TrainParams(**content["train"] | PLAIN_TRAINING | exact | changes)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
+def fork_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ForkServer]:
+    """Programs `python` and `dvc` that start without importing anything."""
+    server = ForkServer(tmp_path_factory.mktemp("fork-server"))
+    cpu_seconds.outside.append(server.cpu_seconds)
+    yield server
+    cpu_seconds.outside.remove(server.cpu_seconds)
+    server.close()
+
+
+@pytest.fixture(scope="session")
 def mlflow_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """A real MLflow server: some seconds to start."""
-    server = Server(tmp_path_factory.mktemp("server"))
+    """A real MLflow server that many tests share, because it starts slowly.
+
+    A test that kills its server must use `own_mlflow_server`.
+    """
+    yield from started(tmp_path_factory.mktemp("server"))
+
+
+@pytest.fixture
+def own_mlflow_server(tmp_path: Path) -> Iterator[Server]:
+    """A real MLflow server for one test."""
+    (tmp_path / "server").mkdir()
+    yield from started(tmp_path / "server")
+
+
+def started(folder: Path) -> Iterator[Server]:
+    """Start a server, yield it when it answers, and kill it afterwards."""
+    server = Server(folder)
     server.start()
     server.wait()
     yield server
     server.kill()
+
+
+@pytest.fixture
+def project(tmp_path_factory: pytest.TempPathFactory, fork_server: ForkServer) -> Iterator[Project]:
+    """A small checkout in which nothing has run."""
+    project = projects.check_out(tmp_path_factory.mktemp("checkout") / "cifarlab", fork_server)
+    yield project
+    shutil.rmtree(project.folder.parent, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def reproduced(
+    tmp_path_factory: pytest.TempPathFactory, fork_server: ForkServer
+) -> projects.Template:
+    """A checkout after `dvc repro`, which logged a model, with committed results. Do not change it.
+
+    Its committed parameters no longer log models, because that takes seconds in every evaluation.
+    """
+
+    def make(folder: Path) -> dict[str, Any]:
+        project = projects.check_out(folder, fork_server)
+        output = project.dvc("repro")
+        status = project.run(
+            "git", "status", "--porcelain", "--untracked-files=all"
+        ).stdout.split()[1::2]
+        project.edit("tracking", log_model=False)
+        project.run("git", "add", "--all")
+        project.run("git", "commit", "--quiet", "--message=base")
+        return {"output": output, "status": status}
+
+    return projects.template("reproduced", make, tmp_path_factory, fork_server)
+
+
+@pytest.fixture
+def finished(
+    reproduced: projects.Template, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Project]:
+    """A copy of `reproduced` that a test may change."""
+    project = projects.copy(reproduced[0], tmp_path_factory.mktemp("finished"))
+    yield project
+    shutil.rmtree(project.folder.parent, ignore_errors=True)
+
+
+# Archives and downloads (tests/support/archives.py)
+
+
+@pytest.fixture
+def archive_server(monkeypatch: pytest.MonkeyPatch) -> Iterator[ArchiveServer]:
+    """A server on the loopback interface that sends the replies that a test sets."""
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    with ArchiveServer().running() as server:
+        yield server
+
+
+@pytest.fixture
+def get(tmp_path: Path) -> Callable[..., Dataset]:
+    """Return a function: get("cifar10", source, …, sha256=…) reads images; `cache` is its cache."""
+
+    def get(name: str, *sources: Any, sha256: str | None = None, image_size: int = 32) -> Dataset:
+        params = DataParams(
+            name=name,  # type: ignore[arg-type]
+            sources=[str(source) for source in sources],
+            sha256=sha256,
+            image_size=image_size,
+            validation=0.1,
+        )
+        return prepare(params, tmp_path, tmp_path / "cache")
+
+    return get
+
+
+@pytest.fixture
+def refused(get: Callable[..., Dataset]) -> Callable[..., str]:
+    """Return a function like `get` that expects a refusal and returns its sentence."""
+
+    def refused(*args: Any, **kwargs: Any) -> str:
+        with pytest.raises(UserError) as caught:
+            get(*args, **kwargs)
+        sentence = str(caught.value)
+        assert "\n" not in sentence
+        return sentence
+
+    return refused

@@ -1,15 +1,19 @@
+"""Files are written as a whole or not at all; JSON and CSV are rounded."""
+
 import json
+import math
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
-from cifarlab.files import atomic, write_json
+from cifarlab.files import atomic, write_csv, write_json
 
 
-def test_atomic_creates_folders_and_leaves_the_whole_file_alone(tmp_path: Path) -> None:
+def test_atomic_creates_folders_and_leaves_only_the_complete_file(tmp_path: Path) -> None:
     path = tmp_path / "new" / "plot.png"
     with atomic(path) as temporary:
-        assert temporary.suffix == ".png"  # matplotlib chooses the format by it
+        assert temporary.suffix == ".png"  # matplotlib chooses the format by the suffix
         temporary.write_text("half")
         assert not path.exists()
         temporary.write_text("whole")
@@ -18,7 +22,9 @@ def test_atomic_creates_folders_and_leaves_the_whole_file_alone(tmp_path: Path) 
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
-def test_atomic_keeps_the_old_file_when_writing_fails(tmp_path: Path, error: type[BaseException]) -> None:
+def test_atomic_keeps_the_old_file_when_writing_fails(
+    tmp_path: Path, error: type[BaseException]
+) -> None:
     path = tmp_path / "metrics.json"
     path.write_text("old")
 
@@ -36,7 +42,16 @@ def test_atomic_keeps_the_old_file_when_writing_fails(tmp_path: Path, error: typ
 def test_write_json_rounds_floats_at_every_depth(tmp_path: Path) -> None:
     path = tmp_path / "a.json"
     write_json(
-        path, {"third": 1 / 3, "count": 7, "yes": True, "none": None, "name": "Zürich", "in": {"two": {"pi": 3.14159265}}, "list": [2 / 3]}
+        path,
+        {
+            "third": 1 / 3,
+            "count": 7,
+            "yes": True,
+            "none": None,
+            "name": "Zürich",
+            "in": {"two": {"pi": 3.14159265}},
+            "list": [2 / 3],
+        },
     )
     assert json.loads(path.read_text("utf-8")) == {
         "third": 0.333333,
@@ -47,6 +62,32 @@ def test_write_json_rounds_floats_at_every_depth(tmp_path: Path) -> None:
         "in": {"two": {"pi": 3.141593}},
         "list": [0.666667],
     }
-    assert path.read_text("utf-8").startswith('{\n  "third": 0.333333,\n  "count": 7,\n  "yes": true')
+    assert path.read_text("utf-8").startswith(
+        '{\n  "third": 0.333333,\n  "count": 7,\n  "yes": true'
+    )
     assert "Zürich" in path.read_text("utf-8")
     assert path.read_text("utf-8").endswith("}\n")
+
+
+def test_write_csv_gives_the_same_bytes_as_pandas(tmp_path: Path) -> None:
+    names = [
+        "plain",
+        "a,b",
+        'say "cheese"',
+        "two\nlines",
+        " space",
+        "猫",
+        "",
+        "7",
+        "#",
+        "\r",
+        "None",
+    ]
+    numbers = [0.0, 1.0, -0.0, 1 / 3, 1e-9, 123456.7890125, -2e22, 5e-7, math.nan, math.inf, 2.5]
+    rows = [
+        {"epoch": i, "na,me": name, "number": number, "held out": None, "loss": number or None}
+        for i, (name, number) in enumerate(zip(names, numbers, strict=True))
+    ]
+    write_csv(tmp_path / "ours.csv", rows)
+    pd.DataFrame(rows).to_csv(tmp_path / "pandas.csv", index=False, float_format="%.6f")
+    assert (tmp_path / "ours.csv").read_bytes() == (tmp_path / "pandas.csv").read_bytes()

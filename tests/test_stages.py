@@ -1,116 +1,253 @@
-"""What a stage says when it cannot run, and what evaluate writes about mirrored and shifted images."""
+"""The stages as commands: their files, their error messages, and Ctrl-C.
+
+A stand-in replaces MLflow.
+"""
 
 import json
+import os
 import shutil
 import signal
 import subprocess
 import sys
 import venv
-from collections.abc import Callable
-from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 import yaml
 from sklearn.metrics import accuracy_score
 
-from cifarlab import models, tracking
-from cifarlab.datasets import Dataset
-from cifarlab.params import Params
-from stages.evaluate import evaluate
+import stages
+from cifarlab.data.dataset import Dataset
+from cifarlab.nn.network import predict
+from cifarlab.nn.weights import load
 from tests.conftest import REPO
+from tests.support.networks import coloured
 
 STAGES = ["download", "train", "evaluate", "plot"]
+STAND_IN = """
+import json
+from contextlib import contextmanager
+from pathlib import Path
+
+class Run:
+    def log_epochs(self):
+        rows = len(Path("plots/history.csv").read_text().splitlines()) - 1
+        [clock] = Path(".cache/trainings").iterdir()
+        print("logged", rows, *json.loads(clock.read_text())["epochs"])
+
+@contextmanager
+def track(stage, params, conditions=None, *, take_over=False):
+    print("track", stage, take_over)
+    yield Run()
+"""
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
+    """A copy of the code without MLflow, to run stages in."""
     for name in ("src", "stages"):
         shutil.copytree(REPO / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("params.yaml", "dvc.yaml"):
         shutil.copy(REPO / name, tmp_path / name)
+    (tmp_path / "src/cifarlab/tracking/run.py").write_text(STAND_IN)
     return tmp_path
 
 
-def ends_in_a_sentence(python: str, folder: Path, stage: str) -> str:
-    done = subprocess.run([python, "-m", f"stages.{stage}"], cwd=folder, capture_output=True, text=True, check=False, timeout=120)
+def edit(folder: Path, **sections: dict[str, Any]) -> None:
+    """Change params.yaml: edit(folder, train={"epochs": 2})."""
+    params = yaml.safe_load((folder / "params.yaml").read_text("utf-8"))
+    for section, changes in sections.items():
+        params[section] |= changes
+    (folder / "params.yaml").write_text(yaml.safe_dump(params), "utf-8")
+
+
+def python(
+    folder: Path, *arguments: str, executable: str = sys.executable
+) -> subprocess.CompletedProcess[str]:
+    """Run Python in the folder, as DVC would."""
+    env = {key: value for key, value in os.environ.items() if not key.startswith(("DVC", "PYTHON"))}
+    command = [executable, *arguments]
+    return subprocess.run(
+        command, cwd=folder, env=env, capture_output=True, text=True, check=False, timeout=120
+    )
+
+
+def error_of(folder: Path, *arguments: str, executable: str = sys.executable) -> str:
+    """Run Python and return its error message, which must be one line."""
+    done = python(folder, *arguments, executable=executable)
     assert done.returncode == 1, done
     assert len(done.stderr.strip().splitlines()) == 1, done.stderr
     return done.stderr
 
 
+# Their files
+
+
+def test_train_and_evaluate_write_their_files(folder: Path) -> None:
+    size = {"name": "folder", "sources": ["a.zip"], "sha256": None, "image_size": 8}
+    edit(folder, data=size | {"validation": 0.25}, model={"layers": 2, "widths": [8, 16]})
+    edit(folder, train={"epochs": 2, "batch_size": 16, "device": "cpu", "threads": 1})
+    edit(folder, evaluate={"mirror": True, "shifts": 2, "batch_size": 7})
+    images, labels = (t.numpy() for t in coloured(60))
+    names = ["a,b", "say what", "c"]
+    data = Dataset(
+        {"train": images, "test": images}, {"train": labels, "test": labels}, names, "noise"
+    )
+    data.save(folder / "data")
+
+    done = python(folder, "-m", "stages.train")
+    assert done.returncode == 0, done.stderr
+    first, track, epoch, logged, _, logged_again = done.stdout.splitlines()
+    assert first.startswith("noise: 2 layers 8-16")
+    assert track == "track train True"
+    assert epoch.startswith("epoch 1/2   loss ")
+    # history.csv and the times of the epochs are written before MLflow reads them.
+    assert [logged, logged_again] == ["logged 1 1", "logged 2 1 2"]
+    history = pd.read_csv(folder / "plots/history.csv")
+    results = ["train_loss", "train_accuracy", "val_loss", "val_accuracy"]
+    assert list(history) == ["epoch", *results, "learning_rate"]
+    assert history["epoch"].tolist() == [1, 2]
+    final = json.loads((folder / "metrics/train.json").read_text())
+    network = load(folder / "models/network.safetensors")
+    counts = {"parameters": network.count_parameters(), "images": 45}
+    assert final == counts | history.iloc[-1][results].to_dict()
+
+    assert len(list(folder.glob(".cache/checkpoints/*.pt"))) == 1
+    done = python(folder, "-m", "stages.train")  # as DVC repeats a stage that was killed at its end
+    assert "continuing after epoch 2 of 2" in done.stdout
+    assert pd.read_csv(folder / "plots/history.csv").equals(history)
+
+    done = python(folder, "-m", "stages.evaluate")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[0] == "track evaluate False"
+    assert not list(folder.glob(".cache/checkpoints/*.pt"))
+    metrics = json.loads((folder / "metrics/evaluate.json").read_text())
+    found = predict(network, torch.from_numpy(images), 60).argmax(1)
+    assert metrics["accuracy"] == pytest.approx(accuracy_score(labels, found), abs=1e-6)
+    extra = {"accuracy_mirrored", "accuracy_shifted_1", "accuracy_shifted_2"}
+    assert extra < metrics.keys()
+    predictions = pd.read_csv(folder / "plots/predictions.csv")
+    assert predictions["predicted"].tolist() == [names[i] for i in found]
+    for table in ("predictions", "per_class", "confusion"):
+        path = folder / f"plots/{table}.csv"
+        again = pd.read_csv(path).to_csv(index=False, float_format="%.6f")
+        assert path.read_text("utf-8") == again
+
+
+# Their error messages
+
+
 @pytest.mark.parametrize("stage", STAGES)
-def test_a_wrong_parameter(folder: Path, stage: str) -> None:
-    params = yaml.safe_load((folder / "params.yaml").read_text())
-    params["model"]["layer"] = 3
-    (folder / "params.yaml").write_text(yaml.safe_dump(params))
-    assert "did you mean model.layers?" in ends_in_a_sentence(sys.executable, folder, stage)
+def test_an_unknown_parameter_is_refused(folder: Path, stage: str) -> None:
+    edit(folder, model={"layer": 3})
+    assert "did you mean model.layers?" in error_of(folder, "-m", f"stages.{stage}")
 
 
 @pytest.mark.parametrize("stage", ["train", "evaluate"])
-def test_data_that_is_not_there(folder: Path, stage: str) -> None:
-    assert "dvc repro" in ends_in_a_sentence(sys.executable, folder, stage)
+def test_missing_data_is_reported(folder: Path, stage: str) -> None:
+    assert "dvc repro" in error_of(folder, "-m", f"stages.{stage}")
 
 
-def test_a_python_without_the_requirements(folder: Path, tmp_path: Path) -> None:
+def test_a_python_without_the_requirements_is_reported(folder: Path, tmp_path: Path) -> None:
     venv.create(tmp_path / "bare", symlinks=True)
-    assert "source .venv/bin/activate" in ends_in_a_sentence(str(tmp_path / "bare/bin/python"), folder, "train")
+    bare = str(tmp_path / "bare/bin/python")
+    message = error_of(folder, "-m", "stages.train", executable=bare)
+    assert "source .venv/bin/activate" in message
 
 
-def test_no_network(folder: Path) -> None:
-    """The sources of params.yaml, on ports of this machine where nobody listens."""
-    params = yaml.safe_load((folder / "params.yaml").read_text())
-    params["data"]["sources"] = ["http://127.0.0.1:9/a.tar.gz", "http://127.0.0.1:9/b.tar.gz"]
-    (folder / "params.yaml").write_text(yaml.safe_dump(params))
-    said = ends_in_a_sentence(sys.executable, folder, "download")
-    assert "make demo" in said
-    assert "data.sources" in said
+def test_without_network_the_download_says_what_to_do(folder: Path) -> None:
+    """No server listens on the port of these sources."""
+    unreachable = ["http://127.0.0.1:9/a.tar.gz", "http://127.0.0.1:9/b.tar.gz"]
+    edit(folder, data={"sources": unreachable})
+    message = error_of(folder, "-m", "stages.download")
+    assert "make demo" in message
+    assert "data.sources" in message
     assert not (folder / "data").exists()
 
 
-@pytest.mark.parametrize("mirror", [True, False])
-def test_accuracy_on_mirrored_and_on_shifted_images(
-    make_params: Callable[..., Params], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mirror: bool
-) -> None:
-    folder = {"data.name": "folder", "data.sources": ["a.zip"], "data.sha256": None, "data.image_size": 8}
-    params = make_params({**folder, "model.widths": [8], "model.layers": 2, "evaluate.mirror": mirror, "evaluate.shifts": 2 * mirror})
-    params = make_params({"evaluate.batch_size": 7})
-    rng = np.random.default_rng(0)
-    images = rng.integers(0, 256, (60, 8, 8, 3), dtype=np.uint8)
-    torch.manual_seed(0)
-    network = models.Network(params.model, 8, ["a", "b", "c"])
-
-    def logits(pictures: np.ndarray) -> np.ndarray:
-        return models.predict(network, torch.from_numpy(pictures.copy()), 60).double().numpy()
-
-    mean = (logits(images) + logits(images[:, :, ::-1])) / 2
-    labels = np.where(np.arange(60) % 4 == 0, 0, mean.argmax(1))
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(tracking, "Mirror", lambda *_: nullcontext())
-    monkeypatch.setattr(tracking, "training_key", lambda _: "key")
-    Dataset({"train": images, "test": images}, {"train": labels, "test": labels}, ["a", "b", "c"], "noise").save(Path("data"))
-    models.save(network, Path("models/network.safetensors"))
-    evaluate(params)
-    metrics = json.loads(Path("metrics/evaluate.json").read_text())
-    plain, mirrored = accuracy_score(labels, logits(images).argmax(1)), accuracy_score(labels, mean.argmax(1))
-    assert plain != mirrored
-    assert metrics["accuracy"] == pytest.approx(plain)
-    assert metrics.get("accuracy_mirrored") == (pytest.approx(mirrored) if mirror else None)
-
-    def shifted(pixels: int) -> float:
-        padded = np.pad(images, [(0, 0), (pixels, pixels), (pixels, pixels), (0, 0)], mode="reflect")
-        corners = [(0, pixels), (2 * pixels, pixels), (pixels, 0), (pixels, 2 * pixels)]
-        return float(np.mean([accuracy_score(labels, logits(padded[:, y : y + 8, x : x + 8]).argmax(1)) for y, x in corners]))
-
-    found = {key: value for key, value in metrics.items() if key.startswith("accuracy_shifted")}
-    assert found == ({f"accuracy_shifted_{i}": pytest.approx(shifted(i), abs=1e-6) for i in (1, 2)} if mirror else {})
+def test_importing_stages_does_not_change_the_process(folder: Path) -> None:
+    script = """if True:
+        import os, signal
+        os.environ.pop("CUBLAS_WORKSPACE_CONFIG", None)
+        import stages
+        assert "CUBLAS_WORKSPACE_CONFIG" not in os.environ
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        stages.run(lambda params: print(os.environ["CUBLAS_WORKSPACE_CONFIG"]))
+    """
+    done = python(folder, "-c", script)
+    assert (done.returncode, done.stdout) == (0, ":4096:8\n"), done.stderr
 
 
-def test_a_ctrl_c_that_python_drops_is_heard_all_the_same(folder: Path) -> None:
-    """What is raised in a destructor goes no further than a message."""
-    script = """
+# A lack of memory
+
+
+def allocate_with_torch() -> None:
+    torch.empty(10**15)
+
+
+def allocate_with_numpy() -> None:
+    np.empty(10**17)
+
+
+def raise_for_the_gpu() -> None:
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+
+def raise_on_windows() -> None:
+    text = "DefaultCPUAllocator: not enough memory: you tried to allocate 4000 bytes."
+    raise RuntimeError(f"[enforce fail at alloc_cpu.cpp:121] data. {text}")
+
+
+@pytest.mark.parametrize(
+    "fail", [allocate_with_torch, allocate_with_numpy, raise_for_the_gpu, raise_on_windows]
+)
+def test_a_lack_of_memory_is_recognised(fail: Any) -> None:
+    with pytest.raises((MemoryError, RuntimeError)) as caught:
+        fail()
+    assert stages.explain(caught.value).startswith("not enough memory; lower train.batch_size")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("CUDA error: an illegal memory access was encountered"),
+        RuntimeError("Expected all tensors to share a memory format"),
+        RuntimeError("unable to open shared memory object </torch_1> in read-write mode"),
+    ],
+    ids=str,
+)
+def test_other_errors_that_mention_memory_are_not_a_lack_of_it(error: RuntimeError) -> None:
+    assert stages.explain(error) == ""
+
+
+FAILING = """
+import stages
+def stage(params):
+    raise {error}
+stages.run(stage)
+"""
+
+
+def test_a_lack_of_memory_is_reported_in_one_sentence(folder: Path) -> None:
+    message = error_of(folder, "-c", FAILING.format(error="MemoryError"))
+    assert message.startswith("error: not enough memory; lower train.batch_size")
+
+
+def test_an_illegal_memory_access_keeps_its_traceback(folder: Path) -> None:
+    text = "CUDA error: an illegal memory access was encountered"
+    done = python(folder, "-c", FAILING.format(error=f"RuntimeError({text!r})"))
+    assert done.returncode == 1
+    assert done.stderr.startswith("Traceback")
+    assert done.stderr.splitlines()[-1] == f"RuntimeError: {text}"
+
+
+# Ctrl-C
+
+DROPPED = """
 import time, stages
 class Dropped:
     def __del__(self):
@@ -118,16 +255,47 @@ class Dropped:
         time.sleep(60)
 def stage(params):
     Dropped()
-    print("dropped", flush=True)
+    print("goes on", flush=True)
     time.sleep(60)
 stages.run(stage)
 """
-    with subprocess.Popen([sys.executable, "-c", script], cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+CLOSING = """
+import time, stages
+from contextlib import contextmanager
+@contextmanager
+def slow_to_close():
+    try:
+        yield
+    finally:
+        time.sleep(1)  # the KeyboardInterrupt would be repeated every 0.3 s
+        print("goes on", flush=True)
+def stage(params):
+    with slow_to_close(), stages.interrupted_once():
+        print("here", flush=True)
+        time.sleep(60)
+stages.run(stage)
+"""
+
+
+def interrupt(folder: Path, script: str) -> None:
+    """Interrupt a script at "here"; it must print "goes on" and end with the message."""
+    command = [sys.executable, "-c", script]
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, cwd=folder, **pipes) as process:
         assert process.stdout
         assert process.stderr
         assert process.stdout.readline() == "here\n"
         process.send_signal(signal.SIGINT)
-        assert process.stdout.readline() == "dropped\n"
+        assert process.stdout.readline() == "goes on\n"
         assert process.wait(10) == 1
-        said = process.stderr.read()
-    assert said.splitlines()[-1] == "interrupted; type the same command again and it continues"
+        message = process.stderr.read().splitlines()[-1]
+    assert message == "interrupted; type the same command again and it continues"
+
+
+def test_ctrl_c_is_repeated_if_python_drops_the_exception(folder: Path) -> None:
+    """Python drops an exception that is raised in a destructor."""
+    interrupt(folder, DROPPED)
+
+
+def test_ctrl_c_is_not_repeated_while_the_run_is_closed(folder: Path) -> None:
+    interrupt(folder, CLOSING)

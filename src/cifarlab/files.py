@@ -1,51 +1,98 @@
 """Where files lie, and how they are written: whole or not at all."""
 
+import csv
 import errno
 import json
+import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from cifarlab import first_line
+from cifarlab.errors import first_line
+
+# Relative to the checkout, or to the copy of it in which `dvc exp run --temp` and `--queue` work.
+PARAMS = Path("params.yaml")
+VARIANTS = Path("variants.yaml")
+DVC_YAML = Path("dvc.yaml")
+DVC_LOCK = Path("dvc.lock")
+DATA = Path("data")
+WEIGHTS = Path("models/network.safetensors")
+TRAIN_METRICS = Path("metrics/train.json")
+EVALUATION = Path("metrics/evaluate.json")
+PLOTS = Path("plots")
+HISTORY = PLOTS / "history.csv"
+PREDICTIONS = PLOTS / "predictions.csv"
+PER_CLASS = PLOTS / "per_class.csv"
+CONFUSION = PLOTS / "confusion.csv"
+QUESTIONS = Path("studies")
+ANSWERS = Path("docs/studies")
+EQUAL_CODE = ANSWERS / "same-bytes.json"
 
 
 def root() -> Path:
-    """Return the main checkout, also from the throw-away copy that `dvc exp run --temp` and `--queue` work in."""
+    """Return the main checkout, also from a copy that `dvc exp run --temp` or `--queue` made."""
     return Path(os.environ.get("DVC_ROOT", ".")).resolve()
+
+
+def cache(checkout: Path | None = None) -> Path:
+    """Return the folder for downloads, checkpoints and epoch times, which no DVC stage owns."""
+    return (checkout or root()) / ".cache"
+
+
+def mlflow_database() -> Path:
+    """Return the SQLite file of MLflow that is used where MLFLOW_TRACKING_URI names no other."""
+    return root() / "mlflow.db"
+
+
+def scratch() -> Path:
+    """Return the folder for temporary files and locks, which Git ignores."""
+    return root() / ".dvc" / "tmp"
 
 
 @contextmanager
 def atomic(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; it takes the place of `path` only when the block ends well."""
+    """Yield a temporary path beside `path`; it replaces `path` only if the block succeeds."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    # The suffix stays: savefig and friends choose the format by it.
+    # The suffix is kept because savefig chooses the format by it.
     temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
     try:
         yield temporary
         with temporary.open("rb") as file:
-            os.fsync(file.fileno())  # the name must not reach the disk before the content does: power may fail
+            os.fsync(file.fileno())  # after a power cut the name must not exist without the content
         temporary.replace(path)
     except OSError as error:
-        if error.filename in (None, str(temporary)):  # a full disk does not say which file, and numpy not even that it is full
-            raise OSError(error.errno or errno.ENOSPC, error.strerror or first_line(error), str(path)) from error
+        if error.filename in (None, str(temporary)):
+            # The error of a full disk names no file, and numpy's does not even have a number.
+            reason = error.strerror or first_line(error)
+            raise OSError(error.errno or errno.ENOSPC, reason, str(path)) from error
         raise
     finally:
         temporary.unlink(missing_ok=True)
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write `content` for people and `git diff`: indented, floats of six decimals."""
+    """Write `content` for people and `git diff`: indented, floats with six decimals."""
+    rounded = json.loads(json.dumps(content), parse_float=lambda number: round(float(number), 6))
     with atomic(path) as temporary:
-        temporary.write_text(json.dumps(_rounded(content), indent=2, ensure_ascii=False) + "\n", "utf-8")
+        temporary.write_text(json.dumps(rounded, indent=2, ensure_ascii=False) + "\n", "utf-8")
 
 
-def _rounded(content: Any) -> Any:
-    if isinstance(content, float):
-        return round(content, 6)
-    if isinstance(content, dict):
-        return {key: _rounded(value) for key, value in content.items()}
-    if isinstance(content, list | tuple):
-        return [_rounded(value) for value in content]
-    return content
+def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write rows of equal keys: floats with six decimals, None and NaN as empty cells."""
+    with atomic(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(rows[0])
+        writer.writerows(map(_cell, row.values()) for row in rows)
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file."""
+    return json.loads(path.read_text("utf-8"))
+
+
+def _cell(value: Any) -> Any:
+    if isinstance(value, float):
+        return "" if math.isnan(value) else f"{value:.6f}"
+    return value

@@ -1,4 +1,4 @@
-"""A whole study, killed in the middle: `make study NAME=demo` in a checkout, with an answer that is known."""
+"""A whole study that is killed in the middle, and a search, in a checkout with a real DVC."""
 
 import os
 import re
@@ -9,36 +9,54 @@ import pandas as pd
 import pytest
 import yaml
 
-from tests.pipeline.conftest import Project
+from tests.support.project import Project
 
-COMMAND = ("python", "-m", "cifarlab", "study", "demo")
+STUDY = ("python", "-m", "cifarlab.cli", "study", "demo")
+LAST = "demo-another-label-smoothing-2"
 
 
+def first_lines(project: Project, count: int) -> list[str]:
+    """Start the study, return the first lines that it prints, and kill it."""
+    with subprocess.Popen(
+        STUDY,
+        cwd=project.folder,
+        env=project.env | {"PYTHONPATH": "src", "PYTHONUNBUFFERED": "1"},
+        text=True,
+        stdout=subprocess.PIPE,
+        start_new_session=True,
+    ) as process:
+        assert process.stdout is not None
+        lines = [process.stdout.readline() for _ in range(count)]
+        os.killpg(process.pid, signal.SIGKILL)
+    return lines
+
+
+def python(project: Project, code: str) -> str:
+    return project.run("python", "-c", code, PYTHONPATH="src").stdout
+
+
+@pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_a_study_that_was_killed_goes_on_and_finds_what_is_there(project: Project) -> None:
+def test_a_killed_study_continues_and_finds_the_known_answer(project: Project) -> None:
     project.run("git", "checkout", "--quiet", "params.yaml")
-    env = project.env | {"PYTHONPATH": "src"}
-    with subprocess.Popen(COMMAND, cwd=project.folder, env=env, text=True, stdout=subprocess.PIPE, start_new_session=True) as killed:
-        assert killed.stdout is not None
-        told = [killed.stdout.readline() for _ in range(4)]  # the question, the plan, two points
-        os.killpg(killed.pid, signal.SIGKILL)
-    assert told[1] == "9 points, 0 done, 9 to run\n"
-    assert told[3].startswith("demo-four-epochs-1 done, 7 left")
+    lines = first_lines(project, 4)  # the question, the plan, two points
+    assert lines[1] == "9 points, 0 done, 9 to run\n"
+    assert lines[3] == "demo-four-epochs-1 done, 7 left\n"
 
-    told = project.run(*COMMAND, seconds=800, PYTHONPATH="src").stdout.splitlines()
-    assert told[1].startswith("9 points, 2 done, 7 to run")
-    assert len([line for line in told if " done, " in line and line.startswith("demo-")]) == 7
+    lines = project.run(*STUDY, seconds=800, PYTHONPATH="src").stdout.splitlines()
+    assert lines[1] == "9 points, 2 done, 7 to run"
+    assert len([line for line in lines if re.match(r"demo-\S+ done, \d left$", line)]) == 7
     page = (project.folder / "docs/studies/demo.md").read_text()
-    # The effect that was planted, and the one that was not.
+    # One variant has an effect, the other one has none.
     assert re.search(r"\| one epoch \|.*\*\*yes\*\*", page)
     assert re.search(r"\| another label smoothing \|.*\| no, p = ", page)
     assert "worse: one epoch (-" in page
-    assert "not to be told from noise: another label smoothing" in page
+    assert "no significant difference: another label smoothing" in page
     table = pd.read_csv(project.folder / "docs/studies/demo.csv")
     assert len(table) == 9
     assert (project.folder / "docs/studies/demo.png").stat().st_size > 20_000
 
-    # In MLflow the points are the children of one run, which holds the answer.
+    # In MLflow the points are the children of one run, which has the files of the answer.
     client = project.client()
     [experiment] = client.search_experiments(filter_string="name = 'cifarlab'")
     [parent] = client.search_runs([experiment.experiment_id], "tags.`study.parent` = 'demo'")
@@ -46,63 +64,74 @@ def test_a_study_that_was_killed_goes_on_and_finds_what_is_there(project: Projec
     assert {run.data.tags["dvc.exp.name"] for run in children} == set(table.experiment)
     assert len(children) == 9
     assert {run.data.tags["mlflow.parentRunId"] for run in children} == {parent.info.run_id}
-    assert project.artifacts(parent.info.run_id) == {"demo.md", "demo.png", "demo.csv", "demo-epochs.csv"}
+    files = {"demo.md", "demo.png", "demo.csv", "demo-epochs.csv"}
+    assert project.artifacts(parent.info.run_id) == files
     for run in children:
         [row] = table[table.experiment == run.data.tags["dvc.exp.name"]].to_dict("records")
         assert run.data.metrics["test_accuracy"] == pytest.approx(row["accuracy"])
     assert set(table.experiment) <= set(project.dvc("exp", "list", "--name-only").split())
 
-    # A point whose row was lost is in DVC's run cache: the experiment is made anew, nothing trains.
-    again = "from cifarlab import studies; studies.run_point(studies.load('demo')[1][-1], '--temp')"
-    project.run("python", "-c", again, PYTHONPATH="src")
-    said = (project.folder / ".dvc/tmp/demo-another-label-smoothing-2.log").read_text()
-    assert "epoch" not in said
-    assert project.dvc("exp", "list", "--name-only").split().count("demo-another-label-smoothing-2") == 1
+    # Running a point again takes it from DVC's run cache: nothing trains, and it replaces the
+    # experiment.
+    load = "from cifarlab.studies import points; point = points.load('demo')[1][-1]"
+    run = "pipeline.run_experiment(point.experiment, point.changes)"
+    python(project, f"{load}; from cifarlab import pipeline; {run}")
+    assert "epoch" not in (project.folder / f".dvc/tmp/{LAST}.log").read_text()
+    assert project.dvc("exp", "list", "--name-only").split().count(LAST) == 1
 
-    # So it may never have had a run of its own: it gets one, with the times and the machine of its training.
+    # An experiment that MLflow lacks gets a run, with the times and the machine of its training.
     project.lose_store()
-    reads = "[(row, _)] = studies.read_points(studies.load('demo')[1][-1:]); print(row['seconds'], row['machine'], row['data'], sep=';')"
-    seconds, *others = project.run("python", "-c", f"from cifarlab import studies; {reads}", PYTHONPATH="src").stdout.strip().split(";")
-    last = table.set_index("experiment").loc["demo-another-label-smoothing-2"]
+    read = "[(row, _)] = points.finished([point])"
+    shown = python(project, f"{load}; {read}; print(row['seconds'], row['machine'], sep=';')")
+    seconds, machine = shown.strip().splitlines()[-1].split(";")
+    last = table.set_index("experiment").loc[LAST]
     assert float(seconds) == pytest.approx(last.seconds, rel=1e-4)
-    assert others == [last.machine, "digits"]
+    assert machine == last.machine
 
-    # Asked again, nothing runs, and the same is written: on another commit, and by another machine, which has the tables only.
+    # On another commit, and on a machine that has the tables only, nothing runs again.
     project.run("git", "add", "docs/studies")
-    project.run("git", "commit", "--quiet", "--message", "what the study says")
+    project.run("git", "commit", "--quiet", "--message", "the answer of the study")
     project.dvc("exp", "remove", "--all-commits")
     project.lose_store()
-    again = project.run(*COMMAND, seconds=100, PYTHONPATH="src").stdout
+    again = project.run(*STUDY, seconds=100, PYTHONPATH="src").stdout
     assert "9 points, 9 done, 0 to run" in again
     assert (project.folder / "docs/studies/demo.md").read_text() == page
-    # Other parameters are another question.
+    # With other parameters it is another question.
     params = project.folder / "params.yaml"
     params.write_text(params.read_text().replace("  momentum: 0.85", "  momentum: 0.8"))
-    with subprocess.Popen(COMMAND, cwd=project.folder, env=env, text=True, stdout=subprocess.PIPE, start_new_session=True) as killed:
-        assert killed.stdout is not None
-        assert [killed.stdout.readline() for _ in range(2)][1] == "9 points, 0 done, 9 to run\n"
-        os.killpg(killed.pid, signal.SIGKILL)
+    assert first_lines(project, 2)[1] == "9 points, 0 done, 9 to run\n"
 
 
+SEARCH = {
+    "question": "Which network?",
+    "base": {
+        "data.name": "digits",
+        "model.layers": 2,
+        "train.flip": "none",
+        "train.batch_size": 64,
+        "tracking.log_model": False,
+    },
+    "space": {
+        "model.widths": [[8, 16], [8, 24]],
+        "train.lr": {"low": 0.1, "high": 0.4, "log": True},
+    },
+    "rungs": [1, 2],
+    "seconds": 300,
+}
+
+
+@pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_a_search_keeps_what_it_has_tried_and_names_the_best_within_its_time(project: Project) -> None:
+def test_a_search_continues_and_names_the_best_trial_within_its_time(project: Project) -> None:
     project.run("git", "checkout", "--quiet", "params.yaml")
-    search = {
-        "question": "Which network?",
-        "base": {"data.name": "digits", "model.layers": 2, "train.flip": "none", "train.batch_size": 64, "tracking.log_model": False},
-        "space": {"model.widths": [[8, 16], [8, 24]], "train.lr": {"low": 0.1, "high": 0.4, "log": True}},
-        "rungs": [1, 2],
-        "seconds": 300,
-        "trials": 1,
-    }
     path = project.folder / "studies/search.yaml"
-    command = ("python", "-m", "cifarlab", "search", "search")
+    command = ("python", "-m", "cifarlab.cli", "search", "search")
     for trials in (1, 2):
-        path.write_text(yaml.safe_dump(search | {"trials": trials}))
-        told = project.run(*command, seconds=250, PYTHONPATH="src").stdout
-        assert f"{trials - 1} of {trials} trials done" in told
-        assert f"search-{trials - 1}-1: " in told
-        assert told.count("on validation") in (1, 2)
+        path.write_text(yaml.safe_dump(SEARCH | {"trials": trials}))
+        output = project.run(*command, seconds=250, PYTHONPATH="src").stdout
+        assert f"{trials - 1} of {trials} trials done" in output
+        assert f"search-{trials - 1}-1: " in output
+        assert output.count("on validation") in (1, 2)
     page = (project.folder / "docs/studies/search.md").read_text()
     experiments = set(re.findall(r"^\| (search-\d-\d) \|", page, re.MULTILINE))
     assert {name.split("-")[1] for name in experiments} == {"0", "1"}
@@ -116,9 +145,12 @@ def test_a_search_keeps_what_it_has_tried_and_names_the_best_within_its_time(pro
     children = client.search_runs([experiment.experiment_id], "tags.study = 'search'")
     assert {run.data.tags["dvc.exp.name"] for run in children} == every_rung
 
-    path.write_text(yaml.safe_dump(search | {"trials": 3, "seconds": 1e-9}))
-    said = project.run(*command, seconds=250, PYTHONPATH="src", check=False).stdout
-    assert "no trial came to its end within 1e-09 s" in said
-    for content, told in (("question: ?", "search.yaml is not valid YAML in line 1"), ("question: a?", "search.yaml is no search")):
+    path.write_text(yaml.safe_dump(SEARCH | {"trials": 3, "seconds": 1e-9}))
+    output = project.run(*command, seconds=250, PYTHONPATH="src", check=False).stdout
+    assert "no trial finished within 1e-09 s" in output
+    for content, message in (
+        ("question: ?", "search.yaml is not valid YAML in line 1"),
+        ("question: a?", "search.yaml is not a search"),
+    ):
         path.write_text(content)
-        assert told in project.run(*command, PYTHONPATH="src", check=False).stdout
+        assert message in project.run(*command, PYTHONPATH="src", check=False).stdout

@@ -1,0 +1,149 @@
+"""The command line: `cifarlab COMMAND`, also called by the Makefile."""
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from cifarlab import files, pipeline
+from cifarlab.errors import UserError, first_line
+from cifarlab.params.load import changed, load_params, read_yaml
+
+JOBS = click.option("--jobs", type=click.IntRange(1, 64), default=1, help="Experiments at a time.")
+STYLE = """body { font-family: system-ui, sans-serif; margin: 2rem }
+body > div { margin-bottom: 2.5rem; overflow-x: auto } img { max-width: 44vw; height: auto }"""
+
+
+class Commands(click.Group):
+    """Commands that report an error of the user in one sentence."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command; exit code 1 and one line on standard error if it cannot be done."""
+        try:
+            return super().invoke(ctx)
+        except UserError as error:
+            sys.exit(f"error: {error}")
+        except (OSError, subprocess.CalledProcessError) as error:
+            sys.exit(f"error: {first_line(error)}")
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
+def main() -> None:
+    """Ask what a change to a network does. See also `dvc repro` and `dvc exp run`.
+
+    \b
+    Examples:
+      cifarlab variant notebook       train a variant of variants.yaml
+      cifarlab study depth --jobs 2   ask studies/depth.yaml
+      cifarlab sync                   log to MLflow what it misses
+      cifarlab verify HEAD            train a commit again, compare every byte
+    """  # noqa: D301 - for click, \b keeps the lines of a paragraph
+
+
+@main.command(epilog="Example: cifarlab check")
+def check() -> None:
+    """Validate params.yaml."""
+    load_params()
+    click.echo("params.yaml is valid")
+
+
+@main.command(epilog="Example: cifarlab variant tiny")
+@click.argument("name")
+def variant(name: str) -> None:
+    """Run variant NAME of variants.yaml as a DVC experiment beside the workspace."""
+    variants = read_yaml(files.VARIANTS, f"`git checkout {files.VARIANTS}` restores it")
+    if name not in variants:
+        raise UserError(f"{files.VARIANTS} has no {name}; it has {', '.join(variants)}")
+    changed(variants[name])  # a wrong value is refused before DVC makes its copy
+    options = ["--temp", "--force", "--name", name, *pipeline.set_options(variants[name])]
+    # Without --quiet, twelve warnings of DVC hide the sentence of a stage that failed.
+    if subprocess.run(["dvc", "exp", "run", "--quiet", *options], check=False).returncode:
+        raise UserError(f"{name} failed; `dvc exp run --dry --temp` tells what is not said above")
+
+
+@main.command(epilog="Example: cifarlab study depth --jobs 2")
+@click.argument("name", required=False, default="")
+@JOBS
+@click.option("--page-only", is_flag=True, help="Write the page from the table, run nothing.")
+def study(name: str, jobs: int, page_only: bool) -> None:
+    """Run the missing points of studies/NAME.yaml and write docs/studies/NAME.md.
+
+    Stop it whenever you like: the same command continues. Without NAME it lists the studies.
+    """
+    from cifarlab.studies import study as studies
+
+    click.echo(studies.rewrite_page(name) if page_only else studies.run(name, jobs))
+
+
+@main.command(epilog="Example: cifarlab studies")
+def studies() -> None:
+    """List the studies, and which of their committed rows the present code may use."""
+    from cifarlab.studies import study as asking
+
+    asking.report()
+
+
+@main.command(epilog="Example: cifarlab search search")
+@click.argument("name", required=False, default="")
+def search(name: str) -> None:
+    """Look for the best variant within the time that studies/NAME.yaml allows."""
+    from cifarlab.studies import search as searches
+
+    click.echo(searches.run(name))
+
+
+@main.command(epilog="Example: cifarlab queue --jobs 2")
+@JOBS
+def queue(jobs: int) -> None:
+    """Run the queued experiments, and name a worker that hangs."""
+    from cifarlab.studies.study import watch
+
+    watch(jobs)
+
+
+@main.command(epilog="Example: cifarlab sync")
+def sync() -> None:
+    """Log to MLflow, from files, what it misses of experiments, commits and the workspace.
+
+    Prints which run belongs to what, and the command that restores it.
+    """
+    from cifarlab.tracking import sync as syncing
+
+    syncing.sync()
+
+
+@main.command(epilog="Examples: cifarlab verify HEAD; cifarlab verify my-experiment")
+@click.argument("revision", default="HEAD")
+def verify(revision: str) -> None:
+    """Train an experiment or a commit again in a scratch copy and compare every byte."""
+    from cifarlab import verify as verification
+
+    verification.verify(revision)
+
+
+@main.command(epilog="Example: cifarlab ui --port 5001")
+@click.option("--port", type=click.IntRange(1, 65535), default=5000)
+def ui(port: int) -> None:
+    """Compare runs in MLflow, in a browser on this machine."""
+    from cifarlab.tracking.client import serve
+
+    serve(port)
+
+
+@main.command(epilog="Example: cifarlab page")
+def page() -> None:
+    """Make the pages of `dvc plots` open offline, in this checkout only."""
+    import vl_convert
+    from dvc_render.html import PAGE_HTML
+
+    libraries = vl_convert.javascript_bundle()  # type: ignore[call-arg]  # its stub is incomplete
+    head = f'<meta charset="utf-8">\n<script>{libraries}</script>\n<style>{STYLE}</style>'
+    with files.atomic(Path(".dvc/plots.html")) as path:
+        path.write_text(PAGE_HTML.replace("{scripts}", head), "utf-8")
+    subprocess.run(["dvc", "config", "--local", "plots.html_template", "plots.html"], check=True)
+
+
+if __name__ == "__main__":
+    main(prog_name="cifarlab")

@@ -1,0 +1,75 @@
+"""Find the archive or folder that data.sources names: a verified download or a local path."""
+
+import hashlib
+from pathlib import Path, PurePosixPath
+from urllib.parse import unquote, urlsplit
+
+from cifarlab.errors import UserError, first_line
+from cifarlab.params.sections import DataParams, is_remote
+
+ATTEMPTS = 3
+"""How often all sources are tried, if one of them is a download."""
+TIMEOUT = 30
+"""Seconds without a byte after which a download is given up."""
+
+
+def fetch(params: DataParams, root: Path, cache: Path) -> Path:
+    """Return the path of the first source in `data.sources` that works.
+
+    A download lies in the folder `cache`, and its SHA-256 is data.sha256. So is that of a local
+    archive, unless data.sha256 is null. Relative paths start at `root`.
+
+    Raises
+    ------
+    UserError
+        No source works. The message names the reason for each.
+    """
+    failures: list[str] = []
+    attempts = ATTEMPTS if any(map(is_remote, params.sources)) else 1
+    for source in params.sources * attempts:
+        try:
+            if is_remote(source):
+                return _download(source, str(params.sha256), cache)
+            return _local(source, params.sha256, root)
+        # ValueError, RuntimeError: an impossible URL, path or home folder.
+        except (UserError, ValueError, RuntimeError, OSError) as error:
+            failures.append(f"{source}: {first_line(error)}")
+    reasons = "; ".join(dict.fromkeys(failures))
+    copy = "use a copy: dvc exp run -S 'data.sources=[/path/to/archive]', or try `make demo`"
+    raise UserError(f"no source of {params.name} could be used ({reasons}); {copy}")
+
+
+def _local(source: str, sha256: str | None, root: Path) -> Path:
+    """Return the path of a local archive or folder after checking its checksum."""
+    url = urlsplit(source)
+    path = Path(unquote(url.path)) if url.scheme == "file" else root / Path(source).expanduser()
+    if not path.exists():
+        raise UserError(f"does not exist (relative paths start at {root})")
+    if sha256 and path.is_dir():
+        raise UserError("a directory has no checksum, set data.sha256: null")
+    if sha256:
+        with path.open("rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+        if found != sha256:
+            raise UserError(f"its SHA-256 is {found}, data.sha256 says {sha256}")
+    return path
+
+
+def _download(url: str, sha256: str, cache: Path) -> Path:
+    """Download an archive, unless the cache holds it. Its checksum is verified either way."""
+    import pooch
+    import requests
+
+    pooch.get_logger().setLevel("WARNING")
+    # With the checksum in its name, another archive under the same URL gets a file of its own.
+    name = f"{sha256[:16]}-{PurePosixPath(urlsplit(url).path).name[-100:]}"
+    downloader = pooch.HTTPDownloader(progressbar=True, timeout=TIMEOUT)
+    try:
+        return Path(pooch.retrieve(url, f"sha256:{sha256}", name, cache, downloader=downloader))
+    except requests.RequestException as error:
+        status = "" if error.response is None else f" {error.response.status_code}"
+        raise UserError(f"the download failed, {type(error).__name__}{status}") from error
+    except ValueError as error:
+        raise UserError(f"the server sent another file, SHA-256 is not {sha256}") from error
+    except OSError as error:
+        raise UserError(f"{cache} cannot be written, {error.strerror or error}") from error

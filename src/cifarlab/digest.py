@@ -1,0 +1,36 @@
+"""A digest of program code that only changes when the code itself does."""
+
+import ast
+import hashlib
+from collections.abc import Iterable
+from typing import Any
+
+IGNORED = {"ctx", "kind", "type_comment", "type_params"}
+
+
+def code_digest(sources: Iterable[str]) -> str:
+    """Return 16 hexadecimal digits that stand for the code of some Python files, in their order.
+
+    Comments, docstrings and formatting do not count. Python 3.11 to 3.13 give the same digest.
+    """
+    dumps = [_dump(ast.parse(source)) for source in sources]
+    return hashlib.sha256("\n".join(dumps).encode()).hexdigest()[:16]
+
+
+def _dump(node: Any) -> str:
+    """Write a part of a syntax tree as text, without what only some versions of Python have."""
+    if isinstance(node, list):
+        return f"[{','.join(_dump(item) for item in node if not _is_docstring(item))}]"
+    if not isinstance(node, ast.AST):
+        return f"{type(node).__name__} {node!a}"  # repr knows other letters in each version
+    if isinstance(node, ast.JoinedStr):  # Python 3.12 adds empty texts to some
+        node.values = [part for part in node.values if getattr(part, "value", None) != ""]
+    fields = [(name, value) for name, value in ast.iter_fields(node) if name not in IGNORED]
+    parts = [f"{name}={_dump(value)}" for name, value in fields if value is not None]
+    return f"{type(node).__name__}({','.join(part for part in parts if not part.endswith('=[]'))})"
+
+
+def _is_docstring(node: Any) -> bool:
+    """Return whether a statement is only a string: a docstring, or the description of a field."""
+    constant = node.value if isinstance(node, ast.Expr) else None
+    return isinstance(constant, ast.Constant) and isinstance(constant.value, str)

@@ -1,0 +1,1 @@
+"""Measure how a network does on the test images."""

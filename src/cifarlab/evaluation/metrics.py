@@ -1,0 +1,122 @@
+"""Accuracy, confusion and calibration on the test images, and accuracy on other views of them."""
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from cifarlab.data.augment import Draws, augment
+from cifarlab.errors import UserError
+from cifarlab.nn.network import Network, predict
+from cifarlab.params.sections import EvaluateParams
+
+Floats = npt.NDArray[np.float64]
+Labels = npt.NDArray[np.int64]
+Table = list[dict[str, Any]]
+
+
+def confusion_matrix(actual: Labels, predicted: Labels, classes: int) -> npt.NDArray[np.int64]:
+    """Count images: int64 (classes, classes), row = actual class, column = predicted class."""
+    return np.bincount(actual * classes + predicted, minlength=classes**2).reshape(classes, classes)
+
+
+def expected_calibration_error(probabilities: Floats, actual: Labels, bins: int) -> float:
+    """Return the mean gap between confidence and accuracy, in 0…1 (Guo et al. 2017).
+
+    Parameters
+    ----------
+    probabilities : float (N, classes), rows sum to one
+    actual : int (N,)
+    bins : number of equal intervals of confidence
+    """
+    confidence = probabilities.max(1)
+    correct = probabilities.argmax(1) == actual
+    # As in the paper, an interval includes its upper end and excludes its lower end.
+    which = np.clip(np.ceil(confidence * bins).astype(int) - 1, 0, bins - 1)
+    gaps = np.bincount(which, weights=confidence - correct, minlength=bins)
+    return float(np.abs(gaps).sum() / len(actual))
+
+
+def evaluate(
+    probabilities: Floats, actual: Labels, classes: list[str], bins: int
+) -> tuple[dict[str, Any], dict[str, Table]]:
+    """Return the metrics and the tables predictions, per_class and confusion.
+
+    The loss is the mean cross-entropy in nats, whatever the network was trained on, so that runs
+    can be compared. As in scikit-learn, a class that is never predicted has precision 0.
+
+    Raises
+    ------
+    UserError
+        A probability is NaN.
+    """
+    if np.isnan(probabilities).any():
+        advice = "try a lower train.lr, model.init_gain or model.logit_scale"
+        raise UserError(f"the network's output overflows on the test images; {advice}")
+    predicted = probabilities.argmax(1)
+    confusion = confusion_matrix(actual, predicted, len(classes))
+    hits, images = np.diag(confusion), confusion.sum(1)
+    recall = hits / np.maximum(images, 1)
+    precision = hits / np.maximum(confusion.sum(0), 1)
+    f1 = 2 * hits / np.maximum(images + confusion.sum(0), 1)
+    likelihood = probabilities[np.arange(len(actual)), actual]
+    names = np.asarray(classes)
+    metrics = {
+        "accuracy": float(hits.sum() / len(actual)),
+        "loss": float(-np.log(np.maximum(likelihood, np.finfo(np.float64).tiny)).mean()),
+        "macro_f1": float(f1.mean()),
+        "calibration_error": expected_calibration_error(probabilities, actual, bins),
+        "accuracy_per_class": dict(zip(classes, recall.tolist(), strict=True)),
+    }
+    highest, counts = probabilities.max(1), dict(zip(classes, confusion.T, strict=True))
+    rates = {"accuracy": recall, "precision": precision, "f1": f1, "images": images}
+    tables = {
+        "predictions": _table(actual=names[actual], predicted=names[predicted], confidence=highest),
+        "per_class": _table(**{"class": names}, **rates),
+        "confusion": _table(**{"actual/predicted": names}, **counts),
+    }
+    return metrics, tables
+
+
+def accuracies_of_views(
+    network: Network, images: Tensor, labels: Tensor, logits: Tensor, params: EvaluateParams
+) -> dict[str, float]:
+    """Return the accuracies that evaluate.mirror and evaluate.shifts ask for.
+
+    accuracy_mirrored is that of the mean over each image and its mirror image.
+    accuracy_shifted_1, 2, … are those on images shifted by 1, 2, … pixels, each the mean of the
+    four directions.
+
+    Parameters
+    ----------
+    images : uint8 (N, height, width, 3), with labels int64 (N,)
+    logits : those of the images, float (N, classes)
+    """
+
+    def share(logits: Tensor) -> float:
+        return int((logits.argmax(1) == labels).sum()) / len(labels)
+
+    found: dict[str, float] = {}
+    if params.mirror:
+        mirrored = predict(network, images.flip(2), params.batch_size)
+        found["accuracy_mirrored"] = share(logits + mirrored)
+    for n in range(1, params.shifts + 1):
+        # One view at a time: the four together take much memory.
+        views = (shifted(images, *by) for by in ((n, 0), (-n, 0), (0, n), (0, -n)))
+        shares = [share(predict(network, view, params.batch_size)) for view in views]
+        found[f"accuracy_shifted_{n}"] = sum(shares) / len(shares)
+    return found
+
+
+def shifted(images: Tensor, up: int, left: int) -> Tensor:
+    """Return uint8 images (N, height, width, 3), shifted by some pixels."""
+    mirrored = torch.zeros(len(images), dtype=torch.bool, device=images.device)
+    shifts = torch.tensor((up, left), device=images.device).expand(len(images), 2)
+    return augment(images, Draws(mirrored, shifts)).permute(0, 2, 3, 1)
+
+
+def _table(**columns: npt.NDArray[Any]) -> Table:
+    values = (column.tolist() for column in columns.values())
+    return [dict(zip(columns, row, strict=True)) for row in zip(*values, strict=True)]

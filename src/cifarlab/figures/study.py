@@ -1,0 +1,124 @@
+"""The pictures of a study: effects, learning curves, classes, and what happens in each layer."""
+
+import itertools
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+import seaborn as sns
+from matplotlib.axes import Axes
+from pandas import DataFrame
+from pandas.api.types import is_numeric_dtype
+from scipy import stats
+
+from cifarlab.figures import style
+
+Tables = tuple[DataFrame, DataFrame]
+
+
+def draw_study(
+    path: Path, title: str, label: str, effects: DataFrame, *, tables: Tables, grid: DataFrame
+) -> None:
+    """Draw the effects with intervals, the learning curves with bands, and each class.
+
+    Parameters
+    ----------
+    label : what is compared, "test accuracy" or "validation accuracy"
+    effects : what `studies.page.effects` returns
+    tables : the results and the epochs of the study
+    grid : the values of each parameter of a grid, one row per variant; without columns if there is
+        no grid
+    """
+    style.apply()
+    (results, epochs), names = tables, list(effects.index)
+    size = (17, max(4.5, 1.6 + 0.32 * len(names)))
+    figure, (left, middle, right) = plt.subplots(1, 3, figsize=size)
+    interval = ("se", stats.t.ppf(0.975, results.seed.nunique() - 1))  # 95 %, by Student's t
+    look: dict[str, Any] = {"errorbar": interval, "err_kws": {"alpha": min(0.1, 0.7 / len(names))}}
+    if len(grid.columns) and is_numeric_dtype(grid.iloc[:, 0]) and grid.iloc[:, 0].nunique() > 2:
+        parameter, *others = grid.columns
+        line = ", ".join(others) or None
+        if line:
+            grid = grid.assign(**{line: grid[others].astype(str).agg(", ".join, axis=1)})
+        results, epochs = (table.join(grid, on="variant") for table in tables)
+        bars = {"err_style": "bars", "err_kws": {"capsize": 3}, "errorbar": interval, "marker": "o"}
+        percent = results.assign(accuracy=100 * results.accuracy)
+        sns.lineplot(percent, x=parameter, y="accuracy", hue=line, style=line, ax=left, **bars)
+        ticks = sorted(results[parameter].unique())
+        left.set(title="Mean and 95 % interval", ylabel=f"{label}, %", xticks=ticks)
+        look |= {"hue": parameter, "style": line, "palette": "flare", "legend": "full"}
+    else:
+        palette = ["black", *sns.color_palette("husl", len(names) - 1)]
+        _effects(left, effects, palette, label)
+        look |= {"hue": "variant", "hue_order": names, "palette": palette, "legend": False}
+        middle.set(xlabel="epoch (colours as on the left)")
+    _learning_curves(middle, epochs, look)
+    _each_class(right, results, names)
+    figure.suptitle(title)
+    style.save(figure, path, dpi=100)
+
+
+def draw_layers(path: Path, layers: DataFrame, names: list[str]) -> None:
+    """Draw the diagnostics of each layer, means over the seeds.
+
+    Parameters
+    ----------
+    layers : columns called quantity/layer, indexed by variant and epoch; each quantity is a row of
+        panels
+    names : the variants; each is a column of panels
+    """
+    style.apply()
+    means = layers.groupby(["variant", "epoch"]).mean()
+    means.columns = means.columns.str.split("/", expand=True)
+    quantities = list(means.columns.unique(0))
+    shape = (len(quantities), len(names))
+    size = (2.2 * len(names) + 1, 2 * len(quantities))
+    figure, panels = plt.subplots(*shape, figsize=size, squeeze=False, sharex=True, sharey="row")
+    shown = itertools.product(quantities, names)
+    for axes, (quantity, name) in zip(panels.flat, shown, strict=True):
+        means.loc[name][quantity].plot(ax=axes, colormap="viridis", marker=".", legend=False)
+        axes.set(ylabel=quantity.replace("_", " "))
+        axes.locator_params("x", integer=True, min_n_ticks=1)
+        if quantity == "gradient_norm":  # spans many powers of ten and can be zero
+            axes.set_yscale("symlog", linthresh=1e-6)
+            axes.yaxis.get_major_locator().set_params(numticks=4)
+            axes.yaxis.set_major_formatter("{x:g}")
+    for axes, name in zip(panels[0], names, strict=True):
+        axes.set_title(textwrap.fill(name, 24), fontsize=10)
+    figure.legend(*axes.get_legend_handles_labels(), title="layer", loc="outside right center")
+    style.save(figure, path, dpi=100)
+
+
+def _effects(axes: Axes, effects: DataFrame, palette: list[Any], label: str) -> None:
+    first, places = effects.index[0], range(len(effects))
+    for place, colour, (_, row) in zip(places, palette, effects.iterrows(), strict=True):
+        margin = row.difference_margin if place else row.accuracy_margin
+        fill = colour if row.significant or not place else "white"
+        look = {"fmt": "o", "color": colour, "mfc": fill, "capsize": 3}
+        axes.errorbar(row.difference, place, xerr=margin, **look)
+    axes.axvline(0, color="0.4", lw=1)
+    axes.set(yticks=places, yticklabels=effects.index, ylim=(len(effects) - 0.5, -0.5))
+    axes.set(title="Effect, 95 % interval (hollow: not significant)")
+    axes.set(xlabel=f"{label}, points compared with {first}")
+
+
+def _learning_curves(axes: Axes, epochs: DataFrame, look: dict[str, Any]) -> None:
+    validated = "val_accuracy" in epochs and epochs.val_accuracy.notna().any()
+    split, label = ("val", "validation") if validated else ("train", "training")
+    percent = epochs.assign(accuracy=100 * epochs[f"{split}_accuracy"])
+    sns.lineplot(percent, x="epoch", y="accuracy", ax=axes, **look)
+    if axes.get_legend():
+        sns.move_legend(axes, "center left", bbox_to_anchor=(1, 0.5), fontsize=9, frameon=False)
+    axes.locator_params("x", integer=True, min_n_ticks=1)
+    axes.set(title="Learning curves, mean and 95 % band", ylabel=f"{label} accuracy, %")
+
+
+def _each_class(axes: Axes, results: DataFrame, names: list[str]) -> None:
+    means = 100 * results.filter(like="accuracy/").groupby(results.variant).mean().loc[names]
+    means.columns = means.columns.str.removeprefix("accuracy/")
+    numbers = {"annot": True, "fmt": ".1f", "annot_kws": {"size": 7}}
+    difference = means.iloc[1:] - means.iloc[0]
+    sns.heatmap(difference, cmap="vlag", center=0, cbar=False, ax=axes, **numbers)
+    axes.set(title="Effect on each class", xlabel=f"points compared with {names[0]}", ylabel="")
+    axes.tick_params(axis="y", labelrotation=0)

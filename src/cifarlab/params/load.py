@@ -1,0 +1,114 @@
+"""Read and validate params.yaml. Every mistake in it becomes one readable sentence."""
+
+import difflib
+import re
+import reprlib
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+from pydantic_core import ErrorDetails
+
+from cifarlab.errors import UserError, first_line, without_secrets
+from cifarlab.params.sections import Params
+
+SECTIONS = Params.__annotations__
+KEYS = [f"{name}.{key}" for name, section in SECTIONS.items() for key in section.model_fields]
+
+# Shortens long lists and deep nesting. Strings stay whole until their passwords are hidden.
+SHORT = reprlib.Repr()
+SHORT.maxlevel, SHORT.maxstring = 3, 10**6
+
+
+def load_params(path: Path = Path("params.yaml")) -> Params:
+    """Read and validate params.yaml.
+
+    Raises
+    ------
+    UserError
+        The file cannot be read, or values are refused. The message has one line for each refused
+        key, with its value and the reason. For an unknown key it names the most similar known key.
+    """
+    content = read_yaml(path, f"run from the top of the checkout, or `git checkout {path}`")
+    if not isinstance(content, dict):
+        raise UserError(f"{path} must hold the sections {', '.join(SECTIONS)}")
+    return _validated(content, f"{path}: ")
+
+
+def changed(changes: dict[str, Any]) -> Params:
+    """Return the parameters of params.yaml with some values changed, as `dvc exp run -S` does.
+
+    The changes are given by full key: {"model.layers": 3}. Raises UserError like `load_params`.
+    """
+    content = load_params().model_dump()
+    for key, value in changes.items():
+        section, _, name = key.partition(".")
+        content.setdefault(section, {})[name] = value
+    return _validated(content, "")
+
+
+def read_yaml(path: Path, hint: str) -> Any:
+    """Return the content of a YAML file.
+
+    Raises
+    ------
+    UserError
+        The file cannot be opened (the message ends with `hint`), or it is not valid YAML.
+    """
+    try:
+        return yaml.safe_load(path.read_text("utf-8"))
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}; {hint}") from error
+    except yaml.MarkedYAMLError as error:
+        line = f" in line {error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise UserError(f"{path} is not valid YAML{line}: {error.problem}") from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        # ValueError: the file is not UTF-8, or holds an impossible date like 2024-99-01.
+        raise UserError(f"{path} is not valid YAML: {first_line(error)}") from error
+
+
+def _validated(content: dict[str, Any], prefix: str) -> Params:
+    try:
+        return Params.model_validate(content)
+    except ValidationError as error:
+        faults: dict[Any, list[ErrorDetails]] = {}  # by section and key
+        for fault in error.errors():
+            faults.setdefault(fault["loc"][:2], []).append(fault)
+        lines = [prefix + _sentence(of_key, content) for of_key in faults.values()]
+        raise UserError("\n".join(lines)) from error
+
+
+def _sentence(faults: list[ErrorDetails], content: Any) -> str:
+    """Describe what pydantic says about one key."""
+    fault, *_ = faults
+    loc, shown = fault["loc"][:2], _shown(fault["input"])
+    key = without_secrets(".".join(map(str, loc)))
+    key = key if key.isprintable() and len(key) < 80 else _shown(key)
+    match fault["type"]:
+        case "value_error":  # from the validators of this package: already a whole sentence
+            return str(fault["ctx"]["error"])
+        case "invalid_key":
+            return f"the key {shown} is refused: a key must be text"
+        case "missing":
+            return f"{key} is missing; add it, because no parameter has a default value"
+        case "extra_forbidden":
+            same_name = [known for known in KEYS if known.partition(".")[2] == loc[-1]]
+            known = KEYS if len(loc) > 1 else SECTIONS
+            nearest = same_name or difflib.get_close_matches(key, known, 1, 0)
+            return f"unknown key {key} = {shown}; did you mean {nearest[0]}?"
+    # One message for each type in a union, and for each kind of wrong item in a list. The end of
+    # some says how pydantic tried to convert the value, or names a class.
+    messages = [re.split(", unable to| or instance of", fault["msg"])[0] for fault in faults]
+    text = " or ".join(dict.fromkeys(messages)).replace(" or Input should be ", " or ")
+    value = content[loc[0]][loc[1]] if len(loc) > 1 else content[loc[0]]
+    return f"{key} = {_shown(value)} is refused: {text[0].lower()}{text[1:]}"
+
+
+def _shown(value: Any) -> str:
+    """Return a value as Python writes it, at most 200 characters and without passwords."""
+    try:
+        text = without_secrets(SHORT.repr(value))
+    except ValueError:  # Python does not write integers of more than 4300 digits
+        return "a number too long to show"
+    return text if len(text) <= 200 else text[:199] + "…"

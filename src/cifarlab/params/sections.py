@@ -1,0 +1,149 @@
+"""The sections of params.yaml."""
+
+from itertools import pairwise
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from cifarlab.errors import without_secrets
+from cifarlab.params.geometry import ModelParams, Positive, Section, Share
+
+Count = Annotated[int, Field(ge=1, le=1_000_000)]
+
+
+def is_remote(source: str) -> bool:
+    """Return True for a download, False for a local file or folder."""
+    return source.lower().startswith(("http://", "https://"))
+
+
+class DataParams(Section):
+    """Where the images come from."""
+
+    name: Literal["cifar10", "folder", "digits"]
+    sources: list[str]
+    """URLs (https, http, file) or paths, tried in this order. Relative paths start at the main
+    checkout."""
+    sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")] | None
+    """Checksum of the archive. A download needs one."""
+    image_size: Annotated[int, Field(ge=1, le=512)]
+    """Height and width in pixels."""
+    validation: Share
+    """Share of the training images held out for validation, the same in every class."""
+
+    @model_validator(mode="after")
+    def _keys_fit_together(self) -> "DataParams":
+        if self.name != "folder" and self.image_size != 32:
+            raise ValueError(f"data.image_size = {self.image_size}: {self.name} images are 32×32")
+        if any(source != without_secrets(source) for source in self.sources):
+            raise ValueError("data.sources holds a login; use ~/.netrc (machine, login, password)")
+        if not self.sources and self.name != "digits":
+            raise ValueError(f"data.sources is empty: {self.name} needs a URL or a path")
+        remote = next(filter(is_remote, self.sources), None)
+        if remote and self.sha256 is None:
+            raise ValueError(f"data.sha256 = null: {remote} needs the SHA-256 of the archive")
+        return self
+
+
+class TrainParams(Section):
+    """How the network is trained."""
+
+    seed: Annotated[int, Field(ge=0, lt=2**31)]
+    """Seed of initialisation, order of the images, and augmentation."""
+    epochs: Count
+    batch_size: Annotated[int, Field(ge=2, le=1_000_000)]
+    """Images per step. Batch normalisation needs two or more."""
+    optimizer: Literal["sgd", "muon", "adam", "adamw"]
+    """sgd: stochastic gradient descent with Nesterov momentum. muon: Muon (Jordan 2024) for the
+    filters and sgd for the rest. adam (Kingma & Ba 2014), adamw (Loshchilov & Hutter 2017)."""
+    lr: Positive
+    """Highest learning rate of the schedule."""
+    momentum: Share
+    """Momentum of sgd. adam and adamw use their own defaults."""
+    muon_lr: Positive
+    """Highest learning rate of Muon's filters."""
+    muon_momentum: Share
+    weight_decay: Annotated[float, Field(ge=0, le=1e6)]
+    norm_bias_lr: Positive
+    """Learning rate of the biases of normalisation layers, as a multiple of lr (Page 2019;
+    airbench uses 64)."""
+    schedule: Literal["linear", "one_cycle", "constant"]
+    """How the learning rates change: linear falls to zero, one_cycle rises and falls (Smith &
+    Topin 2017), constant stays."""
+    loss: Literal["cross_entropy", "quadratic"]
+    """quadratic: ½ Σ (softmax(z) - y)² over the classes."""
+    label_smoothing: Share
+    flip: Literal["none", "random", "alternating"]
+    """Mirror images left to right. random: each with probability ½. alternating: each image is
+    mirrored in every second epoch (Jordan 2024, airbench)."""
+    translate: Annotated[int, Field(ge=0)]
+    """Shift images by up to this many pixels. Pixels that appear are reflected at the border."""
+    cutmix: Annotated[float, Field(ge=0, le=1)]
+    """Share of the batches in which each image gets a rectangle of another image, and the same
+    share of its label (CutMix, Yun et al. 2019)."""
+    precision: Literal["auto", "float32", "bfloat16"]
+    """Number format of the arithmetic in training (Micikevicius et al. 2017). Weights and
+    evaluation are float32."""
+    device: Literal["auto", "cpu", "cuda"]
+    threads: Annotated[int, Field(ge=1, le=1024)] | Literal["auto"]
+    """CPU threads."""
+    diagnostics: bool
+    """After every epoch, examine each layer and add the results to history.csv."""
+
+
+class EvaluateParams(Section):
+    """How the test set is evaluated."""
+
+    batch_size: Count
+    calibration_bins: Count
+    mirror: bool
+    """Test-time augmentation: also report the accuracy of the mean prediction for each image and
+    its mirror image."""
+    shifts: Annotated[int, Field(ge=0, le=16)]
+    """Also report the accuracy on test images shifted by 1, 2, … up to this many pixels, as the
+    mean over the four directions."""
+
+
+class PlotParams(Section):
+    """What the figures show."""
+
+    dpi: Annotated[int, Field(ge=30, le=600)]
+    samples: Annotated[int, Field(ge=1, le=256)]
+    mistakes: Annotated[int, Field(ge=1, le=256)]
+
+
+class TrackingParams(Section):
+    """What is logged to MLflow. The variable MLFLOW_TRACKING_URI says where it goes."""
+
+    experiment: Annotated[str, Field(min_length=1)]
+    system_metrics: bool
+    log_model: bool
+
+
+class Params(Section):
+    """All of params.yaml."""
+
+    data: DataParams
+    model: ModelParams
+    train: TrainParams
+    evaluate: EvaluateParams
+    plot: PlotParams
+    tracking: TrackingParams
+
+    @model_validator(mode="after")
+    def _sections_fit_together(self) -> "Params":
+        plan = list(self.model.plan(self.data.image_size))
+        weights = sum(c.in_channels * c.out_channels * self.model.kernel_size**2 for c in plan)
+        weights += sum(a * b for a, b in pairwise(self.model.linear(plan[-1])))
+        if weights > 10**9:
+            large = f"{weights:,} weights are more than a billion; lower widths, layers or head"
+            raise ValueError(f"model.widths = {self.model.widths}: {large}")
+        size, flat = self.data.image_size, self.flat()
+        for key in ("train.translate", "evaluate.shifts"):
+            if flat[key] >= size:
+                raise ValueError(f"{key} = {flat[key]}: must be below data.image_size = {size}")
+        return self
+
+    def flat(self) -> dict[str, Any]:
+        """Return every parameter under its full key, as `dvc params diff` and MLflow show it."""
+        groups = self.model_dump().items()
+        return {f"{group}.{key}": value for group, keys in groups for key, value in keys.items()}

@@ -1,0 +1,300 @@
+"""The only module that knows DVC: stages, experiments, commits, the queue, scratch copies.
+
+DVC itself is imported inside the functions that need it: a stage asks only for its key and its
+outputs, and must not wait a second for that.
+"""
+
+import hashlib
+import json
+import os
+import subprocess
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+
+from cifarlab import files
+from cifarlab.digest import code_digest
+from cifarlab.errors import UserError, first_line
+from cifarlab.params.sections import Params
+
+STAGES = ("train", "evaluate", "plot")  # all but download, in the order in which they run
+RESULT = ("download", "train", "evaluate")  # those that make what a study compares
+
+
+class Revision(NamedTuple):
+    """A commit that holds outputs of the pipeline, or the workspace."""
+
+    name: str
+    """Name of the DVC experiment; empty for a commit of a branch and for the workspace."""
+    commit: str
+    """Full hash; empty for the workspace."""
+    baseline: str
+    """The commit that the experiment started from; for a commit of a branch, the commit itself."""
+
+    @property
+    def label(self) -> str:
+        """How messages name it."""
+        return self.name or (f"commit {self.commit[:10]}" if self.commit else "workspace")
+
+    @property
+    def restore(self) -> str:
+        """The command that brings it back into the workspace; empty for the workspace."""
+        if self.name:
+            return f"dvc exp apply {self.name}"
+        return f"git checkout {self.commit[:10]} && dvc checkout" if self.commit else ""
+
+
+WORKSPACE = Revision("", "", "")
+
+
+def git(*arguments: str, check: bool = True) -> str:
+    """Run git in the current folder and return its output; CalledProcessError if it fails."""
+    return subprocess.run(["git", *arguments], capture_output=True, text=True, check=check).stdout
+
+
+def git_commit(name: str = "HEAD") -> str:
+    """Return the full hash of what Git calls so; empty if there is no such commit."""
+    return git("rev-parse", "--verify", "--quiet", f"{name}^{{commit}}", check=False).strip()
+
+
+def current_experiment() -> tuple[str, str]:
+    """Return name and baseline commit of the experiment in which DVC runs this stage.
+
+    Both are empty in `dvc repro`.
+    """
+    return os.environ.get("DVC_EXP_NAME", ""), os.environ.get("DVC_EXP_BASELINE_REV", "")
+
+
+def experiments() -> list[Revision]:
+    """Return every DVC experiment, the newest first.
+
+    Raises
+    ------
+    UserError
+        DVC cannot list them, for example because another command has locked the checkout.
+    """
+    from dvc.exceptions import DvcException
+    from dvc.repo import Repo
+
+    try:
+        with Repo() as repo:
+            listed = repo.experiments.ls(all_commits=True)
+    except DvcException as error:
+        raise UserError(f"DVC cannot list the experiments: {first_line(error)}") from error
+    found = [
+        Revision(name, commit, base) for base, named in listed.items() for name, commit in named
+    ]
+    hashes = [revision.commit for revision in found]
+    newest_first = git("log", "--no-walk=sorted", "--format=%H", *hashes).split() if found else []
+    return sorted(found, key=lambda revision: newest_first.index(revision.commit))
+
+
+def find_commit(name: str) -> str:
+    """Return the full hash of an experiment or of what Git calls so.
+
+    Raises
+    ------
+    UserError
+        There is no such experiment or commit.
+    """
+    commit = git_commit(next((found.commit for found in experiments() if found.name == name), name))
+    if not commit:
+        advice = "`dvc exp list --all-commits` lists the experiments"
+        raise UserError(f"{name} is not an experiment or a commit; {advice}")
+    return commit
+
+
+def commits() -> list[Revision]:
+    """Return every commit of a branch that changed dvc.lock, the newest first."""
+    hashes = git("log", "--branches", "HEAD", "--format=%H", "--", str(files.DVC_LOCK)).split()
+    return [Revision("", commit, commit) for commit in hashes]
+
+
+def read(path: Path, commit: str) -> str:
+    """Return the text of a file that Git or DVC tracks, as it is in a commit.
+
+    Raises
+    ------
+    UserError
+        The commit has no such file, or the content is not in DVC's cache.
+    """
+    import dvc.api
+    from dvc.exceptions import DvcException
+
+    try:
+        return str(dvc.api.read(str(path), rev=commit, encoding="utf-8"))
+    except (DvcException, OSError) as error:
+        raise UserError(f"{path} of {commit[:10]} cannot be read: {first_line(error)}") from error
+
+
+def lock(revision: Revision) -> str:
+    """Return the text of a revision's dvc.lock; empty if there is none."""
+    if revision.commit:  # Git has this file, and is faster than `read`
+        return git("show", f"{revision.commit}:{files.DVC_LOCK}", check=False)
+    return files.DVC_LOCK.read_text("utf-8") if files.DVC_LOCK.exists() else ""
+
+
+def outputs(stage: str, folder: Path = Path()) -> list[Path]:
+    """Return the existing files that a stage writes, metrics included, relative to `folder`."""
+    entry = _stages(folder)[stage]
+    listed = [*entry["outs"], *entry.get("metrics", [])]
+    names = [next(iter(out)) if isinstance(out, dict) else out for out in listed]
+    found = (path for name in names for path in [folder / name, *(folder / name).rglob("*")])
+    return sorted(path.relative_to(folder) for path in found if path.is_file())
+
+
+def training_key(params: Params, folder: Path = Path()) -> str:
+    """Hash the inputs of the train stage: its parameters, its code and the digest of its data.
+
+    The same inputs give the same network, so the key names a training wherever and however often
+    it runs. Comments, docstrings and formatting of the code do not count.
+
+    Raises
+    ------
+    UserError
+        The data or the code is missing or damaged.
+    """
+    counted = tuple(f"{name}." for name in _stages(folder)["train"]["params"])
+    inputs = {key: value for key, value in params.flat().items() if f"{key}.".startswith(counted)}
+    description = folder / files.DATA / "dataset.json"
+    try:
+        inputs["data"] = files.read_json(description)["digest"]
+        inputs["code"] = stage_code(folder, ["train"])
+    except (OSError, ValueError, LookupError, TypeError, SyntaxError) as error:
+        what = getattr(error, "filename", None) or description
+        raise UserError(
+            f"{what} is missing or damaged ({first_line(error)}); `dvc repro` makes the data "
+            "again, `git status` names changed code"
+        ) from error
+    return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
+
+
+def dependencies(folder: Path = Path(), stages: Sequence[str] = RESULT) -> list[str]:
+    """Return the files and folders that some stages of FOLDER/dvc.yaml depend on."""
+    return sorted({path for stage in stages for path in _stages(folder)[stage]["deps"]})
+
+
+def stage_code(folder: Path = Path(), stages: Sequence[str] = RESULT) -> str:
+    """Return the digest of all Python files that some stages of FOLDER/dvc.yaml depend on."""
+    paths = [folder / name for name in dependencies(folder, stages)]
+    code = {file for path in paths for file in [path, *path.rglob("*.py")] if file.suffix == ".py"}
+    return code_digest(file.read_text("utf-8") for file in sorted(code))
+
+
+def lock_digest(lock: str) -> str:
+    """Hash the entries of a dvc.lock for download, train and evaluate.
+
+    The entry of plot is left out: DVC writes it after the plot stage has ended.
+
+    Raises
+    ------
+    UserError
+        The text is not a dvc.lock.
+    """
+    try:
+        stages = yaml.safe_load(lock)["stages"]
+        entries = {stage: stages.get(stage) for stage in RESULT}
+    except (yaml.YAMLError, LookupError, TypeError, AttributeError) as error:
+        advice = "`git checkout dvc.lock` or `dvc repro` repairs it"
+        raise UserError(f"its dvc.lock is damaged; {advice}") from error
+    return hashlib.sha256(json.dumps(entries, sort_keys=True).encode()).hexdigest()
+
+
+def workspace_is_current() -> bool:
+    """Tell whether the outputs in the workspace are those of its parameters and code."""
+    return subprocess.run(["dvc", "status", "--quiet"], check=False).returncode == 0
+
+
+@contextmanager
+def scratch_copy(commit: str) -> Iterator[Path]:
+    """Yield a temporary folder with the files of a commit and its outputs from DVC's cache.
+
+    The copy has no Git and leaves the workspace alone.
+
+    Raises
+    ------
+    UserError
+        The cache lacks outputs.
+    """
+    files.scratch().mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=files.scratch(), prefix="scratch-") as name:
+        folder = Path(name)
+        archive = subprocess.run(["git", "archive", commit], stdout=subprocess.PIPE, check=True)
+        subprocess.run(["tar", "-x", "-C", name], input=archive.stdout, check=True)
+        command = ["dvc", "cache", "dir"]
+        cache = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        config = f"[core]\n    no_scm = true\n[cache]\n    dir = {cache}\n"
+        (folder / ".dvc" / "config.local").write_text(config)
+        checkout = ["dvc", "checkout", "--quiet"]
+        if subprocess.run(checkout, cwd=name, capture_output=True, check=False).returncode:
+            advice = "use `dvc fetch --all-commits` where there is a remote, or run it again"
+            raise UserError(f"its outputs are not all in DVC's cache; {advice}")
+        yield folder
+
+
+def repeat(folder: Path) -> bool:
+    """Run all stages but download again in a scratch copy; False if one failed.
+
+    The copy acts as a checkout of its own, which shares no checkpoint and no MLflow store.
+    """
+    hidden = ("DVC_EXP", "DVC_ROOT", "MLFLOW_TRACKING")
+    env = {key: value for key, value in os.environ.items() if not key.startswith(hidden)}
+    options = ["--force", "--single-item", "--no-run-cache", "--no-commit"]
+    command = ["dvc", "repro", *options, *STAGES]
+    return subprocess.run(command, cwd=folder, env=env, check=False).returncode == 0
+
+
+def run_experiment(name: str, changes: dict[str, Any], *, queue: bool = False) -> None:
+    """Run an experiment in a temporary copy, or queue it; one of this name at HEAD is replaced.
+
+    Raises
+    ------
+    UserError
+        It failed; the message has its last line and the path of its log.
+    """
+    from dvc.repo import Repo
+
+    # `dvc exp run --force` would also replace the experiment, but run every stage again.
+    with Repo() as repo:
+        if name in dict(repo.experiments.ls().get(git_commit(), [])):
+            repo.experiments.remove(exp_names=name)
+    log = files.scratch() / f"{name}.log"
+    log.parent.mkdir(exist_ok=True)  # a new checkout has no such folder
+    options = ["--queue" if queue else "--temp", "--name", name, *set_options(changes)]
+    command = ["dvc", "exp", "run", "--quiet", *options]
+    with log.open("w") as file:
+        failed = subprocess.run(command, stdout=file, stderr=file, check=False).returncode
+    if failed:
+        last = (log.read_text().strip() or "no output").splitlines()[-1]
+        raise UserError(f"{name} failed: {last} ({log})")
+
+
+def set_options(changes: dict[str, Any]) -> list[str]:
+    """Return the options of `dvc exp run` that set parameters: ["-S", "model.layers=3", …]."""
+    texts = (f"{key}={json.dumps(value, separators=(',', ':'))}" for key, value in changes.items())
+    return [option for text in texts for option in ("-S", text)]
+
+
+def queue_tasks() -> dict[str, dict[str, Any]]:
+    """Return the tasks of DVC's queue by revision.
+
+    Each has a name and a status: Queued, Running, Success or Failed.
+    """
+    from dvc.repo import Repo
+
+    with Repo() as repo:
+        return {task["rev"]: task for task in repo.experiments.celery_queue.status()}
+
+
+def start_queue(jobs: int, *options: str) -> None:
+    """Start workers of DVC's queue. They may outlive the queue, so they do not get our output."""
+    command = ["dvc", "queue", "start", "--jobs", str(jobs), *options]
+    subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=True)
+
+
+def _stages(folder: Path) -> Any:
+    return yaml.safe_load((folder / files.DVC_YAML).read_text("utf-8"))["stages"]

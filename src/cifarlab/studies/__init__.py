@@ -1,0 +1,1 @@
+"""Questions asked over variants and seeds, and their answers."""

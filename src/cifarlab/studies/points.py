@@ -1,0 +1,279 @@
+"""The points of a study, and its tables docs/studies/NAME.csv and NAME-epochs.csv.
+
+A row of the tables names the digest of the code that made it and the key of its parameters. It
+counts for a point if both fit. It also counts if its code is connected with the present code by
+entries of docs/studies/same-bytes.json, each of which says: these two codes were compared, and gave
+the same bytes.
+"""
+
+import hashlib
+import io
+import itertools
+import json
+import subprocess
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pandas as pd
+import yaml
+from pandas import DataFrame
+from pydantic import BaseModel, TypeAdapter, ValidationError
+
+from cifarlab import files, pipeline
+from cifarlab.errors import UserError, first_line
+from cifarlab.params.load import changed
+from cifarlab.params.sections import Params
+from cifarlab.studies.question import Parameters, Study, slug
+from cifarlab.tracking.studies import timing_of
+
+ORIGIN = ["experiment", "code", "key"]  # what identifies a row
+TEXT = dict.fromkeys([*ORIGIN, "commit", "run"], str)  # a digest may consist of digits only
+# Pictures, tracking and the number of images tested at a time decide no result. The data are
+# compared by the name of the data set, because the same images can come from several places.
+DATA_SET = ("data.name", "data.sources", "data.sha256")
+UNDECIDING = ("plot.", "tracking.", "evaluate.batch_size", *DATA_SET)
+
+
+class Link(BaseModel):
+    """An entry of docs/studies/same-bytes.json: two codes that give the same bytes."""
+
+    base_code: str
+    """Digest of the older code."""
+    code: str
+    """Digest of the newer code."""
+    new_parameters: Parameters = {}
+    """Parameters that only the newer code has, with the values under which both were compared."""
+    without: Parameters = {}
+    """Parameters that were left out: the link says nothing about points with one of them."""
+
+
+class Point(NamedTuple):
+    """A variant with a seed, which runs as a DVC experiment."""
+
+    variant: str
+    seed: int
+    experiment: str
+    """Name of the DVC experiment."""
+    changes: Parameters
+    """Changes to params.yaml."""
+    parameters: Parameters
+    """All parameters."""
+
+
+class Tables(NamedTuple):
+    """The results of experiments, one row each, and their epochs, one row each."""
+
+    results: DataFrame
+    epochs: DataFrame
+
+
+def load(name: str) -> tuple[Study, list[Point]]:
+    """Read studies/NAME.yaml and check all its points against params.yaml.
+
+    Raises
+    ------
+    UserError
+        The file is wrong, or a variant's parameters are not valid.
+    """
+    study, points = Study.read(name), []
+    for (variant, own), seed in itertools.product(study.variants.items(), study.seeds):
+        changes = {**study.base, **own, "train.seed": seed}
+        try:
+            parameters = changed(changes).flat()
+        except UserError as error:
+            reason = "; ".join(str(error).splitlines())
+            raise UserError(f"{files.QUESTIONS}/{name}.yaml: {variant}: {reason}") from error
+        experiment = f"{slug(name)}-{slug(variant)}-{seed}"
+        points.append(Point(variant, seed, experiment, changes, parameters))
+    return study, points
+
+
+def read_links(path: Path = files.EQUAL_CODE) -> list[Link]:
+    """Return the entries of same-bytes.json; none if there is no such file.
+
+    Raises
+    ------
+    UserError
+        The file is damaged.
+    """
+    try:
+        return TypeAdapter(list[Link]).validate_json(path.read_bytes() if path.exists() else "[]")
+    except ValidationError as error:
+        reason = f"damaged ({error.errors()[0]['msg']})"
+        raise UserError(f"{path} is {reason}; `git checkout {path}` repairs it") from error
+
+
+def key_of(parameters: Parameters) -> str:
+    """Return 16 hexadecimal digits that depend on the parameters which decide the results.
+
+    1 and 1.0 are equal.
+    """
+    deciding = {k: value for k, value in parameters.items() if not k.startswith(UNDECIDING)}
+    numbers_as_floats = json.loads(json.dumps(deciding), parse_int=float)
+    return hashlib.sha256(json.dumps(numbers_as_floats, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def valid_origins(parameters: Parameters, code: str, links: list[Link]) -> set[tuple[str, str]]:
+    """Return the pairs (code, key) whose results are valid for these parameters and this code.
+
+    Starting from the present code, links are followed in both directions and over several steps.
+    On the way to older code, the parameters that it does not have are left out of the key; they
+    must have the values under which the two codes were compared. On the way to newer code, they
+    are added.
+    """
+    found: set[tuple[str, str]] = set()
+    to_visit = [(code, parameters)]
+    while to_visit:
+        here, values = to_visit.pop()
+        if (origin := (here, key_of(values))) in found:
+            continue
+        found.add(origin)
+        for link in links:
+            new = link.new_parameters
+            if any(values.get(key) == value for key, value in link.without.items()):
+                continue
+            if link.code == here and new.items() <= values.items():
+                older = {key: value for key, value in values.items() if key not in new}
+                to_visit.append((link.base_code, older))
+            if link.base_code == here:
+                to_visit.append((link.code, values | new))
+    return found
+
+
+def choose_rows(
+    rows: DataFrame, points: Mapping[str, Parameters], code: str, links: list[Link]
+) -> DataFrame:
+    """Choose the rows that answer a study.
+
+    Parameters
+    ----------
+    rows : columns experiment, code and key; later rows are newer
+    points : the parameters of each point by the name of its experiment
+    code : digest of the present code
+
+    Returns
+    -------
+    Of each point the newest row that counts or, if none does, the newest row. The column `counts`
+    tells them apart.
+    """
+    valid = {name: valid_origins(parameters, code, links) for name, parameters in points.items()}
+    rows = rows[rows.experiment.isin(points)]
+    origins = zip(rows.experiment, rows.code, rows.key, strict=True)
+    counts = [(code, key) in valid[name] for name, code, key in origins]
+    rows = rows.assign(counts=pd.Series(counts, rows.index, dtype=bool))
+    newest = rows.sort_values("counts", kind="stable").drop_duplicates("experiment", keep="last")
+    return newest.sort_values("experiment", key=lambda names: names.map(list(points).index))
+
+
+def read_tables(name: str) -> Tables:
+    """Return the tables of a study with the rows of all codes; empty if there are none.
+
+    Raises
+    ------
+    UserError
+        A table is damaged.
+    """
+    tables = []
+    for path, identity in zip(_paths(name), (ORIGIN, [*ORIGIN, "epoch"]), strict=True):
+        try:
+            empty = DataFrame(columns=[*identity, "commit", "data"])
+            table = pd.read_csv(path, dtype=TEXT) if path.exists() else empty
+            tables.append(table.drop_duplicates(identity, keep="last", ignore_index=True))
+        except (ValueError, KeyError) as error:  # for example the marks of a merge conflict
+            reason = f"is damaged or lacks columns ({first_line(error)})"
+            raise UserError(f"{path} {reason}; `git checkout {path}` repairs it") from error
+    return Tables(*tables)
+
+
+def chosen(name: str, points: list[Point], *, any_origin: bool = False) -> Tables:
+    """Return the rows of the tables that count for the points, at most one for each.
+
+    With `any_origin`, rows of other data count as well, and points without a row that counts have
+    the newest one of other code.
+    """
+    tables, parameters = read_tables(name), {point.experiment: point.parameters for point in points}
+    rows = tables.results
+    if not any_origin:
+        data = rows.experiment.map({name: data_set(values) for name, values in parameters.items()})
+        rows = rows[rows.data.fillna(data) == data]
+    results = choose_rows(rows, parameters, pipeline.stage_code(), read_links())
+    results = results if any_origin else results[results.counts]
+    return Tables(results, tables.epochs.merge(results[ORIGIN], on=ORIGIN))
+
+
+def data_set(parameters: Parameters) -> str:
+    """Return the name of the data set: of a folder or archive, its name without suffixes."""
+    name, sources = parameters["data.name"], parameters["data.sources"]
+    return Path(sources[0]).name.split(".")[0] if name == "folder" else str(name)
+
+
+def record(name: str, study: Study, points: list[Point]) -> Tables:
+    """Add the points that have finished to the tables, and return all rows that count.
+
+    Raises
+    ------
+    UserError
+        An experiment has no value for the answer or for a measure of the study.
+    """
+    recorded = set(chosen(name, points).results.experiment)
+    new = list(finished([point for point in points if point.experiment not in recorded]))
+    answer = "test_accuracy" if study.answer_by == "test" else "val_accuracy"
+    for row, _ in new:
+        for column in (answer, *(f"test_{measure}" for measure in study.measures)):
+            if column not in row:
+                where = f"{files.QUESTIONS}/{name}.yaml: {row['experiment']}"
+                way_out = "set data.validation or the parameter of evaluate that computes it"
+                raise UserError(f"{where} has no {column}; {way_out}")
+        row["accuracy"] = row[answer]
+    if new:
+        rows, histories = zip(*new, strict=True)
+        added = (DataFrame(rows), pd.concat(histories))
+        tables = list(zip(_paths(name), read_tables(name), added, strict=True))
+        # The epochs come first: without them a row of the results would be useless.
+        for path, known, more in reversed(tables):
+            # An empty table would turn whole numbers into floats.
+            table = pd.concat([known, more]) if len(known) else more
+            with files.atomic(path) as temporary:
+                table.to_csv(temporary, index=False, float_format="%.6g")
+    return chosen(name, points)
+
+
+def finished(points: list[Point]) -> Iterator[tuple[dict[str, Any], DataFrame]]:
+    """Yield the results of each point that has run as an experiment, and its epochs, one row each.
+
+    An experiment counts if it has the point's parameters and the present code.
+    """
+    code, experiments = pipeline.stage_code(), pipeline.experiments()
+    for point in points:
+        key = key_of(point.parameters)
+        named = (revision for revision in experiments if revision.name == point.experiment)
+        revision = next((found for found in named if _ran_with(found.commit) == key), None)
+        if not revision:
+            continue
+        train, evaluation, history = (
+            pipeline.read(path, revision.commit)
+            for path in (files.TRAIN_METRICS, files.EVALUATION, files.HISTORY)
+        )
+        identity: dict[str, Any] = {"experiment": point.experiment, "commit": revision.baseline}
+        identity |= {"code": code, "key": key, "variant": point.variant, "seed": point.seed}
+        test = json.loads(evaluation)
+        per_class = test.pop("accuracy_per_class")
+        row = identity | json.loads(train)
+        row |= {f"test_{name}": value for name, value in test.items()}
+        row |= {f"accuracy/{label}": share for label, share in per_class.items()}
+        yield row | timing_of(revision), pd.read_csv(io.StringIO(history)).assign(**identity)
+
+
+def _ran_with(commit: str) -> str:
+    """Return the key of a commit's parameters; empty if it has other code or other sections."""
+    try:
+        pipeline.git("diff", "--quiet", commit, "--", *pipeline.dependencies())
+        content = yaml.safe_load(pipeline.read(files.PARAMS, commit))
+        return key_of(Params.model_validate(content).flat())
+    except (subprocess.CalledProcessError, ValidationError):
+        return ""
+
+
+def _paths(name: str) -> tuple[Path, Path]:
+    return files.ANSWERS / f"{name}.csv", files.ANSWERS / f"{name}-epochs.csv"

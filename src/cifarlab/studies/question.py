@@ -1,0 +1,110 @@
+"""The questions in studies/*.yaml."""
+
+import itertools
+import json
+import re
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, Field, ValidationError, model_validator
+
+from cifarlab.errors import UserError
+from cifarlab.files import QUESTIONS
+from cifarlab.params.load import read_yaml
+
+Parameters = dict[str, Any]
+"""Values by dotted name: {"train.lr": 0.1}."""
+
+
+def names() -> list[str]:
+    """Return the names of all questions: studies and searches."""
+    return sorted(path.stem for path in QUESTIONS.glob("*.yaml"))
+
+
+def slug(text: str) -> str:
+    """Return a text as it appears in the name of an experiment: lower case, words joined by -."""
+    return re.sub(r"[^a-z0-9.]+", "-", text.lower()).strip("-.")
+
+
+class Question(BaseModel, extra="forbid"):
+    """What a study and a search have in common."""
+
+    question: str
+    base: Parameters = {}
+    """Changes to params.yaml that all points share."""
+    findings: str = ""
+    """A person's reading of the results, for the page."""
+
+    @classmethod
+    def read(cls, name: str) -> Self:
+        """Read studies/NAME.yaml.
+
+        Raises
+        ------
+        UserError
+            There is no such file, or its content is not a question of this kind.
+        """
+        if name not in names():
+            known = ", ".join(names()) or "none"
+            raise UserError(f"{QUESTIONS}/ has no {name or 'NAME'}.yaml; NAME can be: {known}")
+        path = QUESTIONS / f"{name}.yaml"
+        try:
+            return cls.model_validate(read_yaml(path, "run from the top of the checkout"))
+        except ValidationError as error:
+            faults = [f"{'.'.join(map(str, e['loc']))} {e['msg']}".strip() for e in error.errors()]
+            raise UserError(
+                f"{path} is not a {cls.__name__.lower()}: {'; '.join(faults)}"
+            ) from error
+
+    @property
+    def shared(self) -> str:
+        """The base as a sentence in Markdown: All variants share `train.epochs=4`, …"""
+        changes = ", ".join(f"`{key}={json.dumps(value)}`" for key, value in self.base.items())
+        return f"All variants share {changes or 'nothing'}; everything else is as in params.yaml."
+
+
+class Study(Question):
+    """Compare variants, each trained with every seed."""
+
+    variants: dict[str, Parameters] = {}
+    """The changes of each variant. All variants are compared with the first."""
+    grid: dict[str, list[Any]] = {}
+    """Instead of variants: the values of each parameter. Every combination is a variant."""
+    seeds: Annotated[list[int], Field(min_length=2)]
+    answer_by: Literal["test", "validation"] = "test"
+    """The accuracy that is compared. To choose between variants, use validation."""
+    measures: list[str] = []
+    """More columns for the table, by their names in metrics/evaluate.json: calibration_error."""
+
+    @model_validator(mode="after")
+    def _expand_grid_and_check(self) -> Self:
+        for values in itertools.product(*self.grid.values()) if self.grid else ():
+            changes = dict(zip(self.grid, values, strict=True))
+            settings = (f"{key.split('.')[-1]} {value}" for key, value in changes.items())
+            self.variants[", ".join(settings)] = changes
+        if len({slug(name) for name in self.variants}) < max(2, len(self.variants)):
+            raise ValueError("a study needs at least two variants, or a grid, with different names")
+        if len(set(self.seeds)) < len(self.seeds):
+            raise ValueError("a seed is listed twice")
+        return self
+
+
+class Range(BaseModel, extra="forbid"):
+    """Numbers from low to high."""
+
+    low: float
+    high: float
+    log: bool = False
+    """Draw the logarithm of the number uniformly."""
+
+
+class Search(Question):
+    """Find the best parameters within a limited training time."""
+
+    space: Annotated[dict[str, list[Any] | Range], Field(min_length=1)]
+    """The parameters to choose, each with a list of values or a range."""
+    rungs: Annotated[list[int], Field(min_length=1)]
+    """Epochs of successive halving: every trial trains for the first number of epochs. The better
+    third is trained anew for the next number, and so on."""
+    seconds: float
+    """Longest training time on the last rung; slower trials are dropped."""
+    trials: int

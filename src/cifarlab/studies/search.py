@@ -1,0 +1,122 @@
+"""`make search`: the best parameters within a training time; Optuna chooses, DVC trains."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import optuna
+from optuna.trial import FrozenTrial, TrialState
+
+from cifarlab import files, pipeline
+from cifarlab.errors import UserError
+from cifarlab.params.load import changed
+from cifarlab.studies.page import markdown_table, write_answer
+from cifarlab.studies.points import Point, finished, key_of
+from cifarlab.studies.question import Range, Search
+from cifarlab.tracking.studies import publish
+
+
+def run(name: str) -> Path:
+    """Run the missing trials of studies/NAME.yaml, write docs/studies/NAME.md, return its path.
+
+    Trials are drawn by TPE (Bergstra et al. 2011) and stopped by asynchronous successive halving
+    (Li et al. 2018), by validation accuracy. Optuna keeps them in .cache/optuna.db. A search that
+    was stopped continues; another trial replaces the one that was running.
+    """
+    search = Search.read(name)
+    study = _open(name, search)
+    done = len(study.get_trials(states=[TrialState.COMPLETE, TrialState.PRUNED]))
+    print(f"{search.question}\n{done} of {search.trials} trials done", flush=True)
+    study.optimize(lambda trial: _train(name, search, trial), max(0, search.trials - done))
+    page = write_answer(name, _page(name, search, study.trials))
+    rungs = [rung for trial in study.trials for rung in trial.user_attrs.get("rungs", [])]
+    publish(name, search.question, [page], [rung["run"] for rung in rungs])
+    return page
+
+
+def _open(name: str, search: Search) -> optuna.Study:
+    """Return the Optuna study of these settings, parameters and code, new or continued."""
+    settings = search.model_dump_json(exclude={"findings", "trials", "question"})
+    identity = settings + key_of(changed(search.base).flat()) + pipeline.stage_code()
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    files.cache().mkdir(exist_ok=True)
+    study = optuna.create_study(
+        study_name=f"{name} {hashlib.sha256(identity.encode()).hexdigest()[:16]}",
+        storage=f"sqlite:///{files.cache() / 'optuna.db'}",
+        pruner=optuna.pruners.SuccessiveHalvingPruner(search.rungs[0], reduction_factor=3),
+        direction="maximize",
+        load_if_exists=True,
+    )
+    # A continued search needs another seed, otherwise it would draw the same trials again.
+    study.sampler = optuna.samplers.TPESampler(seed=len(study.trials))
+    return study
+
+
+def _train(name: str, search: Search, trial: optuna.Trial) -> float:
+    """Train a trial on one rung after the other and return its validation accuracy."""
+    drawn = {key: _draw(trial, key, values) for key, values in search.space.items()}
+    rungs: list[dict[str, Any]] = []
+    for epochs in search.rungs:
+        changes = {**search.base, **drawn, "train.epochs": epochs}
+        try:
+            parameters = changed(changes).flat()
+        except UserError as error:  # a combination that is not possible
+            raise optuna.TrialPruned(str(error)) from error
+        experiment = f"{name}-{trial.number}-{epochs}"
+        pipeline.run_experiment(experiment, changes)
+        point = Point(f"trial {trial.number}", 0, experiment, changes, parameters)
+        row = next((row for row, _ in finished([point])), {})
+        if row.get("val_accuracy") is None or row.get("seconds") is None:
+            raise UserError(f"{experiment}: a search needs data.validation, and times from MLflow")
+        accuracy, seconds = row["val_accuracy"], row["seconds"] / epochs * search.rungs[-1]
+        rungs.append(row | {"epochs": epochs, "seconds": seconds})
+        trial.set_user_attr("rungs", rungs)
+        time = f"{seconds:.0f} s for {search.rungs[-1]} epochs"
+        print(f"{experiment}: {accuracy:.2%} on validation, {time}; {drawn}", flush=True)
+        trial.report(accuracy, epochs)
+        if seconds > search.seconds or (epochs != search.rungs[-1] and trial.should_prune()):
+            raise optuna.TrialPruned
+    return float(accuracy)
+
+
+def _draw(trial: optuna.Trial, key: str, values: list[Any] | Range) -> Any:
+    if isinstance(values, Range):
+        return trial.suggest_float(key, values.low, values.high, log=values.log)
+    # Optuna cannot store lists, so they are written as JSON.
+    return json.loads(str(trial.suggest_categorical(key, [json.dumps(value) for value in values])))
+
+
+def _page(name: str, search: Search, trials: list[FrozenTrial]) -> list[str]:
+    """Return the paragraphs of docs/studies/NAME.md: all trials that trained, the best first."""
+
+    def rank(trial: FrozenTrial) -> tuple[int, bool, float]:
+        last = trial.user_attrs["rungs"][-1]
+        return -last["epochs"], last["seconds"] > search.seconds, -last["val_accuracy"]
+
+    ranked = sorted((trial for trial in trials if trial.user_attrs), key=rank)
+    if not ranked or ranked[0].state != TrialState.COMPLETE:
+        limit = f"{search.seconds:g} s; raise seconds or trials"
+        raise UserError(f"studies/{name}.yaml: no trial finished within {limit}")
+    rows = []
+    for trial in ranked:
+        last, values = trial.user_attrs["rungs"][-1], [trial.params[key] for key in search.space]
+        cells = [last["experiment"], str(last["epochs"]), f"{last['val_accuracy']:.2%}"]
+        shown = [f"{value:.3g}" if isinstance(value, float) else str(value) for value in values]
+        rows.append([*cells, f"{last['seconds']:.0f}", *shown])
+    best, test = ranked[0].params, ranked[0].user_attrs["rungs"][-1]["test_accuracy"]
+    settings = ", ".join(f"`{key}={value}`" for key, value in best.items())
+    head = ["experiment", "epochs", "validation accuracy", f"s for {search.rungs[-1]} epochs"]
+    return [
+        f"# {search.question}",
+        f"**{settings}**: {rows[0][2]} on validation, {test:.2%} on the test images, which were "
+        f"not used to choose. {search.findings}",
+        markdown_table([*head, *search.space], rows),
+        "Trials are drawn by TPE. The better third of them goes on from each number of epochs\n"
+        f"({', '.join(map(str, search.rungs))}) to the next. Trials that take longer than "
+        f"{search.seconds:g} s are dropped.\nEach trial has one seed: make a study to find out "
+        f"whether neighbours in this table differ.\n{search.shared}",
+        f"    make search NAME={name}",
+        f"asks studies/{name}.yaml again. Each trial is a DVC experiment and an MLflow run for "
+        "every number of epochs.",
+    ]

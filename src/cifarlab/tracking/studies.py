@@ -1,0 +1,66 @@
+"""What a study reads from MLflow and writes to it."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from cifarlab.errors import first_line
+from cifarlab.params.load import load_params
+from cifarlab.pipeline import Revision
+from cifarlab.tracking import client as tracking
+from cifarlab.tracking.sync import run_of
+
+TIMING = ("run", "seconds", "wall", "machine", "data")
+
+
+def timing_of(revision: Revision) -> dict[str, Any]:
+    """Return how long an experiment took, and where.
+
+    Returns
+    -------
+    run : id of the MLflow run
+    seconds, wall : of the training alone, and of the whole run
+    machine, data : device and versions in words, name of the data set
+
+    All values are None, with a warning, if MLflow cannot say.
+    """
+    try:
+        client, run_id = tracking.connect(), run_of(revision)
+        run, epochs = client.get_run(run_id), client.get_metric_history(run_id, "epoch_seconds")
+        machine = "{device}, {threads} threads, {precision}, PyTorch {torch}"
+        return {
+            "run": run_id,
+            "seconds": sum(epoch.value for epoch in epochs) or None,
+            "wall": (run.info.end_time - run.info.start_time) / 1000,
+            "machine": machine.format(**run.data.tags),
+            "data": run.inputs.dataset_inputs[0].dataset.name,
+        }
+    except Exception as error:  # MLflow, requests, SQLAlchemy and the disk each raise their own
+        warning = f"warning: {revision.name} has no training time: {first_line(error)[:200]}"
+        print(warning, file=sys.stderr)
+        return dict.fromkeys(TIMING)
+
+
+def publish(name: str, question: str, files: list[Path], runs: list[str]) -> None:
+    """Make the runs of a study the children of one run, which gets the files of the answer.
+
+    A failure is a warning: the files are the answer, MLflow only shows them.
+    """
+    try:
+        client = tracking.connect()
+        experiment = tracking.experiment_id(client, load_params().tracking.experiment)
+        found = client.search_runs([experiment], f"tags.`study.parent` = '{name}'", max_results=1)
+        if not found:
+            tags = {"study.parent": name, "mlflow.note.content": question}
+            found = [client.create_run(experiment, run_name=f"study {name}", tags=tags)]
+        parent = found[0].info.run_id
+        # Points that another machine ran have no run here.
+        for run in {run.info.run_id for run in tracking.all_runs()}.intersection(runs):
+            client.set_tag(run, "mlflow.parentRunId", parent)
+            client.set_tag(run, "study", name)
+        for file in files:
+            client.log_artifact(parent, str(file))
+        client.set_terminated(parent)
+    except Exception as error:  # see above
+        warning = f"warning: MLflow does not show the study {name}: {first_line(error)[:200]}"
+        print(warning, file=sys.stderr)

@@ -1,0 +1,196 @@
+"""What the files of each stage become in MLflow."""
+
+import hashlib
+import json
+import re
+import time
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from cifarlab import files, pipeline
+from cifarlab.params.sections import Params
+from cifarlab.runtime import timings
+
+ARTIFACTS = {".csv": "tables", ".png": "figures"}  # MLflow's folder for each kind of file
+Values = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Execution:
+    """One execution of the pipeline. MLflow shows it as one run."""
+
+    params: Params
+    key: str
+    """The training key."""
+    experiment: str
+    """Name of the DVC experiment; empty for `dvc repro`."""
+    baseline: str
+    """The commit that it started from; may be empty for `dvc repro`."""
+    folder: Path = Path()
+    """Where the outputs are: the working folder, or a scratch copy of a commit."""
+
+
+@dataclass(frozen=True)
+class Upload:
+    """Sends the files of an execution to a run, except for what the run already has.
+
+    `run` is the run as MLflow described it when it was opened. Open it again after a failure, then
+    sending everything again adds nothing twice.
+    """
+
+    client: Any
+    run: Any
+    execution: Execution
+
+    @property
+    def run_id(self) -> str:
+        """The id of the run."""
+        return str(self.run.info.run_id)
+
+    def send_params(self, tags: dict[str, str]) -> None:
+        """Log the parameters and the given tags.
+
+        MLflow never changes a parameter. If one of a later stage has changed since the training,
+        its new value becomes the tag `changed.NAME`.
+        """
+        known, params = self.run.data, self.execution.params.flat()
+        changed = {
+            f"changed.{name}": str(value)
+            for name, value in params.items()
+            if known.params.get(name, str(value)) != str(value) or f"changed.{name}" in known.tags
+        }
+        new = {name: value for name, value in params.items() if name not in known.params}
+        self._send(tags | changed, {}, new)
+
+    def send_stage(self, stage: str) -> None:
+        """Log all that a stage wrote; then the tag `logged.STAGE` has the digest of its files."""
+        paths = pipeline.outputs(stage, self.execution.folder)
+        hashes = {str(path): _sha256(self._path(path)) for path in paths}
+        digest = hashlib.sha256(json.dumps(hashes, sort_keys=True).encode()).hexdigest()
+        if self.run.data.tags.get(f"logged.{stage}") != digest:
+            send = {"train": self._send_training, "evaluate": self._send_evaluation}.get(stage)
+            if send:
+                send()
+            for path in paths:
+                if folder := ARTIFACTS.get(path.suffix):
+                    self.client.log_artifact(self.run_id, str(self._path(path)), folder)
+            self._send({f"logged.{stage}": digest}, {}, {})
+        if stage == "evaluate" and self.execution.params.tracking.log_model:
+            self._send_model()
+        lock = self._path(files.DVC_LOCK)
+        if stage == "plot" and lock.exists():  # not if DVC has never run here
+            self._send({"dvc.lock": pipeline.lock_digest(lock.read_text("utf-8"))}, {}, {})
+
+    def send_epochs(self) -> None:
+        """Log the rows of history.csv with the times when the epochs ended, if they are known.
+
+        Each row is one request, so a row is logged as a whole or not at all.
+        """
+        from mlflow.entities import Metric
+
+        logged = [p.step for p in self.client.get_metric_history(self.run_id, "train_loss")]
+        table = pd.read_csv(self._path(files.HISTORY), index_col="epoch")
+        times, now = timings.read(self.execution.key).epochs, int(1000 * time.time())
+        for epoch, row in table.drop(index=logged, errors="ignore").iterrows():
+            ended, seconds = times.get(str(epoch), (now, None))
+            values = row.to_dict() | {"epoch_seconds": seconds}
+            points = [Metric(k, v, ended, epoch) for k, v in values.items() if pd.notna(v)]
+            self.client.log_batch(self.run_id, points)
+
+    def _path(self, path: Path) -> Path:
+        return self.execution.folder / path
+
+    def _send(self, tags: Values, metrics: Values, params: Values) -> None:
+        """Log tags, final metrics and parameters in one request."""
+        from mlflow.entities import Metric, Param, RunTag
+
+        known, now = self.run.data.metrics, int(1000 * time.time())
+        points = [Metric(k, v, now, 0) for k, v in metrics.items() if known.get(k) != v]
+        new = [Param(k, str(v)) for k, v in params.items()]
+        self.client.log_batch(self.run_id, points, new, [RunTag(k, v) for k, v in tags.items()])
+
+    def _send_training(self) -> None:
+        self.send_epochs()
+        self._send_dataset()
+        final = files.read_json(self._path(files.TRAIN_METRICS))
+        # The losses and accuracies are those of the last epoch.
+        metrics = {k: v for k, v in final.items() if not k.endswith(("loss", "accuracy"))}
+        weights = {"weights.sha256": _sha256(self._path(files.WEIGHTS))}
+        self._send(weights | timings.read(self.execution.key).conditions, metrics, {})
+
+    def _send_dataset(self) -> None:
+        import mlflow
+        from mlflow.data.code_dataset_source import CodeDatasetSource
+        from mlflow.entities import DatasetInput, InputTag
+
+        from cifarlab.data.dataset import Dataset
+
+        data, params = Dataset.load(self._path(files.DATA)), self.execution.params.data
+        sources = ["sklearn.datasets.load_digits"] if params.name == "digits" else params.sources
+        source, images = CodeDatasetSource({"sources": sources}), data.images["train"]
+        # MLflow takes 36 characters. Its own digest would cover only the first 10,000 values.
+        names = {"name": data.name, "digest": data.digest()[:32]}
+        dataset = mlflow.data.from_numpy(images, source, targets=data.labels["train"], **names)
+        tags = [InputTag("mlflow.data.context", "training")]
+        self.client.log_inputs(self.run_id, [DatasetInput(dataset._to_mlflow_entity(), tags)])
+
+    def _send_evaluation(self) -> None:
+        # MLflow's log_table would write the same file, but append if the stage runs again.
+        table = pd.read_csv(self._path(files.CONFUSION)).to_json(orient="split", index=False)
+        self.client.log_text(self.run_id, table, "confusion_matrix.json")
+        shown = json.dumps([{"path": "confusion_matrix.json", "type": "table"}])
+        found = files.read_json(self._path(files.EVALUATION))
+        classes = found.pop("accuracy_per_class")
+        metrics = {f"test_{name}": value for name, value in found.items()}
+        for name, accuracy in classes.items():  # MLflow allows only these characters
+            metrics[re.sub(r"[^/\w.: -]", "_", f"accuracy/{name}")] = accuracy
+        self._send({"mlflow.loggedArtifacts": shown}, metrics, {})
+
+    def _send_model(self) -> None:
+        """Log the network with its test metrics; finish what an earlier try left incomplete."""
+        from mlflow.entities import LoggedModelOutput, LoggedModelStatus, Metric
+
+        client, run_id, run = self.client, self.run_id, self.client.get_run(self.run_id)
+        experiment, weights = run.info.experiment_id, _sha256(self._path(files.WEIGHTS))
+        query = f"source_run_id = '{run_id}' AND tags.`weights.sha256` = '{weights}'"
+        found = client.search_logged_models([experiment], query)
+        new = (experiment, "model", run_id, {"weights.sha256": weights}, run.data.params)
+        model = found[0] if found else client.create_logged_model(*new)
+        name = model.model_id
+        if model.status != LoggedModelStatus.READY:
+            self._export(name)
+        outputs = run.outputs.model_outputs if run.outputs else []
+        if name not in [output.model_id for output in outputs]:
+            # MLflow stores a point once, so the same points again, now with the id of the model,
+            # are added to the model only.
+            names = [k for k in run.data.metrics if k.startswith(("test_", "accuracy/"))]
+            points = [client.get_metric_history(run_id, k)[-1] for k in names]
+            again = [Metric(p.key, p.value, p.timestamp, p.step, name) for p in points]
+            client.log_batch(run_id, again)
+            client.log_outputs(run_id, [LoggedModelOutput(name, 0)])
+
+    def _export(self, model_id: str) -> None:
+        """Write the network as a `pt2` graph, which contains no pickle."""
+        import mlflow
+
+        from cifarlab.data.dataset import Dataset
+        from cifarlab.nn import weights
+
+        images = Dataset.load(self._path(files.DATA)).images["test"]
+        mlflow.pytorch.log_model(
+            weights.load(self._path(files.WEIGHTS)),
+            model_id=model_id,
+            # With a batch of one, the exported graph would accept no other batch size.
+            input_example=images[:2].transpose(0, 3, 1, 2).copy(),
+            serialization_format="pt2",
+            pip_requirements=[f"torch=={version('torch')}"],
+        )
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

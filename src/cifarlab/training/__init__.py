@@ -1,0 +1,1 @@
+"""Train a network: batches, loss, optimizers, loop. Knows no files, no DVC, no MLflow."""

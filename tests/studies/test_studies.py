@@ -1,0 +1,444 @@
+"""Studies: their statistics against simulations, their files, tables and pages."""
+
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import yaml
+from scipy import stats
+
+from cifarlab import pipeline
+from cifarlab.errors import UserError
+from cifarlab.studies import page, points, study
+from cifarlab.studies.question import Study
+
+REPO = Path(__file__).resolve().parents[2]
+QUESTIONS = sorted({*(REPO / "studies").glob("*.yaml")} - {REPO / "studies/search.yaml"})
+
+
+def results(**accuracies: list[float]) -> pd.DataFrame:
+    rows = [
+        (variant, seed, value)
+        for variant, values in accuracies.items()
+        for seed, value in enumerate(values)
+    ]
+    return pd.DataFrame(rows, columns=["variant", "seed", "accuracy"])
+
+
+@pytest.fixture
+def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of the code and the parameters, as the working folder."""
+    code = [p.relative_to(REPO) for top in ("src", "stages") for p in (REPO / top).rglob("*.py")]
+    for name in ["params.yaml", "dvc.yaml", *code]:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(REPO / name, tmp_path / name)
+    (tmp_path / "studies").mkdir()
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("n", [2, 3, 10])
+def test_95_percent_intervals_contain_the_true_difference_95_times_in_a_hundred(n: int) -> None:
+    rng, truth, trials = np.random.default_rng(0), 0.7, 4000
+    luck = rng.normal(0.8, 0.05, n)  # of a seed, the same for all variants: pairing removes it
+    names = ["base", *(f"v{i}" for i in range(trials))]
+    others = {name: list(luck + truth / 100 + rng.normal(0, 0.005, n)) for name in names[1:]}
+    found = page.effects(results(base=list(luck), **others), names)[1:]
+    contained = ((found.difference - truth).abs() <= found.difference_margin).mean()
+    # Three standard errors of a share of 0.95 in this number of trials.
+    assert contained == pytest.approx(0.95, abs=3 * (0.95 * 0.05 / trials) ** 0.5)
+
+
+def test_without_any_effect_at_most_5_percent_of_the_studies_find_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("gc.collect", lambda: 0)  # statsmodels calls it every time: 0.1 s each
+    rng, trials, names = np.random.default_rng(1), 600, [f"v{i}" for i in range(8)]
+    wrong = 0
+    for _ in range(trials):
+        frame = results(**{name: list(rng.normal(0.8, 0.01, 4)) for name in names})
+        wrong += page.effects(frame, names).significant.any()
+    assert wrong / trials <= 0.05 + 3 * (0.05 * 0.95 / trials) ** 0.5
+
+
+def test_effects_by_hand() -> None:
+    base, up, other = [0.80, 0.82, 0.84], [0.83, 0.8501, 0.8699], [0.84, 0.80, 0.83]
+    frame = results(base=base, up=up, other=other)
+    found = page.effects(frame, ["base", "up", "other"])
+    assert list(found.index) == ["base", "up", "other"]
+    first, better, noise = found.itertuples()
+    assert (first.accuracy, first.difference, first.significant) == (pytest.approx(82), 0, False)
+    # The quantile of Student's t with 2 degrees of freedom, and a standard deviation of 2.
+    assert first.accuracy_margin == pytest.approx(4.302652729911275 * 2 / 3**0.5)
+    assert better.difference == pytest.approx(3)
+    # Holm: the smaller of the two p is doubled, the other one stays.
+    assert better.p == pytest.approx(2 * stats.ttest_rel(up, base).pvalue)
+    assert noise.p == pytest.approx(stats.ttest_rel(other, base).pvalue)
+    assert (better.significant, noise.significant) == (True, False)
+
+
+def test_no_difference_at_all_is_no_effect_and_a_difference_without_spread_is_one() -> None:
+    base, up = [0.25, 0.5, 0.75], [0.375, 0.625, 0.875]
+    found = page.effects(results(base=base, same=base, up=up), ["base", "same", "up"])
+    columns = ["difference", "difference_margin", "p", "significant"]
+    expected = [[0, 0, 1, False], [0, 0, 1, False], [12.5, 0, 0, True]]
+    assert found[columns].to_numpy().tolist() == expected
+
+
+def test_a_grid_is_compared_one_parameter_at_a_time() -> None:
+    grid = {"model.layers": [1, 2], "model.norm": ["batch", "none"]}
+    frame = results(
+        **{"layers 1, norm batch": [0.5, 0.6, 0.7], "layers 1, norm none": [0.5, 0.6, 0.7]},
+        **{"layers 2, norm batch": [0.8, 0.8, 0.8], "layers 2, norm none": [0.59, 0.7, 0.81]},
+    )
+    asked = Study(question="?", grid=grid, seeds=[0, 1, 2])
+    found = page.one_parameter_at_a_time(asked, frame)
+    # Comparisons with the first variant are in the main table and are not repeated.
+    assert found[["variant", "reference"]].to_numpy().tolist() == [
+        ["layers 2, norm none", "layers 1, norm none"],
+        ["layers 2, norm none", "layers 2, norm batch"],
+    ]
+    # Differences of 9, 10 and 11 points: t = 10 / (1 / √3); of -21, -10 and 1: t = -10 / (11 / √3).
+    first, second = (2 * stats.t.sf(10 * 3**0.5 / spread, 2) for spread in (1, 11))
+    assert list(found.difference) == pytest.approx([10, -10])
+    margin = 4.302652729911275 / 3**0.5
+    assert list(found.difference_margin) == pytest.approx([margin, 11 * margin])
+    assert list(found.p) == pytest.approx([2 * first, second])  # Holm doubles the smaller p
+    assert list(found.significant) == [True, False]
+
+    without_grid = Study(question="?", variants={"a": {}, "b": {"train.lr": 1}}, seeds=[0, 1])
+    assert page.one_parameter_at_a_time(without_grid, frame).empty
+
+
+@pytest.mark.parametrize("path", QUESTIONS, ids=lambda path: path.stem)
+def test_every_study_of_the_project_is_valid(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(REPO)
+    asked, found = points.load(path.stem)
+    assert asked.question.endswith("?")
+    experiments = {point.experiment for point in found}
+    assert len(experiments) == len(found) == len(asked.variants) * len(asked.seeds)
+
+
+def test_a_grid_is_every_combination(checkout: Path) -> None:
+    grid = {"model.layers": [3, 6], "model.norm": ["batch", "none"]}
+    content = {"question": "?", "grid": grid, "seeds": [4, 5]}
+    (checkout / "studies/g.yaml").write_text(yaml.safe_dump(content))
+    asked, found = points.load("g")
+    assert list(asked.variants) == [
+        *("layers 3, norm batch", "layers 3, norm none"),
+        *("layers 6, norm batch", "layers 6, norm none"),
+    ]
+    changes = {"model.layers": 6, "model.norm": "none", "train.seed": 5}
+    assert found[-1][:4] == ("layers 6, norm none", 5, "g-layers-6-norm-none-5", changes)
+    assert changes.items() <= found[-1].parameters.items()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("question: [", "is not valid YAML"),
+        ("question: a?", "seeds Field required"),
+        ("{question: a, seeds: [0, 1]}", "at least two variants"),
+        ("{question: a, seeds: [0, 0], variants: {a: {}, b: {}}}", "a seed is listed twice"),
+        ("{question: a, seeds: [0, 1], variants: {a b: {}, a-b: {}}}", "with different names"),
+        (
+            "{question: a, seeds: [0, 1], variants: {a: {}, deep: {model.layer: 9}}}",
+            "deep: unknown key model.layer = 9",
+        ),
+        (
+            "{question: a, seeds: [0, 1], variants: {a: {}, deep: {model.layers: many}}}",
+            "deep: model.layers = 'many' is refused",
+        ),
+        ("{question: a, seeds: [0, 1], sedes: 3, variants: {a: {}, b: {}}}", "sedes Extra inputs"),
+        ("[1, 2]", "Input should be a valid dictionary"),
+    ],
+)
+def test_a_wrong_study_is_refused_in_one_sentence(
+    content: str, message: str, checkout: Path
+) -> None:
+    (checkout / "studies/s.yaml").write_text(content)
+    with pytest.raises(UserError) as refused:
+        points.load("s")
+    assert message in str(refused.value)
+    assert str(refused.value).startswith("studies/s.yaml")
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("name", ["nobody", "", "../params", "/etc/passwd", ".", "a\nb"])
+def test_an_unknown_name_lists_the_studies_and_stays_inside_their_folder(
+    name: str, checkout: Path
+) -> None:
+    for known in ("a", "b"):
+        (checkout / f"studies/{known}.yaml").write_text("question: ?")
+    with pytest.raises(UserError, match=r"NAME can be: a, b$"):
+        points.load(name)
+
+
+DEMO = {
+    "question": "Which?",
+    "base": {"data.name": "digits", "tracking.log_model": False},
+    "variants": {"four": {}, "one": {"train.epochs": 1}},
+    "seeds": [0, 1, 2],
+    "measures": ["loss"],
+}
+
+
+@pytest.fixture
+def demo(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> list[pipeline.Revision]:
+    """A study in a Git repository, and its experiments: an empty list at first."""
+    (checkout / "studies/demo.yaml").write_text(yaml.safe_dump(DEMO))
+    experiments: list[pipeline.Revision] = []
+    timing = {"run": "r", "seconds": 2.0, "wall": 3.0, "machine": "a CPU", "data": "digits"}
+
+    def read(path: Path, commit: str) -> str:
+        return pipeline.git("show", f"{commit}:{path}")
+
+    monkeypatch.setattr(pipeline, "experiments", lambda: experiments)
+    monkeypatch.setattr(pipeline, "read", read)
+    monkeypatch.setattr(points, "timing_of", lambda revision: timing)
+    for name in ("AUTHOR", "COMMITTER"):
+        monkeypatch.setenv(f"GIT_{name}_NAME", "a")
+        monkeypatch.setenv(f"GIT_{name}_EMAIL", "a@example.org")
+    subprocess.run(["git", "init", "--quiet"], check=True)
+    return experiments
+
+
+def run(point: points.Point, **metrics: float) -> pipeline.Revision:
+    """Commit what an experiment would, and return it as DVC lists it."""
+    parameters: dict[str, Any] = {}
+    for name, value in point.parameters.items():
+        section, key = name.split(".")
+        parameters.setdefault(section, {})[key] = value
+    evaluation = metrics | {"loss": 0.5, "accuracy_per_class": {"0": 0.6, "1": 0.7}}
+    epochs = pd.DataFrame({"epoch": [1, 2], "train_accuracy": [0.4, 0.5]})
+    files = {
+        "params.yaml": yaml.safe_dump(parameters),
+        "metrics/train.json": json.dumps({"parameters": 1234567, "images": 900}),
+        "metrics/evaluate.json": json.dumps(evaluation),
+        "plots/history.csv": epochs.to_csv(index=False),
+    }
+    before = Path("params.yaml").read_text()
+    for name, content in files.items():
+        Path(name).parent.mkdir(exist_ok=True)
+        Path(name).write_text(content)
+    subprocess.run(["git", "add", "--all"], check=True)
+    subprocess.run(["git", "commit", "--quiet", "--message", point.experiment], check=True)
+    Path("params.yaml").write_text(before)
+    return pipeline.Revision(point.experiment, pipeline.git_commit(), "b" * 40)
+
+
+def change_network() -> None:
+    path = Path("src/cifarlab/nn/network.py")
+    path.write_text(path.read_text() + "\nx = 1\n")
+
+
+def run_all(experiments: list[pipeline.Revision]) -> points.Tables:
+    asked, found = points.load("demo")
+    for place, point in enumerate(found):
+        experiments.append(run(point, accuracy=0.8 + place / 100))
+    return points.record("demo", asked, found)
+
+
+def counted() -> tuple[int, int]:
+    """Return how many points have a row that counts, and how many only one that does not."""
+    counts = points.chosen("demo", points.load("demo")[1], any_origin=True).results.counts
+    return int(counts.sum()), int((~counts).sum())
+
+
+def test_finished_experiments_become_rows_that_name_their_origin(
+    demo: list[pipeline.Revision], checkout: Path
+) -> None:
+    asked, found = points.load("demo")
+    assert points.record("demo", asked, found).results.empty
+    assert not (checkout / "docs/studies/demo.csv").exists()
+    demo.append(run(found[0], accuracy=0.8))
+    demo.append(run(found[1]._replace(parameters=found[0].parameters), accuracy=0.1))
+    tables = points.record("demo", asked, found)
+    # The second experiment has the name of a point but other parameters, and does not count.
+    [row] = tables.results.to_dict("records")
+    assert (row["experiment"], row["commit"]) == ("demo-four-0", "b" * 40)
+    assert row["code"] == pipeline.stage_code(checkout)
+    assert (row["accuracy"], row["parameters"], row["accuracy/1"]) == (0.8, 1234567, 0.7)
+    assert list(tables.epochs.epoch) == [1, 2]
+    demo[1:] = [run(found[1], accuracy=0.85)]
+    assert len(points.record("demo", asked, found).results) == 2
+    demo.clear()
+    assert len(points.record("demo", asked, found).results) == 2
+    assert len(pd.read_csv(checkout / "docs/studies/demo-epochs.csv")) == 4
+
+
+def test_an_experiment_without_the_answer_is_named(demo: list[pipeline.Revision]) -> None:
+    asked, found = points.load("demo")
+    demo.append(run(found[0]))
+    with pytest.raises(UserError, match=r"demo.yaml: demo-four-0 has no test_accuracy"):
+        points.record("demo", asked, found)
+
+
+def test_rows_count_only_for_the_code_and_the_parameters_that_made_them(
+    demo: list[pipeline.Revision], checkout: Path
+) -> None:
+    run_all(demo)
+    old_code = pipeline.stage_code(checkout)
+    demo.clear()
+    assert counted() == (6, 0)
+    params = checkout / "params.yaml"
+    whole = params.read_text()
+    # Parameters that decide no result.
+    params.write_text(whole.replace("dpi: 120", "dpi: 60").replace("https://", "https://mirror."))
+    assert counted() == (6, 0)
+    params.write_text(whole.replace("momentum: 0.85", "momentum: 0.8"))
+    assert counted() == (0, 6)
+    params.write_text(whole)
+    network = checkout / "src/cifarlab/nn/network.py"
+    network.write_text(network.read_text() + "\n# a comment\n")
+    assert counted() == (6, 0)
+    change_network()
+    assert counted() == (0, 6)
+
+    link = {"base": "c" * 40, "base_code": old_code, "code": pipeline.stage_code(checkout)}
+    same_bytes = checkout / "docs/studies/same-bytes.json"
+    same_bytes.write_text(json.dumps([link | {"new_parameters": {}}]))
+    assert counted() == (6, 0)
+    same_bytes.write_text("[")
+    with pytest.raises(UserError, match=r"same-bytes.json is damaged"):
+        counted()
+
+
+def test_rows_of_other_data_are_shown_but_are_not_the_answer_of_a_run(
+    demo: list[pipeline.Revision], checkout: Path
+) -> None:
+    run_all(demo)
+    path, (_, found) = checkout / "docs/studies/demo.csv", points.load("demo")
+    path.write_text(path.read_text().replace("digits", "cifar10"))
+    assert counted() == (6, 0)
+    assert points.chosen("demo", found).results.empty
+    # The same images from a folder of this name count.
+    renamed = {"data.name": "folder", "data.sources": ["/images/cifar10.tar.gz"]}
+    moved = [point._replace(parameters=point.parameters | renamed) for point in found]
+    assert len(points.chosen("demo", moved).results) == 6
+
+
+def test_an_experiment_of_other_code_is_not_recorded(demo: list[pipeline.Revision]) -> None:
+    asked, found = points.load("demo")
+    demo.append(run(found[0], accuracy=0.8))
+    change_network()
+    assert points.record("demo", asked, found).results.empty
+
+
+def test_rows_of_other_code_stay_in_the_table(
+    demo: list[pipeline.Revision], checkout: Path
+) -> None:
+    run_all(demo)
+    change_network()
+    tables = run_all(demo)
+    assert len(tables.results) == 6
+    assert set(tables.results.code) == {pipeline.stage_code(checkout)}
+    assert len(tables.epochs) == 12
+    table = pd.read_csv(checkout / "docs/studies/demo.csv")
+    assert len(table) == 12
+    assert table.code.nunique() == 2
+    assert table.parameters.unique().tolist() == [1234567]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        'a,b\n<<<<<<< "HEAD\n1,2,3\n',  # the marks of a merge conflict
+        "variant,seed,experiment,accuracy\nfour,1,demo-four-1,0.5\n",  # of an earlier version
+    ],
+)
+def test_a_damaged_table_is_named(content: str, checkout: Path) -> None:
+    (checkout / "studies/demo.yaml").write_text(yaml.safe_dump(DEMO))
+    table = checkout / "docs/studies/demo.csv"
+    table.parent.mkdir(parents=True)
+    table.write_text(content)
+    repair = (
+        r"demo.csv is damaged or lacks columns \(.*`git checkout docs/studies/demo.csv` repairs"
+    )
+    with pytest.raises(UserError, match=repair):
+        counted()
+
+
+def test_rows_of_an_earlier_version_are_kept_but_need_epochs(checkout: Path) -> None:
+    (checkout / "studies/demo.yaml").write_text(yaml.safe_dump(DEMO))
+    table = checkout / "docs/studies/demo.csv"
+    table.parent.mkdir(parents=True)
+    columns = "variant,seed,experiment,accuracy,commit,code,key,data"
+    table.write_text(f"{columns}\nfour,1,demo-four-1,0.5,,,,\n")
+    assert counted() == (0, 1)
+    study.report()
+    with pytest.raises(UserError, match=r"lack 6 points \(demo-four-0"):
+        study.rewrite_page("demo")
+
+
+def test_a_digest_of_digits_only_is_not_read_as_a_number(checkout: Path) -> None:
+    (checkout / "docs/studies").mkdir(parents=True)
+    content = "experiment,commit,code,key\na,1e10,0012,12e45\n"
+    (checkout / "docs/studies/demo.csv").write_text(content)
+    [row] = points.read_tables("demo").results.to_dict("records")
+    assert row == {"experiment": "a", "commit": "1e10", "code": "0012", "key": "12e45"}
+
+
+def test_a_page_is_rewritten_from_the_tables_and_says_whether_its_rows_count(
+    demo: list[pipeline.Revision], checkout: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(UserError, match=r"lack 6 points"):
+        study.rewrite_page("demo")
+    run_all(demo)
+    path = study.rewrite_page("demo")
+    believed = path.read_text()
+    assert believed.startswith("# Which?\n\n![effects")
+    assert "> These figures" not in believed
+    assert "Compared with *four* (81.00 %), better: one (+3.00 points)." in believed
+    # 900 images, 2 epochs, 2 seconds; all three differences are 3 points.
+    row = r"\| one \| 84.00 ± 2.48 \| \+3.00 \| \+3.00 … \+3.00 \| \*\*yes\*\*, p = \S+ "
+    assert re.search(row + r"\| 0.5 ± 0 \| 1,234,567 \| 2.0 \| 900 \|", believed)
+    assert path.with_suffix(".png").stat().st_size > 20_000
+    study.report()
+    assert capsys.readouterr().out.splitlines()[1].split() == ["demo", "6", "6", "0", "digits"]
+
+    old_code = pipeline.stage_code(checkout)
+    change_network()
+    study.report()
+    row = ["demo", "6", "0", "6", "bbbbbbb", "digits"]
+    assert capsys.readouterr().out.splitlines()[1].split() == row
+    marked = path.read_text()
+    assert marked.splitlines()[2].startswith("> These figures were made by other code")
+    assert "(commit bbbbbbb)" in marked
+    assert "`make study NAME=demo` asks again" in marked
+    assert marked.replace(marked.splitlines()[2] + "\n\n", "") == believed
+    study.rewrite_page("demo")
+    study.report()
+    assert path.read_text() == marked
+
+    link = {"base_code": old_code, "code": pipeline.stage_code(checkout)}
+    (checkout / "docs/studies/same-bytes.json").write_text(json.dumps([link]))
+    study.report()
+    assert path.read_text() == believed
+
+
+def test_a_notice_is_put_below_the_title_replaced_and_removed(checkout: Path) -> None:
+    table = pd.DataFrame({"commit": ["abc1234ffff", "abc1234ffff", None], "counts": False})
+    path = checkout / "docs/studies/depth.md"
+    page.update_notice("depth", table)
+    assert not path.exists()
+    path.parent.mkdir(parents=True)
+    text = "# A title\n\nSome text.\n\n> a quote\n"
+    path.write_text(text)
+    for _ in range(2):
+        page.update_notice("depth", table)
+        title, notice, rest = path.read_text().split("\n\n", 2)
+        assert (title, rest) == ("# A title", "Some text.\n\n> a quote\n")
+        assert notice.startswith("> These figures")
+        assert "(commit abc1234, unknown)" in notice
+        assert "\n" not in notice
+    page.update_notice("depth", table[:1])
+    assert path.read_text() == text.replace("Some", f"{notice.replace(', unknown', '')}\n\nSome")
+    page.update_notice("depth", table.assign(counts=True))
+    assert path.read_text() == text

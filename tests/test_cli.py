@@ -1,0 +1,149 @@
+"""The `cifarlab` command, and values that are passed to make."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import click
+import pytest
+from click.testing import CliRunner
+
+from cifarlab.cli import main
+
+REPO = Path(__file__).resolve().parent.parent
+HOSTILE = """$(shell touch made-by-make)`touch made-by-shell`'";touch made-by-shell;#"""
+LAUNCHER = REPO / "src/cifarlab/launcher.py"
+
+
+@pytest.mark.parametrize("name", sorted(main.commands))
+def test_the_help_of_each_command_has_an_example(name: str) -> None:
+    help_text = CliRunner().invoke(main, [name, "--help"]).output
+    assert f"cifarlab {name}" in help_text.partition("Example")[2]
+
+
+def test_the_help_has_examples_of_commands_that_exist() -> None:
+    examples = CliRunner().invoke(main, ["--help"]).output.partition("Examples:")[2]
+    lines = [line.split() for line in examples.strip().partition("\n\n")[0].splitlines()]
+    assert len(lines) >= 3
+    assert all(line[0] == "cifarlab" and line[1] in main.commands for line in lines)
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """A folder with the files that the command line needs."""
+    folder = tmp_path / "a checkout"
+    for name in ("src", "studies"):
+        ignored = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(REPO / name, folder / name, ignore=ignored)
+    for name in ("params.yaml", "variants.yaml", "dvc.yaml"):
+        shutil.copy(REPO / name, folder)
+    return folder
+
+
+def launch(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(LAUNCHER), *arguments]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize("place", [".", "src/cifarlab"])
+def test_the_command_works_at_the_top_of_a_checkout_and_below(checkout: Path, place: str) -> None:
+    done = launch(checkout / place, "check")
+    assert (done.returncode, done.stdout) == (0, "params.yaml is valid\n")
+
+
+def test_the_command_runs_the_code_of_the_checkout_around_it(checkout: Path) -> None:
+    cli = checkout / "src/cifarlab/cli.py"
+    cli.write_text(cli.read_text("utf-8").replace("is valid", "is valid here"), "utf-8")
+    assert launch(checkout, "check").stdout == "params.yaml is valid here\n"
+
+
+def test_outside_a_checkout_the_command_refuses(tmp_path: Path) -> None:
+    done = launch(tmp_path, "check")
+    assert done.returncode == 1
+    assert (
+        done.stderr == f"error: {tmp_path} is not inside a checkout of cifarlab; go there with cd\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (["study"], "depth"),
+        (["study", "../params"], "../params"),
+        (["study", "nobody"], "depth"),
+        (["search", "../params"], "../params"),
+        (["variant", "nobody"], "it has notebook, tiny, strong"),
+    ],
+)
+def test_an_unknown_name_is_refused_in_one_line(
+    checkout: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], reason: str
+) -> None:
+    monkeypatch.chdir(checkout)
+    before = sorted(checkout.rglob("*"))
+    done = CliRunner().invoke(main, arguments)
+    assert done.exit_code == 1
+    [line] = done.output.splitlines()
+    assert line.startswith("error: ")
+    assert reason in line
+    assert sorted(checkout.rglob("*")) == before
+
+
+def test_a_wrong_number_is_refused() -> None:
+    for arguments in (["queue", "--jobs", "0"], ["queue", "--jobs", "x"], ["ui", "--port", "0"]):
+        assert CliRunner().invoke(main, arguments).exit_code == click.UsageError.exit_code
+
+
+@pytest.fixture
+def makefile(tmp_path: Path) -> Path:
+    """A folder with the Makefile, and programs that record their arguments."""
+    folder = tmp_path / "a folder"
+    up_to_date = ["requirements.txt", "src/cifarlab/launcher.py", ".venv/.requirements"]
+    for age, name in enumerate([*up_to_date, ".venv/bin/cifarlab", ".dvc/plots.html"]):
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+        os.utime(path, (1e9 + age, 1e9 + age))
+    for name in ("cifarlab", "python"):
+        program = folder / ".venv/bin" / name
+        time = 1e9 + up_to_date.index(".venv/.requirements") + 1
+        program.write_text("""#!/bin/sh\nprintf '%s\\0' "${0##*/}" "$@" >>calls\n""")
+        program.chmod(0o755)
+        os.utime(program, (time, time))
+    shutil.copy(REPO / "Makefile", folder)
+    return folder
+
+
+@pytest.mark.parametrize("source", ["argument", "environment"])
+@pytest.mark.parametrize(
+    ("target", "variable", "program"),
+    [
+        ("verify", "REV", "cifarlab"),
+        ("study", "NAME", "cifarlab"),
+        ("search", "NAME", "cifarlab"),
+        ("results", "NAME", "python"),
+        ("queue", "JOBS", "cifarlab"),
+        ("study", "JOBS", "cifarlab"),
+        ("ui", "PORT", "cifarlab"),
+        ("test", "TESTS", "python"),
+        ("test-all", "TESTS", "python"),
+        ("same-bytes", "BASE", "python"),
+    ],
+)
+def test_a_value_that_is_given_to_make_reaches_the_program_as_one_argument(
+    makefile: Path, target: str, variable: str, program: str, source: str
+) -> None:
+    given = [f"{variable}={HOSTILE}"] if source == "argument" else []
+    hidden = ("MAKE", "MFLAGS", "NAME", "REV", "BASE", "JOBS", "PORT", "TESTS", "WITHOUT")
+    env = {key: value for key, value in os.environ.items() if not key.startswith(hidden)}
+    env |= {variable: HOSTILE} if source == "environment" else {}
+    command = ["make", target, *given]
+    done = subprocess.run(
+        command, cwd=makefile, env=env, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    calls = (makefile / "calls").read_text().split("\0")
+    assert calls[0] == program
+    assert HOSTILE in calls
+    assert not list(makefile.glob("made-by-*"))

@@ -1,0 +1,30 @@
+"""The packages that training needs, on a GPU machine with nothing else installed."""
+
+import os
+import subprocess
+import sys
+
+from tests.conftest import REPO
+
+SCRIPT = """
+import importlib, pkgutil, sys
+for name in ("dvc", "mlflow", "pandas"):
+    sys.modules[name] = None  # importing it raises ModuleNotFoundError
+for name in ("nn", "data", "evaluation", "training"):
+    package = importlib.import_module(f"cifarlab.{name}")
+    for module in pkgutil.iter_modules(package.__path__, f"cifarlab.{name}."):
+        importlib.import_module(module.name)
+        print(module.name)
+assert "cifarlab.runtime" not in sys.modules
+"""
+
+
+def test_training_works_without_dvc_mlflow_and_pandas() -> None:
+    env = os.environ | {"PYTHONPATH": str(REPO / "src")}
+    command = [sys.executable, "-c", SCRIPT]
+    done = subprocess.run(
+        command, env=env, capture_output=True, text=True, check=False, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    modules = {"nn.network", "data.dataset", "evaluation.metrics", "training.loop"}
+    assert {f"cifarlab.{module}" for module in modules} <= set(done.stdout.splitlines())

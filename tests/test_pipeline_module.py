@@ -1,0 +1,243 @@
+"""What the project asks DVC and Git: keys, outputs, experiments, commits, scratch copies."""
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+
+from cifarlab import pipeline
+from cifarlab.errors import UserError
+from cifarlab.params.sections import Params
+from tests.conftest import REPO
+
+Make = Callable[..., Params]
+DATASET = '{"name": "tiny", "digest": "0123"}'
+
+
+@pytest.fixture
+def code(tmp_path: Path) -> Path:
+    """Return a folder with dvc.yaml, the code of the train stage and the digest of its data."""
+    folder = tmp_path / "code"
+    stages = yaml.safe_load((REPO / "dvc.yaml").read_text("utf-8"))["stages"]
+    for name in ["dvc.yaml", *(dep for dep in stages["train"]["deps"] if dep != "data")]:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        copy = shutil.copytree if (REPO / name).is_dir() else shutil.copy
+        copy(REPO / name, folder / name)
+    (folder / "data").mkdir()
+    (folder / "data/dataset.json").write_text(DATASET)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("change", "value", "counts"),
+    [
+        ("train.lr", 0.01, True),
+        ("model.layers", 2, True),
+        ("data.validation", 0.2, True),
+        ("plot.dpi", 50, False),
+        ("evaluate.batch_size", 7, False),
+        ("tracking.experiment", "x", False),
+    ],
+)
+def test_the_key_depends_on_the_parameters_of_the_training(
+    code: Path, make_params: Make, change: str, value: object, counts: bool
+) -> None:
+    before = pipeline.training_key(make_params(), code)
+    assert (pipeline.training_key(make_params({change: value}), code) != before) == counts
+
+
+def test_the_key_depends_on_the_data(code: Path, make_params: Make) -> None:
+    before = pipeline.training_key(make_params(), code)
+    (code / "data/dataset.json").write_text(DATASET.replace("0123", "4567"))
+    assert pipeline.training_key(make_params(), code) != before
+
+
+def change_constant(source: str) -> str:
+    return source + "\nADDED = 1\n"
+
+
+def reformat(source: str) -> str:
+    return "# A comment.\n\n\n" + source.replace("\n\n", "\n\n# Another one.\n\n") + "\n\n\n"
+
+
+@pytest.mark.parametrize("name", ["stages/train.py", "src/cifarlab/training/loop.py"])
+@pytest.mark.parametrize(("change", "counts"), [(change_constant, True), (reformat, False)])
+def test_the_key_depends_on_code_but_not_on_comments_and_formatting(
+    code: Path, make_params: Make, name: str, change: Callable[[str], str], counts: bool
+) -> None:
+    before = pipeline.training_key(make_params(), code)
+    path = code / name
+    path.write_text(change(path.read_text("utf-8")), "utf-8")
+    assert (pipeline.training_key(make_params(), code) != before) == counts
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("data/dataset.json", None),
+        ("data/dataset.json", "{"),
+        ("data/dataset.json", "[]"),
+        ("data/dataset.json", "{}"),
+        ("stages/train.py", None),
+        ("stages/train.py", "def"),
+    ],
+)
+def test_without_data_or_code_there_is_no_key(
+    code: Path, make_params: Make, name: str, text: str | None
+) -> None:
+    (code / name).unlink() if text is None else (code / name).write_text(text)
+    with pytest.raises(UserError, match="missing or damaged"):
+        pipeline.training_key(make_params(), code)
+
+
+def test_outputs_are_the_files_that_exist(code: Path) -> None:
+    assert pipeline.outputs("train", code) == []
+    for name in ("models/network.safetensors", "metrics/train.json", "plots/per_class.csv"):
+        (code / name).parent.mkdir(exist_ok=True)
+        (code / name).write_text("")
+    expected = [Path("metrics/train.json"), Path("models/network.safetensors")]
+    assert pipeline.outputs("train", code) == expected
+    assert pipeline.outputs("evaluate", code) == [Path("plots/per_class.csv")]
+
+
+def test_the_digest_of_a_lock_ignores_its_plot_entry() -> None:
+    stages = {"download": {"cmd": "a"}, "train": {"cmd": "b"}, "plot": {"cmd": "c"}}
+
+    def digest(**changes: object) -> str:
+        return pipeline.lock_digest(yaml.safe_dump({"stages": stages | changes}))
+
+    assert digest() == digest(plot={"cmd": "d"})
+    assert digest() != digest(train={"cmd": "d"})
+    assert digest() != digest(evaluate={"cmd": "d"})
+
+
+@pytest.mark.parametrize("lock", ["", "[]", "<<<<<<< HEAD\nstages: {}", "stages: 1"])
+def test_a_damaged_lock_is_reported(lock: str) -> None:
+    with pytest.raises(UserError, match=r"dvc.lock is damaged"):
+        pipeline.lock_digest(lock)
+
+
+def test_the_experiment_of_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("DVC_EXP_NAME", "DVC_EXP_BASELINE_REV"):
+        monkeypatch.delenv(name, raising=False)
+    assert pipeline.current_experiment() == ("", "")
+    monkeypatch.setenv("DVC_EXP_NAME", "try")
+    monkeypatch.setenv("DVC_EXP_BASELINE_REV", "abc")
+    assert pipeline.current_experiment() == ("try", "abc")
+
+
+def run(*command: str) -> None:
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.fixture(scope="module")
+def small_project(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A repository whose stages copy a parameter, with a commit and two experiments."""
+    folder = tmp_path_factory.mktemp("project")
+    with pytest.MonkeyPatch.context() as patch:
+        for name in [name for name in os.environ if name.startswith(("DVC", "GIT"))]:
+            patch.delenv(name)
+        for role in ("AUTHOR", "COMMITTER"):
+            patch.setenv(f"GIT_{role}_NAME", "a")
+            patch.setenv(f"GIT_{role}_EMAIL", "a@example.org")
+        patch.setenv("DVC_NO_ANALYTICS", "1")
+        patch.setenv("PATH", str(Path(sys.executable).parent), prepend=os.pathsep)
+        patch.chdir(folder)
+        run("git", "init", "--quiet", "--initial-branch=main")
+        run("dvc", "init", "--quiet")
+        stages = {
+            stage: {"cmd": f"cp params.yaml {stage}.txt", "params": ["n"], "outs": [f"{stage}.txt"]}
+            for stage in pipeline.STAGES
+        }
+        Path("dvc.yaml").write_text(yaml.safe_dump({"stages": stages}))
+        Path("params.yaml").write_text("n: 1\n")
+        run("dvc", "repro", "--quiet")
+        run("git", "add", "--all")
+        run("git", "commit", "--quiet", "--message=first")
+        for n in (2, 3):
+            pipeline.run_experiment(f"n-{n}", {"n": n})
+        yield folder
+
+
+@pytest.fixture
+def project(small_project: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Enter the small project."""
+    monkeypatch.chdir(small_project)
+    return small_project
+
+
+@pytest.mark.usefixtures("project")
+def test_experiments_and_commits_are_listed() -> None:
+    head = pipeline.git_commit()
+    assert pipeline.commits() == [pipeline.Revision("", head, head)]
+    found = pipeline.experiments()
+    assert {(revision.name, revision.baseline) for revision in found} == {
+        ("n-2", head),
+        ("n-3", head),
+    }
+    for revision in found:
+        assert pipeline.find_commit(revision.name) == revision.commit
+    assert pipeline.find_commit("main") == pipeline.find_commit(head[:8]) == head
+    with pytest.raises(UserError, match="nobody is not an experiment or a commit"):
+        pipeline.find_commit("nobody")
+
+
+@pytest.mark.usefixtures("project")
+def test_files_are_read_from_an_experiment_and_a_commit() -> None:
+    by_name = {revision.name: revision for revision in pipeline.experiments()}
+    for name in ("params.yaml", "train.txt"):  # one is in Git, the other in DVC's cache
+        assert pipeline.read(Path(name), by_name["n-3"].commit) == "n: 3\n"
+        assert pipeline.read(Path(name), "main") == "n: 1\n"
+    assert "train.txt" in pipeline.lock(by_name["n-3"])
+    assert pipeline.lock(pipeline.WORKSPACE) == Path("dvc.lock").read_text()
+    with pytest.raises(UserError, match=r"missing.txt of \w{10} cannot be read"):
+        pipeline.read(Path("missing.txt"), by_name["n-3"].commit)
+
+
+@pytest.mark.usefixtures("project")
+def test_an_experiment_of_the_same_name_is_replaced() -> None:
+    pipeline.run_experiment("n-2", {"n": 20})
+    [revision] = [revision for revision in pipeline.experiments() if revision.name == "n-2"]
+    assert pipeline.read(Path("params.yaml"), revision.commit) == "n: 20\n"
+
+
+@pytest.mark.usefixtures("project")
+def test_a_failed_experiment_names_its_log() -> None:
+    with pytest.raises(UserError, match=r"broken failed: .*broken\.log"):
+        pipeline.run_experiment("broken", {"no-such-key": 1})
+
+
+def test_a_scratch_copy_has_the_outputs_and_can_be_repeated(project: Path) -> None:
+    commit = pipeline.find_commit("n-3")
+    with pipeline.scratch_copy(commit) as folder:
+        assert (folder / "train.txt").read_text() == "n: 3\n"
+        (folder / "train.txt").unlink()
+        assert pipeline.repeat(folder)
+        assert (folder / "train.txt").read_text() == "n: 3\n"
+        (folder / "params.yaml").unlink()
+        assert not pipeline.repeat(folder)
+    assert not folder.exists()
+    assert (project / "train.txt").read_text() == "n: 1\n"
+    assert pipeline.workspace_is_current()
+
+
+def test_a_scratch_copy_needs_the_cache(project: Path) -> None:
+    (project / ".dvc/cache").rename(project / ".dvc/elsewhere")
+    try:
+        with pytest.raises(UserError, match="not all in DVC's cache"):  # noqa: SIM117
+            with pipeline.scratch_copy("HEAD"):
+                pytest.fail("there is nothing to copy")
+    finally:
+        (project / ".dvc/elsewhere").rename(project / ".dvc/cache")
+    assert not list((project / ".dvc/tmp").glob("scratch-*"))
+
+
+def test_a_list_is_passed_to_dvc_as_one_value() -> None:
+    options = pipeline.set_options({"model.widths": [16, 32], "data.name": "digits"})
+    assert options == ["-S", "model.widths=[16,32]", "-S", 'data.name="digits"']

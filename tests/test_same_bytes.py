@@ -1,0 +1,110 @@
+"""`bench.same_bytes` tells changed arithmetic from unchanged, in a clone with few variants."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from cifarlab.pipeline import stage_code
+from tests.conftest import REPO
+
+RECORD = "docs/studies/same-bytes.json"
+
+
+def git(folder: Path, *arguments: str) -> str:
+    identity = ["-c", "user.name=test", "-c", "user.email=test@localhost"]
+    command = ["git", *identity, *arguments]
+    return subprocess.run(command, cwd=folder, check=True, capture_output=True, text=True).stdout
+
+
+@pytest.fixture
+def clone(tmp_path: Path) -> Path:
+    """A clone whose HEAD is this workspace, with three short variants."""
+    listed = git(REPO, "ls-files", "-z", "--cached", "--others", "--exclude-standard")
+    for name in filter(None, listed.split("\0")):
+        if (REPO / name).is_file():
+            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(REPO / name, tmp_path / name)
+    (tmp_path / RECORD).unlink(missing_ok=True)
+    trained = yaml.safe_load((tmp_path / "bench/same_bytes.yaml").read_text("utf-8"))
+    trained["variants"] = {
+        name: trained["variants"][name] for name in ("defaults", "resumed", "adam")
+    }
+    (tmp_path / "bench/same_bytes.yaml").write_text(
+        yaml.safe_dump(trained, sort_keys=False), "utf-8"
+    )
+    git(tmp_path, "init", "--quiet")
+    git(tmp_path, "add", "--all")
+    git(tmp_path, "commit", "--quiet", "--message", "The project")
+    return tmp_path
+
+
+def run(folder: Path, rev: str = "HEAD") -> tuple[int, list[str]]:
+    """Run the command; return its exit code and the lines that it printed."""
+    done = subprocess.run(
+        [sys.executable, "-m", "bench.same_bytes", rev],
+        cwd=folder, env={"PYTHONPATH": "src", "PATH": "/usr/bin:/bin"},
+        capture_output=True, text=True, check=False, timeout=600,
+    )  # fmt: skip
+    print(done.stdout, done.stderr)
+    return done.returncode, (done.stdout or done.stderr).splitlines()
+
+
+def edit(folder: Path, old: str, new: str) -> None:
+    """Replace a text in every Python file under src that contains it."""
+    found = [path for path in (folder / "src").rglob("*.py") if old in path.read_text("utf-8")]
+    assert found
+    for path in found:
+        path.write_text(path.read_text("utf-8").replace(old, new), "utf-8")
+
+
+def test_an_unknown_commit_is_refused() -> None:
+    code, lines = run(REPO, "no-such-commit")
+    assert (code, len(lines)) == (1, 1)
+    assert "'no-such-commit' is not a commit of this repository" in lines[0]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_the_same_arithmetic_is_identical_and_recorded_once(clone: Path) -> None:
+    """If the code is the same as well, nothing is recorded."""
+    identical = ["data", "defaults", "resumed", "adam"]
+    expected = [f"identical  {name}" for name in identical] + ["identical: 3 variants"]
+    assert run(clone) == (0, expected)
+    assert not (clone / RECORD).exists()
+
+    edit(clone, "class Muon", "UNUSED = 1\n\n\nclass Muon")
+    params = (clone / "params.yaml").read_text("utf-8")
+    (clone / "params.yaml").write_text(
+        params.replace("  layers:", "  unread: 7\n  layers:"), "utf-8"
+    )
+    edit(
+        clone, 'stem: Literal["none", "whiten"]', 'unread: int\n    stem: Literal["none", "whiten"]'
+    )
+    for _ in range(2):
+        assert run(clone) == (0, expected)
+        (entry,) = json.loads((clone / RECORD).read_text("utf-8"))
+    machine = entry.pop("machine")
+    assert machine
+    digests = {"base_code": stage_code(REPO), "code": stage_code(clone)}
+    base = git(clone, "rev-parse", "HEAD").strip()
+    assert entry == {"base": base, **digests, "new_parameters": {"model.unread": 7}, "variants": 3}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_other_arithmetic_is_different_and_not_recorded(clone: Path) -> None:
+    """The changed constant belongs to Muon. The variant adam does not use it."""
+    edit(clone, "beta=3.4445", "beta=3.4446")
+    code, lines = run(clone)
+    assert code == 1
+    for line, name in zip(lines[1:3], ["defaults", "resumed"], strict=True):
+        assert re.fullmatch(rf"DIFFERENT  {name}: first tensor [\w.]+, by up to \d.*", line)
+    assert lines[0] == "identical  data"
+    assert lines[3:] == ["identical  adam", "DIFFERENT: 3 variants"]
+    assert not (clone / RECORD).exists()

@@ -1,0 +1,169 @@
+"""The run of a stage: how it is found, how it ends, and what a failure of MLflow costs."""
+
+import os
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+
+from cifarlab.errors import UserError
+from cifarlab.params.sections import Params
+from cifarlab.tracking.run import track
+from tests.tracking.conftest import CONDITIONS, client_of, runs_in
+
+
+@pytest.mark.parametrize(
+    ("error", "status"), [(KeyboardInterrupt, "KILLED"), (ValueError, "FAILED")]
+)
+def test_the_run_says_how_the_stage_ended(
+    checkout: Path, params: Params, error: type[BaseException], status: str
+) -> None:
+    with pytest.raises(error), track("train", params):
+        raise error
+    [run] = runs_in(checkout)
+    assert run.info.status == status
+    assert "logged.train" not in run.data.tags
+    # The next try goes to the same run and finishes it.
+    with track("train", params):
+        pass
+    [again] = runs_in(checkout)
+    assert (again.info.run_id, again.info.status) == (run.info.run_id, "FINISHED")
+    assert "logged.train" in again.data.tags
+
+
+def test_an_experiment_has_its_own_run(
+    checkout: Path, params: Params, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with track("train", params):
+        pass
+    monkeypatch.setenv("DVC_EXP_NAME", "try")
+    monkeypatch.setenv("DVC_EXP_BASELINE_REV", "a" * 40)
+    with track("train", params):
+        pass
+    with track("evaluate", params):
+        pass
+    named = {run.data.tags["dvc.exp.name"]: run for run in runs_in(checkout)}
+    assert named.keys() == {"", "try"}
+    run = named["try"]
+    assert run.info.run_name == "try"
+    assert run.data.tags["dvc.exp.baseline"] == run.data.tags["git.commit"] == "a" * 40
+    assert "dvc.exp.baseline" not in named[""].data.tags
+
+
+@pytest.mark.parametrize("take_over", [True, False])
+def test_a_killed_training_is_continued_under_the_new_name_of_its_experiment(
+    checkout: Path, params: Params, monkeypatch: pytest.MonkeyPatch, take_over: bool
+) -> None:
+    monkeypatch.setenv("DVC_EXP_NAME", "first")
+    with pytest.raises(KeyboardInterrupt), track("train", params):
+        raise KeyboardInterrupt
+    monkeypatch.setenv("DVC_EXP_NAME", "second")
+    for _ in range(2):  # a finished training is not taken over
+        with track("train", params, CONDITIONS, take_over=take_over):
+            pass
+    monkeypatch.setenv("DVC_EXP_NAME", "third")
+    with track("train", params, CONDITIONS, take_over=take_over):
+        pass
+    names = {run.data.tags["dvc.exp.name"] for run in runs_in(checkout)}
+    assert names == ({"second", "third"} if take_over else {"first", "second", "third"})
+
+
+def test_the_time_between_stages_does_not_count(checkout: Path, params: Params) -> None:
+    with track("train", params):
+        pass
+    [run] = runs_in(checkout)
+    # As if the first stage had ended at once, and the next had come as late as it does.
+    client_of(checkout).set_terminated(run.info.run_id, "FINISHED", run.info.start_time)
+    started = time.time()
+    with track("train", params):
+        pass
+    second_stage = 1000 * (time.time() - started)
+    [again] = runs_in(checkout)
+    assert 0 < again.info.end_time - again.info.start_time <= second_stage
+
+
+def test_a_store_that_breaks_while_training_costs_one_warning(
+    checkout: Path, params: Params, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with track("train", params) as run:
+        for path in checkout.glob("mlflow.db*"):
+            path.write_bytes(b"not a database")
+        for _ in range(3):
+            run.log_epochs()
+    output = capsys.readouterr()
+    assert output.err.count("\n") == 1
+    assert output.err.startswith(
+        "warning: MLflow did not receive everything from the train stage ("
+    )
+    assert output.err.endswith("The files are complete; `make sync` logs what is missing.\n")
+
+
+def test_a_store_that_comes_back_gets_everything_at_the_end(
+    checkout: Path, params: Params, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hidden = checkout / "plots/hidden.csv"
+    with track("train", params) as run:
+        (checkout / "plots/history.csv").rename(hidden)
+        run.log_epochs()  # fails: as far as the run knows, MLflow is away
+        assert run.warned
+        hidden.rename(checkout / "plots/history.csv")
+    [stored] = runs_in(checkout)
+    assert stored.info.status == "FINISHED"
+    assert stored.data.metrics["train_loss"] == 0.4
+
+
+def test_a_server_that_does_not_answer_delays_an_interrupted_stage_by_a_second_or_two(
+    checkout: Path, params: Params, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the time that a call may take, 60 s here, the test would not end in time."""
+    hanging, released = threading.Event(), threading.Event()
+
+    class Hang(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            hanging.set()
+            released.wait()
+
+        do_GET = do_PATCH = do_POST
+
+    with track("train", params) as run:
+        with ThreadingHTTPServer(("127.0.0.1", 0), Hang) as server:
+            server.daemon_threads = True
+            threading.Thread(target=server.serve_forever, daemon=True).start()
+            monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "60")
+            upload = run.upload
+            assert upload
+            uri = f"http://127.0.0.1:{server.server_port}"
+            object.__setattr__(upload, "client", type(upload.client)(uri))
+            started = time.monotonic()
+            run.__exit__(KeyboardInterrupt)
+            waited = time.monotonic() - started
+            assert hanging.is_set()
+            released.set()
+            server.shutdown()
+        assert waited < 30
+        run.upload = None
+
+
+def test_password_and_environment_stay_private(
+    checkout: Path,
+    params: Params,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://somebody:hunter2@127.0.0.1:9")
+    before = {name: os.environ.get(name) for name in ("DVC_ROOT", "PWD")}
+    with track("train", params):
+        pass
+    assert "hunter2" not in (error := capsys.readouterr().err)
+    assert error.count("warning: MLflow") == 1
+    assert {name: os.environ.get(name) for name in before} == before
+    assert Path.cwd() == checkout
+
+
+def test_missing_data_is_not_a_failure_of_mlflow(checkout: Path, params: Params) -> None:
+    (checkout / "data/dataset.json").unlink()
+    with pytest.raises(UserError, match=r"data/dataset.json is missing or damaged"):  # noqa: SIM117
+        with track("train", params):
+            pytest.fail("the stage must not start")

@@ -1,0 +1,184 @@
+"""What a run gets from the files of the stages."""
+
+import json
+from pathlib import Path
+
+import mlflow
+import numpy as np
+import pytest
+
+from cifarlab import pipeline
+from cifarlab.params.sections import Params
+from cifarlab.tracking.run import StageRun, track
+from cifarlab.tracking.upload import Execution
+from tests.tracking.conftest import (
+    CONDITIONS,
+    EVALUATION,
+    Make,
+    client_of,
+    points,
+    runs_in,
+    write_outputs,
+    write_timings,
+)
+
+EPOCHS = {"1": [1_000_000, 2.5], "2": [1_004_000, 4.0]}
+
+
+def log(stage: str, params: Params) -> None:
+    with track(stage, params) as run:
+        pass
+    assert not run.warned  # the warning, which pytest shows, names the cause
+
+
+def test_a_training_gives_metrics_parameters_conditions_and_the_data_set(
+    checkout: Path, make_params: Make
+) -> None:
+    sources = ["https://example.org/cifar.tar.gz"]
+    changes = {"data.sources": sources, "tracking.system_metrics": False}
+    params = make_params(changes)
+    with track("train", params, CONDITIONS) as run:
+        run.log_epochs()
+    [stored] = runs_in(checkout)
+    flat = {name: str(value) for name, value in params.flat().items()}
+    assert stored.data.params == flat
+    assert flat["data.sources"] == str(sources)
+    # An empty cell, as without held-out images, gives no metric.
+    epochs = {"train_loss", "train_accuracy", "learning_rate", "dead_units/1"}
+    assert stored.data.metrics.keys() == epochs | {"parameters", "images"}
+    assert CONDITIONS.items() <= stored.data.tags.items()
+    [entry] = stored.inputs.dataset_inputs
+    digest = json.loads((checkout / "data/dataset.json").read_text())["digest"]
+    assert entry.dataset.digest == digest[:32]
+    assert sources[0] in entry.dataset.source
+
+
+def test_epochs_have_the_times_of_the_timings_file(checkout: Path, params: Params) -> None:
+    write_timings(checkout, pipeline.training_key(params), EPOCHS)
+    log("train", params)
+    assert points(checkout, "train_loss") == [(1, 1_000_000, 0.5), (2, 1_004_000, 0.4)]
+    assert points(checkout, "epoch_seconds") == [(1, 1_000_000, 2.5), (2, 1_004_000, 4.0)]
+    [run] = runs_in(checkout)
+    assert CONDITIONS.items() <= run.data.tags.items()
+
+
+def test_a_run_logged_later_has_the_duration_of_its_training(
+    checkout: Path, params: Params
+) -> None:
+    write_timings(checkout, pipeline.training_key(params), EPOCHS)
+    log("evaluate", params)
+    [run] = runs_in(checkout)
+    assert run.info.start_time == 1_000_000 - 2500
+    assert run.info.end_time >= 1_004_000
+
+
+def test_every_epoch_of_a_long_training_is_logged(checkout: Path, params: Params) -> None:
+    rows = [f"{epoch},{1 / epoch}" for epoch in range(1, 46)]
+    (checkout / "plots/history.csv").write_text("\n".join(["epoch,train_loss", *rows]))
+    log("train", params)
+    values = [(step, value) for step, _, value in points(checkout, "train_loss")]
+    assert values == [(epoch, pytest.approx(1 / epoch)) for epoch in range(1, 46)]
+
+
+def test_logging_again_adds_nothing(checkout: Path, make_params: Make) -> None:
+    params = make_params({"tracking.system_metrics": False})
+    for _ in range(2):
+        for stage in ("train", "evaluate"):
+            with track(stage, params) as run:
+                if stage == "train":
+                    run.log_epochs()
+    [run] = runs_in(checkout)
+    for name in run.data.metrics:
+        expected = (
+            2 if name in ("train_loss", "train_accuracy", "learning_rate", "dead_units/1") else 1
+        )
+        assert len(points(checkout, name)) == expected, name
+    assert len(run.inputs.dataset_inputs) == 1
+    assert len(run.outputs.model_outputs) == 1
+
+
+def test_a_changed_evaluation_replaces_the_value(checkout: Path, params: Params) -> None:
+    log("evaluate", params)
+    changed = EVALUATION | {"accuracy": 0.5}
+    (checkout / "metrics/evaluate.json").write_text(json.dumps(changed))
+    log("evaluate", params)
+    [run] = runs_in(checkout)
+    assert run.data.metrics["test_accuracy"] == 0.5
+
+
+def test_an_evaluation_gives_metrics_and_the_table_of_the_confusion_matrix(
+    checkout: Path, params: Params
+) -> None:
+    log("evaluate", params)
+    [run] = runs_in(checkout)
+    # Brackets are not allowed in the name of a metric.
+    expected = {"test_accuracy": 0.75, "test_loss": 0.5, "accuracy/cat": 0.5}
+    expected["accuracy/dog _small_"] = 1.0
+    assert expected.items() <= run.data.metrics.items()
+    name = "confusion_matrix.json"
+    path = client_of(checkout).download_artifacts(run.info.run_id, name, str(checkout))
+    assert json.loads(Path(path).read_text())["data"] == [["cat", 1, 1], ["dog (small)", 0, 2]]
+    [table] = json.loads(run.data.tags["mlflow.loggedArtifacts"])
+    assert table == {"path": name, "type": "table"}
+    tables = {file.path for file in client_of(checkout).list_artifacts(run.info.run_id, "tables")}
+    assert tables == {"tables/confusion.csv", "tables/history.csv"}
+
+
+def test_a_parameter_that_changed_after_the_training_is_a_tag(
+    checkout: Path, make_params: Make
+) -> None:
+    def params(dpi: int) -> Params:
+        return make_params({"tracking.system_metrics": False, "plot.dpi": dpi})
+
+    log("train", params(60))
+    for dpi in (50, 60):  # also back again
+        log("train", params(dpi))
+        [run] = runs_in(checkout)
+        assert run.data.params["plot.dpi"] == "60"
+        assert run.data.tags["changed.plot.dpi"] == str(dpi)
+
+
+def test_the_logged_model_predicts_what_the_network_predicts(
+    checkout: Path, make_params: Make
+) -> None:
+    from cifarlab.nn import weights
+
+    log("evaluate", make_params({"tracking.system_metrics": False}))
+    [run] = runs_in(checkout)
+    [output] = run.outputs.model_outputs
+    model = client_of(checkout).get_logged_model(output.model_id)
+    assert {(m.key, m.value) for m in model.metrics} >= {
+        ("test_accuracy", 0.75),
+        ("test_loss", 0.5),
+    }
+    folder = Path(model.artifact_location.removeprefix("file://"))
+    assert not [path for path in folder.rglob("*") if path.suffix in (".pkl", ".pth")]
+    images = np.load(checkout / "data/test_images.npy").transpose(0, 3, 1, 2).copy()
+    import torch
+
+    network = weights.load(checkout / "models/network.safetensors")
+    with torch.inference_mode():
+        expected = network(torch.from_numpy(images)).numpy()
+    loaded = mlflow.pyfunc.load_model(f"models:/{output.model_id}")
+    np.testing.assert_allclose(loaded.predict(images), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_outputs_in_another_folder_are_logged_from_there(
+    checkout: Path, params: Params, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As those of a commit in its scratch copy, with the timings of the main checkout."""
+    write_timings(checkout, key := pipeline.training_key(params), EPOCHS)
+    copy = checkout / "copy"
+    write_outputs(copy, params)
+    (copy / "dvc.yaml").write_bytes((checkout / "dvc.yaml").read_bytes())
+    for name in ("plots", "metrics", "models"):
+        for path in (checkout / name).iterdir():
+            path.unlink()
+    run = StageRun("evaluate", Execution(params, key, "name", "b" * 40, copy))
+    run.close(run.open(), "FINISHED")
+    [stored] = runs_in(checkout)
+    assert stored.data.tags["dvc.exp.baseline"] == "b" * 40
+    assert stored.data.metrics["test_accuracy"] == 0.75
+    assert points(checkout, "train_loss")[0] == (1, 1_000_000, 0.5)
+    assert Path.cwd() == checkout
+    assert not (copy / "mlflow.db").exists()

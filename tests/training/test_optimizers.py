@@ -1,0 +1,271 @@
+"""Steps of the optimizers, Muon, and learning rate schedules."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.optim.lr_scheduler import LRScheduler
+
+from cifarlab.nn.network import Network
+from cifarlab.params.geometry import ModelParams
+from cifarlab.params.sections import TrainParams
+from cifarlab.training.optimizers import make_optimizers, orthogonalize
+from tests.conftest import PLAIN_NETWORK, MakeTrain
+
+MakeNetwork = Callable[..., Network]
+
+
+@pytest.fixture
+def make_network(content: dict[str, Any]) -> MakeNetwork:
+    """Return a function that makes a small network with a stem, gradients and norm biases."""
+
+    def make(**changes: Any) -> Network:
+        torch.manual_seed(0)
+        params = ModelParams(
+            **content["model"]
+            | PLAIN_NETWORK
+            | {"stem": "whiten", "layers": 2, "widths": [8, 16]}
+            | changes
+        )
+        network = Network(params, 8, ["a", "b", "c"]).to(memory_format=torch.channels_last)
+        for module in network.modules():
+            if isinstance(module, nn.BatchNorm2d | nn.GroupNorm):
+                nn.init.normal_(module.bias)
+        images = torch.randint(0, 256, (24, 3, 8, 8), dtype=torch.uint8)
+        F.cross_entropy(network(images), torch.arange(24) % 3).backward()
+        return network
+
+    return make
+
+
+def only_optimizer(
+    network: nn.Module, params: TrainParams, steps: int
+) -> tuple[torch.optim.Optimizer, LRScheduler]:
+    [pair] = make_optimizers(network, params, steps)
+    return pair
+
+
+def copies(network: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in network.named_parameters()}
+
+
+# Steps
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        # One step from 2 with gradient 1; weight decay 0.5 makes it 1 + 0.5 · 2 = 2.
+        ({"optimizer": "sgd", "momentum": 0}, 2 - 0.1 * 2),
+        # Nesterov momentum looks one step ahead.
+        ({"optimizer": "sgd", "momentum": 0.9}, 2 - 0.1 * (2 + 0.9 * 2)),
+        ({"optimizer": "adam"}, 2 - 0.1),  # the first step has length lr
+        ({"optimizer": "adamw"}, 2 * (1 - 0.1 * 0.5) - 0.1),  # decoupled weight decay
+        ({"optimizer": "muon", "momentum": 0}, 2 - 0.1 * 2),  # not a filter, so SGD moves it
+    ],
+)
+def test_first_step_of_the_optimizers(
+    train_params: MakeTrain, changes: dict[str, Any], expected: float
+) -> None:
+    weight = nn.Linear(1, 1, bias=False)
+    nn.init.constant_(weight.weight, 2)
+    optimizer, _schedule = only_optimizer(
+        weight, train_params(lr=0.1, weight_decay=0.5, schedule="constant", **changes), 10
+    )
+    weight(torch.ones(1, 1)).sum().backward()
+    optimizer.step()
+    assert weight.weight.item() == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize("norm", ["batch", "group"])
+@pytest.mark.parametrize("optimizer", ["sgd", "muon"])
+def test_norm_biases_learn_faster_and_decay_like_other_weights(
+    train_params: MakeTrain, make_network: MakeNetwork, norm: str, optimizer: str
+) -> None:
+    network = make_network(norm=norm)
+    before = copies(network)
+    params = train_params(
+        optimizer=optimizer,
+        lr=0.1,
+        momentum=0,
+        weight_decay=0.5,
+        norm_bias_lr=64,
+        schedule="constant",
+    )
+    sgd, _schedule = make_optimizers(network, params, 10)[0]
+    sgd.step()
+    fast, frozen = {"stages.0.first.1.bias", "stages.1.first.1.bias"}, {"stem.0.weight"}
+    if optimizer == "muon":
+        frozen |= {"stages.0.first.0.weight", "stages.1.first.0.weight"}
+    assert fast | frozen < before.keys()
+    for name, p in network.named_parameters():
+        if name in frozen:
+            assert torch.equal(p, before[name]), name
+        else:
+            step = 0.1 * (64 if name in fast else 1) * p.grad + 0.1 * 0.5 * before[name]
+            assert step.any()
+            torch.testing.assert_close(p.detach(), before[name] - step, msg=name)
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "adamw"])
+def test_first_steps_of_adam_are_as_long_as_the_learning_rates(
+    train_params: MakeTrain, make_network: MakeNetwork, optimizer: str
+) -> None:
+    network = make_network()
+    before = copies(network)
+    params = train_params(
+        optimizer=optimizer, lr=0.001, weight_decay=0, norm_bias_lr=16, schedule="constant"
+    )
+    adam, _schedule = only_optimizer(network, params, 10)
+    adam.step()
+    moved = {name: (p - before[name]).abs().max().item() for name, p in network.named_parameters()}
+    assert moved["stages.0.first.1.bias"] == pytest.approx(0.016, rel=1e-3)
+    assert [moved["stages.0.first.1.weight"], moved["stem.0.bias"]] == pytest.approx(
+        [0.001, 0.001], rel=1e-3
+    )
+
+
+# Muon
+
+
+def test_muon_moves_only_the_filters_and_all_directions_equally(
+    train_params: MakeTrain, make_network: MakeNetwork
+) -> None:
+    network = make_network()
+    before = copies(network)
+    params = train_params(optimizer="muon", muon_lr=0.1, weight_decay=0, schedule="constant")
+    [_, (muon, _schedule)] = make_optimizers(network, params, 10)
+    muon.step()
+    before = {
+        name: b * len(b) ** 0.5 / b.norm() if name.startswith("stages") and b.ndim == 4 else b
+        for name, b in before.items()
+    }
+    moved = {
+        name: before[name] - p.detach()
+        for name, p in network.named_parameters()
+        if not torch.equal(p, before[name])
+    }
+    assert moved.keys() == {"stages.0.first.0.weight", "stages.1.first.0.weight"}
+    for name, step in moved.items():
+        assert step.shape == before[name].shape
+        gradient = network.get_parameter(name).grad
+        u, _, v = np.linalg.svd(gradient.flatten(1).numpy(), full_matrices=False)
+        # The step has about the same length, 0.7 to 1.2, in each singular direction of the gradient
+        # and no component outside of them.
+        lengths = np.einsum("oi,ok,ki->k", step.flatten(1).numpy() / 0.1, u, v)
+        assert 0.6 < lengths[:-1].min() < lengths.max() < 1.3, name
+        assert np.linalg.norm(step.flatten(1).numpy() / 0.1) ** 2 == pytest.approx(
+            (lengths**2).sum(), rel=0.02
+        )
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 1e-3), (torch.float32, 0.02)])
+def test_muon_of_filters_matches_torchs_muon_of_matrices(
+    train_params: MakeTrain, make_network: MakeNetwork, dtype: torch.dtype, tolerance: float
+) -> None:
+    network = make_network()
+    filters = [network.get_parameter(f"stages.{stage}.first.0.weight") for stage in (0, 1)]
+    matrices = [nn.Parameter(w.detach().flatten(1).clone()) for w in filters]
+    start = [m.detach().clone() for m in matrices]
+    # PyTorch's Muon always computes in bfloat16.
+    theirs = torch.optim.Muon(matrices, lr=0.1, momentum=0.6, weight_decay=0, ns_steps=3)
+    params = train_params(
+        optimizer="muon", muon_lr=0.1, muon_momentum=0.6, weight_decay=0.05, schedule="constant"
+    )
+    [_, (ours, _schedule)] = make_optimizers(network, params, 10, dtype)
+    for seed in range(3):
+        generator = torch.Generator().manual_seed(seed)
+        for weight, matrix in zip(filters, matrices, strict=True):
+            weight.grad = torch.randn(weight.shape, generator=generator)
+            matrix.grad = weight.grad.flatten(1).clone()
+            matrix.data *= len(matrix) ** 0.5 / matrix.data.norm()
+        ours.step()
+        theirs.step()
+    for weight, matrix, initial in zip(filters, matrices, start, strict=True):
+        assert (weight.flatten(1) - matrix).norm() < tolerance * (matrix - initial).norm()
+
+
+@pytest.mark.parametrize("shape", [(6, 20), (20, 6), (5, 5)])
+def test_orthogonalizing_in_float32_changes_only_the_singular_values(
+    shape: tuple[int, int],
+) -> None:
+    matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    u, s, v = np.linalg.svd(matrix.double().numpy(), full_matrices=False)
+    s /= np.linalg.norm(s)
+    for _ in range(3):
+        s = 3.4445 * s - 4.775 * s**3 + 2.0315 * s**5
+    np.testing.assert_allclose(orthogonalize(matrix, torch.float32), u * s @ v, atol=1e-5)
+
+
+# Schedules
+
+
+@pytest.mark.parametrize("schedule", ["linear", "one_cycle", "constant"])
+def test_all_learning_rates_follow_the_schedule(
+    train_params: MakeTrain, make_network: MakeNetwork, schedule: str
+) -> None:
+    params = train_params(optimizer="muon", lr=0.4, muon_lr=0.1, norm_bias_lr=64, schedule=schedule)
+    [(sgd, one), (muon, other)] = make_optimizers(make_network(), params, 20)
+    for _ in range(20):
+        rest, fast = one.get_last_lr()
+        [filters] = other.get_last_lr()
+        assert rest > 0
+        assert (fast, filters) == pytest.approx((64 * rest, rest / 4))
+        for stepped in (sgd, muon, one, other):
+            stepped.step()
+
+
+def rates(params: TrainParams, steps: int) -> list[float]:
+    """Return the learning rate of every step, and the one after the last step."""
+    optimizer, schedule = only_optimizer(nn.Linear(1, 1), params, steps)
+    found = [optimizer.param_groups[0]["lr"]]
+    for _ in range(steps):
+        optimizer.step()
+        schedule.step()
+        found.append(optimizer.param_groups[0]["lr"])
+    return found
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adam", "adamw"])
+def test_one_cycle_rises_for_a_quarter_and_falls_to_zero(
+    train_params: MakeTrain, optimizer: str
+) -> None:
+    lrs = np.array(rates(train_params(lr=0.4, optimizer=optimizer), 200))
+    peak = int(lrs.argmax())
+    assert peak / 200 == pytest.approx(0.25, abs=0.01)
+    assert lrs[peak] == pytest.approx(0.4, rel=0.02)
+    assert (lrs <= 0.4).all()
+    assert (np.diff(lrs[: peak + 1]) > 0).all()
+    assert (np.diff(lrs[peak:]) < 0).all()
+    assert np.ptp(np.diff(lrs[peak + 1 :])) < 1e-9  # a straight line
+    assert 0 < lrs[-1] < 1e-4
+
+
+@pytest.mark.parametrize("steps", range(1, 9))
+def test_one_cycle_works_for_the_shortest_trainings(train_params: MakeTrain, steps: int) -> None:
+    lrs = rates(train_params(lr=0.4), steps)
+    assert 0.1 < max(lrs) <= 0.4
+    assert 0 < lrs[-1] < 1e-4
+
+
+def test_one_cycle_does_not_change_the_momentum(train_params: MakeTrain) -> None:
+    optimizer, schedule = only_optimizer(nn.Linear(1, 1), train_params(momentum=0.7), 20)
+    for _ in range(10):
+        optimizer.step()
+        schedule.step()
+        assert optimizer.param_groups[0]["momentum"] == 0.7
+
+
+@pytest.mark.parametrize("steps", [1, 2, 7, 200])
+def test_linear_falls_to_zero(train_params: MakeTrain, steps: int) -> None:
+    assert rates(train_params(lr=0.4, schedule="linear"), steps) == pytest.approx(
+        np.linspace(0.4, 0, steps + 1).tolist(), abs=1e-9
+    )
+
+
+def test_constant_schedule_does_not_change(train_params: MakeTrain) -> None:
+    assert set(rates(train_params(lr=0.4, schedule="constant"), 20)) == {0.4}
