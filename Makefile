@@ -118,7 +118,7 @@ backprop: setup  ## the pages that need no training: docs/studies/backprop.md an
 	python studies/backprop.py
 	python studies/gradient.py
 
-test: setup  ## the tests, on every core, six minutes on two; TESTS=tests/nn for some
+test: setup  ## the tests but the slow ones, on every core; TESTS=tests/nn for some
 	$(PYTEST) -m "not slow" "$${TESTS:-tests}"
 
 test-all: setup  ## also the slow tests: more kills, more draws, long stalls

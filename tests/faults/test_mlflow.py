@@ -356,10 +356,10 @@ def test_a_server_that_goes_away_and_never_comes_back(lab: Lab, proxy: Proxy) ->
     [
         ("stall", True),
         ("garbage", False),
-        ("503", False),
         *(
             pytest.param(*case, marks=pytest.mark.slow)
             for case in [
+                ("503", False),
                 ("stall", False),
                 ("cut", True),
                 ("garbage", True),
@@ -504,7 +504,12 @@ def fill(folder: Path, room: int = 0) -> None:
 
 @pytest.mark.usefixtures("no_model")
 @pytest.mark.parametrize(
-    "what", ["no tables fit", pytest.param("the tables fit", marks=pytest.mark.slow), "mlartifacts"]
+    "what",
+    [
+        pytest.param("no tables fit", marks=pytest.mark.slow),
+        pytest.param("the tables fit", marks=pytest.mark.slow),
+        "mlartifacts",
+    ],
 )
 def test_a_full_disk_of_the_store(
     lab: Lab, disk: Callable[..., None], tmp_path: Path, what: str
@@ -534,12 +539,17 @@ def test_a_full_disk_of_the_store(
 @pytest.mark.parametrize(
     ("path", "stage", "room"),
     [
-        ("data/train_images.npy", "download", 0),
-        ("data/train_images.npy", "download", 65536),
         ("models/network.safetensors", "train", 0),
-        ("plots/history.csv", "train", 0),
         ("plots/predictions.csv", "evaluate", 4096),
-        ("plots/confusion.png", "plot", 4096),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in [
+                ("data/train_images.npy", "download", 0),
+                ("data/train_images.npy", "download", 65536),
+                ("plots/history.csv", "train", 0),
+                ("plots/confusion.png", "plot", 4096),
+            ]
+        ),
     ],
 )
 def test_a_full_disk_for_what_a_stage_writes(
@@ -600,7 +610,7 @@ def test_a_store_that_is_deleted_or_damaged_between_stages(lab: Lab) -> None:
     lab.is_whole()
 
 
-@pytest.mark.parametrize("action", ["pass", "401"])
+@pytest.mark.parametrize("action", ["pass", pytest.param("401", marks=pytest.mark.slow)])
 def test_no_password_lands_anywhere(
     lab: Lab, proxy: Proxy, mlflow_server: Server, monkeypatch: pytest.MonkeyPatch, action: str
 ) -> None:
