@@ -18,6 +18,8 @@ export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 export PYTHONPATH := src
 export DVC_NO_ANALYTICS := 1
 export MLFLOW_DISABLE_TELEMETRY := true
+export MPLBACKEND := agg
+unexport FREETYPE_PROPERTIES PYTHONSAFEPATH PYTHONWARNINGS
 DEMO := -S data.name=digits -S 'model.widths=[16,32,64]' -S train.epochs=8 \
 	-S train.batch_size=32 -S train.flip=none
 PYTEST := python -m pytest --numprocesses auto --dist worksteal --max-worker-restart 0

@@ -187,6 +187,7 @@ def enter_stage(folder: Path, stage: str, output: int) -> None:
 
     os.dup2(output, 1)
     os.dup2(output, 2)
+    sys.stdout, sys.stderr = (open(fd, "w", closefd=False) for fd in (1, 2))  # noqa: SIM115
     os.chdir(folder)
     for name in [name for name in os.environ if name.startswith(("DVC", "MLFLOW", "PYTHONPATH"))]:
         del os.environ[name]

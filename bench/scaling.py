@@ -6,7 +6,6 @@ Writes docs/scaling.csv and docs/scaling.png. The images are synthetic.
 from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -16,6 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator, ScalarFormatter
 
 from bench.__main__ import measured
+from cifarlab.figures import style
 
 TABLE, PICTURE = Path("docs/scaling.csv"), Path("docs/scaling.png")
 SMALL = "model.widths=[16,32,32]"  # saves time where there are many images
@@ -46,7 +46,7 @@ def points() -> pd.DataFrame:
 
 def draw(table: pd.DataFrame) -> Figure:
     """Draw a column for each quantity that grows: time per image above, peak memory below."""
-    mpl.use("agg")
+    style.reset()
     sns.set_theme(style="whitegrid", context="notebook")
     figure, axes = plt.subplots(
         len(FIELDS), len(POINTS), figsize=(4 * len(POINTS), 6.5), sharex="col", layout="constrained"

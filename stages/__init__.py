@@ -4,17 +4,19 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 # A stage must run the code of its own folder: a queued experiment runs its own snapshot, and an
 # installed package would hide that.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "src"))
 
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # Ctrl-C, kill, a closed terminal
+
 __all__ = ["Params", "interrupted_once", "run"]
 
 try:
-    from cifarlab.errors import UserError
+    from cifarlab.errors import UserError, tolerate_settings
     from cifarlab.params.load import load_params
     from cifarlab.params.sections import Params
 except ModuleNotFoundError as error:
@@ -24,16 +26,20 @@ except ModuleNotFoundError as error:
 
 def run(stage: Callable[[Params], None]) -> None:
     """Run a stage with validated parameters. Errors that a user can correct end in one sentence."""
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic matrix products
-    signal.signal(signal.SIGINT, _interrupt)
-    signal.signal(signal.SIGALRM, _interrupt)
+    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # deterministic matrix products
+    tolerate_settings()
+    for number in (*SIGNALS, signal.SIGALRM):
+        if number == signal.SIGINT or signal.getsignal(number) != signal.SIG_IGN:  # nohup
+            signal.signal(number, _interrupt)
     try:
         with interrupted_once():
             stage(load_params())
     except KeyboardInterrupt:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        print("interrupted; type the same command again and it continues", file=sys.stderr)
-        sys.stdout.flush()
+        for number in SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
+        with suppress(OSError):  # the terminal may have been closed
+            print("interrupted; type the same command again and it continues", file=sys.stderr)
+            sys.stdout.flush()
         os._exit(1)  # all files are closed; unloading PyTorch and MLflow would take seconds
     except Exception as error:
         if sentence := explain(error):
@@ -59,9 +65,10 @@ def explain(error: Exception) -> str:
 
 
 def _interrupt(*_: object) -> None:
-    """Raise KeyboardInterrupt at Ctrl-C, and again every 0.3 s until `interrupted_once` sees it.
+    """Raise KeyboardInterrupt at one of SIGNALS.
 
-    Python drops an exception that is raised inside a destructor or a callback of a weak reference.
+    It is raised again every 0.3 s until `interrupted_once` sees it, because Python drops an
+    exception that is raised inside a destructor or a callback of a weak reference.
     """
     signal.setitimer(signal.ITIMER_REAL, 0.3)
     raise KeyboardInterrupt

@@ -8,8 +8,7 @@ def download(params: Params) -> None:
     from cifarlab import files
     from cifarlab.data.readers import prepare
 
-    data = prepare(params.data, files.root(), files.cache())
-    data.save(files.DATA)
+    data = prepare(params.data, files.root(), files.cache(), files.DATA)
     train, test = len(data.labels["train"]), len(data.labels["test"])
     print(f"{data.name}: {train:,} training and {test:,} test images, {len(data.classes)} classes")
 

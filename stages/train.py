@@ -25,7 +25,7 @@ def train(params: Params) -> None:
     size, variant = network.count_parameters(), params.model.describe()
     print(f"{data.name}: {variant}, {size:,} parameters, on {conditions['device']}", flush=True)
 
-    with track("train", params, conditions, take_over=alone) as tracked, interrupted_once():
+    with track("train", params, conditions) as tracked, interrupted_once():
         progress = timings.Progress(key, conditions, params.train.epochs)
 
         def on_epoch(history: list[loop.Row]) -> None:

@@ -10,7 +10,6 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from itertools import product, zip_longest
 
-import matplotlib as mpl
 import matplotlib.pyplot as plt
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +21,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from numpy.lib.stride_tricks import sliding_window_view
 
+from cifarlab.figures import style
 from cifarlab.files import ANSWERS, atomic
 
 Floats = npt.NDArray[np.float64]
@@ -326,7 +326,7 @@ def draw() -> Figure:
 
     In every row, one number of the result is framed, with the numbers that it is made of.
     """
-    mpl.use("agg")
+    style.reset()
     # DejaVu Sans comes with matplotlib, so the picture is the same on every machine.
     sns.set_theme(style="white", font="DejaVu Sans")
     spacing = {"wspace": 0.22, "hspace": 0.25}
@@ -423,8 +423,8 @@ def draw_matrix(
 def draw_frame(axes: Axes, frame: tuple[int, int], shape: tuple[int, ...]) -> None:
     """Draw a frame of `shape` cells at `frame`, and a dashed one at the first position."""
     height, width = shape
-    for (row, column), (colour, style) in {(0, 0): ("0.4", "--"), frame: (RED, "-")}.items():
-        box = Rectangle((column, row), width, height, fill=False, ec=colour, ls=style, lw=3)
+    for (row, column), (colour, line) in {(0, 0): ("0.4", "--"), frame: (RED, "-")}.items():
+        box = Rectangle((column, row), width, height, fill=False, ec=colour, ls=line, lw=3)
         box.set(clip_on=False, zorder=3)
         axes.add_patch(box)
 

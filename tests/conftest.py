@@ -190,7 +190,7 @@ def get(tmp_path: Path) -> Callable[..., Dataset]:
             image_size=image_size,
             validation=0.1,
         )
-        return prepare(params, tmp_path, tmp_path / "cache")
+        return prepare(params, tmp_path, tmp_path / "cache", tmp_path / "images")
 
     return get
 

@@ -1,6 +1,7 @@
 """The `cifarlab` command, and values that are passed to make."""
 
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -51,6 +52,22 @@ def launch(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 def test_the_command_works_at_the_top_of_a_checkout_and_below(checkout: Path, place: str) -> None:
     done = launch(checkout / place, "check")
     assert (done.returncode, done.stdout) == (0, "params.yaml is valid\n")
+
+
+def test_the_command_works_without_activating_its_environment(
+    checkout: Path, tmp_path: Path
+) -> None:
+    """It takes the Python beside it, although the one that starts it has no packages."""
+    command, python = tmp_path / "bin/cifarlab", tmp_path / "bin/python"
+    command.parent.mkdir()
+    shutil.copy(LAUNCHER, command)
+    python.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} "$@"\n')
+    python.chmod(0o755)
+    bare = shutil.which("python3", path=f"{sys.base_prefix}/bin")
+    assert bare
+    started = [bare, command, "check"]
+    done = subprocess.run(started, cwd=checkout, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, "params.yaml is valid\n"), done.stderr
 
 
 def test_the_command_runs_the_code_of_the_checkout_around_it(checkout: Path) -> None:

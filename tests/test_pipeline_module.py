@@ -105,21 +105,12 @@ def test_outputs_are_the_files_that_exist(code: Path) -> None:
     assert pipeline.outputs("evaluate", code) == [Path("plots/per_class.csv")]
 
 
-def test_the_digest_of_a_lock_ignores_its_plot_entry() -> None:
-    stages = {"download": {"cmd": "a"}, "train": {"cmd": "b"}, "plot": {"cmd": "c"}}
-
-    def digest(**changes: object) -> str:
-        return pipeline.lock_digest(yaml.safe_dump({"stages": stages | changes}))
-
-    assert digest() == digest(plot={"cmd": "d"})
-    assert digest() != digest(train={"cmd": "d"})
-    assert digest() != digest(evaluate={"cmd": "d"})
-
-
-@pytest.mark.parametrize("lock", ["", "[]", "<<<<<<< HEAD\nstages: {}", "stages: 1"])
+@pytest.mark.parametrize(
+    "lock", ["", "[]", "<<<<<<< HEAD\nstages: {}", "stages: 1", "stages: {a: 1}"]
+)
 def test_a_damaged_lock_is_reported(lock: str) -> None:
     with pytest.raises(UserError, match=r"dvc.lock is damaged"):
-        pipeline.lock_digest(lock)
+        pipeline.parse_lock(lock)
 
 
 def test_the_experiment_of_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -194,8 +185,12 @@ def test_files_are_read_from_an_experiment_and_a_commit() -> None:
     for name in ("params.yaml", "train.txt"):  # one is in Git, the other in DVC's cache
         assert pipeline.read(Path(name), by_name["n-3"].commit) == "n: 3\n"
         assert pipeline.read(Path(name), "main") == "n: 1\n"
-    assert "train.txt" in pipeline.lock(by_name["n-3"])
-    assert pipeline.lock(pipeline.WORKSPACE) == Path("dvc.lock").read_text()
+    assert "train.txt" in pipeline.read_text(Path("dvc.lock"), by_name["n-3"])
+    for revision in (pipeline.WORKSPACE, pipeline.Revision("", "main", "main")):
+        lock = pipeline.parse_lock(pipeline.read_text(Path("dvc.lock"), revision))
+        assert lock["train"].size == {"train.txt": 5}
+        assert lock["train"].digest == pipeline.output_digest("train")
+    assert pipeline.read_text(Path("missing"), by_name["n-3"]) == ""
     with pytest.raises(UserError, match=r"missing.txt of \w{10} cannot be read"):
         pipeline.read(Path("missing.txt"), by_name["n-3"].commit)
 

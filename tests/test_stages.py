@@ -8,7 +8,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import venv
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from cifarlab.data.dataset import Dataset
 from cifarlab.nn.network import predict
 from cifarlab.nn.weights import load
 from tests.conftest import REPO
+from tests.support.forkserver import ForkServer
 from tests.support.networks import coloured
 
 STAGES = ["download", "train", "evaluate", "plot"]
@@ -40,15 +40,16 @@ class Run:
         print("logged", rows, *json.loads(clock.read_text())["epochs"])
 
 @contextmanager
-def track(stage, params, conditions=None, *, take_over=False):
-    print("track", stage, take_over)
+def track(stage, params, conditions=None):
+    print("track", stage, bool(conditions))
     yield Run()
 """
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    """A copy of the code without MLflow, to run stages in."""
+def folder(tmp_path: Path, fork_server: ForkServer, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of the code without MLflow, to run stages in. `python` is that of the fork server."""
+    monkeypatch.setenv("PATH", f"{fork_server.folder}{os.pathsep}{os.environ['PATH']}")
     for name in ("src", "stages"):
         shutil.copytree(REPO / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("params.yaml", "dvc.yaml"):
@@ -66,7 +67,7 @@ def edit(folder: Path, **sections: dict[str, Any]) -> None:
 
 
 def python(
-    folder: Path, *arguments: str, executable: str = sys.executable
+    folder: Path, *arguments: str, executable: str = "python"
 ) -> subprocess.CompletedProcess[str]:
     """Run Python in the folder, as DVC would."""
     env = {key: value for key, value in os.environ.items() if not key.startswith(("DVC", "PYTHON"))}
@@ -76,7 +77,7 @@ def python(
     )
 
 
-def error_of(folder: Path, *arguments: str, executable: str = sys.executable) -> str:
+def error_of(folder: Path, *arguments: str, executable: str = "python") -> str:
     """Run Python and return its error message, which must be one line."""
     done = python(folder, *arguments, executable=executable)
     assert done.returncode == 1, done
@@ -279,7 +280,7 @@ stages.run(stage)
 
 def interrupt(folder: Path, script: str) -> None:
     """Interrupt a script at "here"; it must print "goes on" and end with the message."""
-    command = [sys.executable, "-c", script]
+    command = ["python", "-c", script]
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     with subprocess.Popen(command, cwd=folder, **pipes) as process:
         assert process.stdout

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from cifarlab import files, pipeline
-from cifarlab.errors import UserError, first_line
+from cifarlab.errors import UserError, first_line, tolerate_settings
 from cifarlab.params.load import changed, load_params, read_yaml
 
 JOBS = click.option("--jobs", type=click.IntRange(1, 64), default=1, help="Experiments at a time.")
@@ -21,6 +21,7 @@ class Commands(click.Group):
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command; exit code 1 and one line on standard error if it cannot be done."""
+        tolerate_settings()
         try:
             return super().invoke(ctx)
         except UserError as error:
@@ -54,8 +55,9 @@ def check() -> None:
 def variant(name: str) -> None:
     """Run variant NAME of variants.yaml as a DVC experiment beside the workspace."""
     variants = read_yaml(files.VARIANTS, f"`git checkout {files.VARIANTS}` restores it")
-    if name not in variants:
-        raise UserError(f"{files.VARIANTS} has no {name}; it has {', '.join(variants)}")
+    if not isinstance(variants, dict) or not isinstance(variants.get(name), dict):
+        known = ", ".join(map(str, variants or ["none"]))
+        raise UserError(f"{files.VARIANTS} has no {name}; it has {known}")
     changed(variants[name])  # a wrong value is refused before DVC makes its copy
     options = ["--temp", "--force", "--name", name, *pipeline.set_options(variants[name])]
     # Without --quiet, twelve warnings of DVC hide the sentence of a stage that failed.
@@ -103,15 +105,32 @@ def queue(jobs: int) -> None:
     watch(jobs)
 
 
-@main.command(epilog="Example: cifarlab sync")
-def sync() -> None:
+@main.command(epilog="Example: cifarlab sync --check")
+@click.option("--check", is_flag=True, help="Only report what is missing.")
+def sync(check: bool) -> None:
     """Log to MLflow, from files, what it misses of experiments, commits and the workspace.
 
     Prints which run belongs to what, and the command that restores it.
     """
     from cifarlab.tracking import sync as syncing
 
-    syncing.sync()
+    syncing.sync(check=check)
+
+
+@main.command(epilog="Example: cifarlab prune --keep notebook --best 5 --remove")
+@click.option("--keep", multiple=True, metavar="NAME", help="An experiment that stays.")
+@click.option(
+    "--best", type=click.IntRange(0), default=10, show_default=True, help="How many stay."
+)
+@click.option("--remove", is_flag=True, help="Remove them; otherwise they are only listed.")
+def prune(keep: tuple[str, ...], best: int, remove: bool) -> None:
+    """List the experiments that nobody needs any more, or remove them.
+
+    From DVC, its cache and MLflow. What the table of a study names always stays.
+    """
+    from cifarlab.tracking import prune as pruning
+
+    pruning.prune(keep, best, remove=remove)
 
 
 @main.command(epilog="Examples: cifarlab verify HEAD; cifarlab verify my-experiment")

@@ -1,21 +1,56 @@
-"""The error that a user can correct, and messages without passwords."""
+"""The error that a user can correct, messages without passwords, and how to print them."""
 
+import io
+import os
 import re
+import sys
+import warnings
+
+# A password may hold @, / and spaces that nobody encoded. With spaces it is hidden up to an @ that
+# a path, a port or a host without dots follows; other text with an @ may be an e-mail address.
+_USER = r"[^/:\s\[]+:(?!\s|\d{1,5}(?![^\s/?#,;.:)\]'\"]))"  # not if a port follows the colon
+_THIS_URL = r"(?:(?!\w://).)*"
+URL = re.compile(
+    rf"(?s)(?<=\w://)(?:{_USER}{_THIS_URL}@(?=[^\s@/:]+(?:/|:\d)|[\w-]+\.?(?![\w.@-]))"
+    rf"|{_USER}[^\s@]*\s(?:(?!\w://)[^@])*@(?:\S*@)?|\S+)"
+)
+LOGIN = re.compile(r"(?s)\A(?:[^/:\s]+:.*|[^/\s]+)@")
+PARAMETER = re.compile(
+    r"(?i)(?<=[?&;#])([\w.-]{0,40}(?:token|secret|passw|pwd|credential|signature|\bsig\b|api_?-?key"
+    r"|access_?-?key)[\w.-]{0,40}=)[^\s&;#'\"<>]+"
+)
+HEADER = re.compile(
+    r"(?i)(authorization['\"]?\s*[:=]\s*b?['\"]?(?:[a-z]+\s+(?=\S))?|(?-i:\bBearer)\s+)[^\s'\",]+"
+)
 
 
 class UserError(Exception):
     """An error that the user can correct: its message names what is wrong and what to do."""
 
 
+def tolerate_settings() -> None:
+    """Keep the user's settings of Python from ending this program.
+
+    Characters that the locale lacks are printed as escapes, like on standard error. Warnings of
+    other packages are printed, also with PYTHONWARNINGS=error.
+    """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
+    if any(option.startswith("error") for option in sys.warnoptions):
+        warnings.simplefilter("default")
+        os.environ.pop("PYTHONWARNINGS", None)  # for DVC, which it would end
+
+
 def first_line(error: BaseException) -> str:
-    """Return the first line of an error's message, without passwords in URLs.
+    """Return the first line of an error's message, without passwords and tokens.
 
     An error without a message gives the name of its type.
     """
-    line = str(error).strip().partition("\n")[0].rstrip(":")
-    return without_secrets(line or type(error).__name__)
+    text = without_secrets(str(error))  # first, because a password may hold a line break
+    return text.strip().partition("\n")[0].rstrip(":") or type(error).__name__
 
 
 def without_secrets(text: str) -> str:
-    """Replace user names and passwords in URLs by an ellipsis: https://…@example.org."""
-    return re.sub(r"://(?:[^/\s]+|[^/:\s]+:\S+)@", "://…@", text)
+    """Replace logins in URLs, tokens in their parameters, and Authorization headers by …"""
+    text = URL.sub(lambda url: LOGIN.sub("…@", url[0]), text)
+    return HEADER.sub(r"\1…", PARAMETER.sub(r"\1…", text))

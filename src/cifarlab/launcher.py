@@ -1,4 +1,4 @@
-#!/usr/bin/env python
+#!/usr/bin/env python3
 """The command `cifarlab`, which `make setup` copies into .venv/bin.
 
 It runs the code of the checkout that it is typed in, at its top or below it. Temporary copies of
@@ -18,7 +18,9 @@ def main() -> None:
         sys.exit(f"error: {here} is not inside a checkout of cifarlab; go there with cd")
     os.chdir(checkouts[0])
     os.environ["PYTHONPATH"] = str(checkouts[0] / "src")
-    os.execv(sys.executable, [sys.executable, "-m", "cifarlab.cli", *sys.argv[1:]])
+    beside = Path(__file__).parent / "python"  # also if .venv is not activated
+    python = str(beside) if beside.exists() else sys.executable
+    os.execv(python, [python, "-m", "cifarlab.cli", *sys.argv[1:]])
 
 
 if __name__ == "__main__":

@@ -14,11 +14,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import psutil
 import yaml
 
 from cifarlab import files
 from cifarlab.digest import code_digest
-from cifarlab.errors import UserError, first_line
+from cifarlab.errors import UserError, first_line, without_secrets
 from cifarlab.params.sections import Params
 
 STAGES = ("train", "evaluate", "plot")  # all but download, in the order in which they run
@@ -49,11 +50,27 @@ class Revision(NamedTuple):
 
 
 WORKSPACE = Revision("", "", "")
+# Git sets some of these for the commands in its hooks.
+OTHER_CHECKOUT = {"GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE", "GIT_COMMON_DIR", "GIT_NAMESPACE"}
+OTHER_CHECKOUT |= {"GIT_OBJECT_DIRECTORY", "GIT_PREFIX"}
 
 
 def git(*arguments: str, check: bool = True) -> str:
-    """Run git in the current folder and return its output; CalledProcessError if it fails."""
-    return subprocess.run(["git", *arguments], capture_output=True, text=True, check=check).stdout
+    """Run git in the current folder and return its output; UserError if it fails or refuses to."""
+    return _git(*arguments, check=check).decode("utf-8", "replace")
+
+
+def _git(*arguments: str, check: bool = True) -> bytes:
+    """Run git in the checkout of the current folder, like DVC, wherever a variable points."""
+    env = {key: value for key, value in os.environ.items() if key not in OTHER_CHECKOUT}
+    settings = ("core.autocrlf=false", "core.fsmonitor=false", "diff.autoRefreshIndex=true")
+    command = ["git", *(part for setting in settings for part in ("-c", setting)), *arguments]
+    done = subprocess.run(command, env=env | {"LC_ALL": "C"}, capture_output=True, check=False)
+    # A checkout of another user: without this, it would look like one without commits.
+    if done.returncode and (check or b"dubious ownership" in done.stderr):
+        reason = " ".join(done.stderr.decode("utf-8", "replace").split())
+        raise UserError(without_secrets(f"git {arguments[0]}: {reason or 'it failed'}"))
+    return done.stdout
 
 
 def git_commit(name: str = "HEAD") -> str:
@@ -89,8 +106,37 @@ def experiments() -> list[Revision]:
         Revision(name, commit, base) for base, named in listed.items() for name, commit in named
     ]
     hashes = [revision.commit for revision in found]
-    newest_first = git("log", "--no-walk=sorted", "--format=%H", *hashes).split() if found else []
+    newest_first = git("rev-list", "--no-walk=sorted", *hashes).split() if found else []
     return sorted(found, key=lambda revision: newest_first.index(revision.commit))
+
+
+def experiment_names() -> list[str]:
+    """Return the names of the DVC experiments of the main checkout, without importing DVC."""
+    refs = git(
+        "-C", str(files.root()), "for-each-ref", "--format=%(refname)", "refs/exps", check=False
+    )
+    return [ref.rpartition("/")[2] for ref in refs.split()]
+
+
+def remove_experiments(revisions: Sequence[Revision]) -> None:
+    """Remove experiments from DVC, and from its cache what no commit and no experiment uses.
+
+    Raises
+    ------
+    UserError
+        DVC cannot do it.
+    """
+    names = [
+        git("for-each-ref", "--format=%(refname)", f"--points-at={revision.commit}", "refs/exps")
+        for revision in revisions
+    ]
+    for command in (
+        ["dvc", "exp", "remove", "--quiet", *"".join(names).split()],
+        ["dvc", "gc", "--quiet", "--force", "--all-commits", "--all-experiments"],
+    ):
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise UserError(f"`{' '.join(command[:3])}` failed: {done.stderr.strip()}")
 
 
 def find_commit(name: str) -> str:
@@ -110,7 +156,7 @@ def find_commit(name: str) -> str:
 
 def commits() -> list[Revision]:
     """Return every commit of a branch that changed dvc.lock, the newest first."""
-    hashes = git("log", "--branches", "HEAD", "--format=%H", "--", str(files.DVC_LOCK)).split()
+    hashes = git("rev-list", "--branches", "HEAD", "--", str(files.DVC_LOCK)).split()
     return [Revision("", commit, commit) for commit in hashes]
 
 
@@ -131,20 +177,56 @@ def read(path: Path, commit: str) -> str:
         raise UserError(f"{path} of {commit[:10]} cannot be read: {first_line(error)}") from error
 
 
-def lock(revision: Revision) -> str:
-    """Return the text of a revision's dvc.lock; empty if there is none."""
-    if revision.commit:  # Git has this file, and is faster than `read`
-        return git("show", f"{revision.commit}:{files.DVC_LOCK}", check=False)
-    return files.DVC_LOCK.read_text("utf-8") if files.DVC_LOCK.exists() else ""
-
-
 def outputs(stage: str, folder: Path = Path()) -> list[Path]:
     """Return the existing files that a stage writes, metrics included, relative to `folder`."""
-    entry = _stages(folder)[stage]
-    listed = [*entry["outs"], *entry.get("metrics", [])]
-    names = [next(iter(out)) if isinstance(out, dict) else out for out in listed]
-    found = (path for name in names for path in [folder / name, *(folder / name).rglob("*")])
+    outs = _outs(stage, folder)
+    found = (path for out in outs for path in [folder / out, *(folder / out).rglob("*")])
     return sorted(path.relative_to(folder) for path in found if path.is_file())
+
+
+def output_digest(stage: str, folder: Path = Path()) -> str:
+    """Hash the files that a stage has written in `folder`, as `Locked.digest` does."""
+    names = [path for path in _outs(stage, folder) if (folder / path).is_file()]
+    return _digest({str(path): _md5(folder / path) for path in names})
+
+
+class Locked(NamedTuple):
+    """What dvc.lock says about the outputs of a stage that are files; folders are left out."""
+
+    md5: dict[str, str]
+    size: dict[str, int]
+
+    @property
+    def digest(self) -> str:
+        """Stands for the content of all files."""
+        return _digest(self.md5)
+
+
+def read_text(path: Path, revision: Revision) -> str:
+    """Return the text of a file that Git tracks; empty if there is none."""
+    if revision.commit:
+        return git("cat-file", "blob", f"{revision.commit}:./{path}", check=False)
+    return path.read_text("utf-8") if path.exists() else ""
+
+
+def parse_lock(lock: str) -> dict[str, Locked]:
+    """Return the outputs of each stage in the text of a dvc.lock.
+
+    Raises
+    ------
+    UserError
+        The text is not a dvc.lock.
+    """
+    try:
+        locked = {}
+        for stage, entry in yaml.safe_load(lock)["stages"].items():
+            outs = [out for out in entry["outs"] if "nfiles" not in out]
+            md5, size = ({out["path"]: out[key] for out in outs} for key in ("md5", "size"))
+            locked[stage] = Locked(md5, size)
+        return locked
+    except (yaml.YAMLError, LookupError, TypeError, AttributeError) as error:
+        advice = "`git checkout dvc.lock` or `dvc repro` repairs it"
+        raise UserError(f"its dvc.lock is damaged; {advice}") from error
 
 
 def training_key(params: Params, folder: Path = Path()) -> str:
@@ -170,7 +252,16 @@ def training_key(params: Params, folder: Path = Path()) -> str:
             f"{what} is missing or damaged ({first_line(error)}); `dvc repro` makes the data "
             "again, `git status` names changed code"
         ) from error
-    return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
+    return _digest(inputs)
+
+
+def lock_digest(lock: str) -> str:
+    """Hash the entries of a dvc.lock for download, train and evaluate.
+
+    Runs that were logged before each file had a digest have it as the tag `dvc.lock`.
+    """
+    entries = {stage: yaml.safe_load(lock)["stages"].get(stage) for stage in RESULT}
+    return _digest(entries)
 
 
 def dependencies(folder: Path = Path(), stages: Sequence[str] = RESULT) -> list[str]:
@@ -185,23 +276,14 @@ def stage_code(folder: Path = Path(), stages: Sequence[str] = RESULT) -> str:
     return code_digest(file.read_text("utf-8") for file in sorted(code))
 
 
-def lock_digest(lock: str) -> str:
-    """Hash the entries of a dvc.lock for download, train and evaluate.
-
-    The entry of plot is left out: DVC writes it after the plot stage has ended.
-
-    Raises
-    ------
-    UserError
-        The text is not a dvc.lock.
-    """
-    try:
-        stages = yaml.safe_load(lock)["stages"]
-        entries = {stage: stages.get(stage) for stage in RESULT}
-    except (yaml.YAMLError, LookupError, TypeError, AttributeError) as error:
-        advice = "`git checkout dvc.lock` or `dvc repro` repairs it"
-        raise UserError(f"its dvc.lock is damaged; {advice}") from error
-    return hashlib.sha256(json.dumps(entries, sort_keys=True).encode()).hexdigest()
+def in_use(folder: Path) -> bool:
+    """Tell whether a process works in a folder, such as the one of `dvc exp run --temp`."""
+    here = str(folder.resolve())
+    return any(
+        os.path.commonpath([here, cwd]) == here
+        for process in psutil.process_iter(["cwd"])
+        if (cwd := process.info["cwd"])
+    )
 
 
 def workspace_is_current() -> bool:
@@ -223,12 +305,11 @@ def scratch_copy(commit: str) -> Iterator[Path]:
     files.scratch().mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(dir=files.scratch(), prefix="scratch-") as name:
         folder = Path(name)
-        archive = subprocess.run(["git", "archive", commit], stdout=subprocess.PIPE, check=True)
-        subprocess.run(["tar", "-x", "-C", name], input=archive.stdout, check=True)
+        subprocess.run(["tar", "-x", "-C", name], input=_git("archive", commit), check=True)
         command = ["dvc", "cache", "dir"]
         cache = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
         config = f"[core]\n    no_scm = true\n[cache]\n    dir = {cache}\n"
-        (folder / ".dvc" / "config.local").write_text(config)
+        (folder / ".dvc" / "config.local").write_text(config, "utf-8")
         checkout = ["dvc", "checkout", "--quiet"]
         if subprocess.run(checkout, cwd=name, capture_output=True, check=False).returncode:
             advice = "use `dvc fetch --all-commits` where there is a remote, or run it again"
@@ -269,7 +350,7 @@ def run_experiment(name: str, changes: dict[str, Any], *, queue: bool = False) -
     with log.open("w") as file:
         failed = subprocess.run(command, stdout=file, stderr=file, check=False).returncode
     if failed:
-        last = (log.read_text().strip() or "no output").splitlines()[-1]
+        last = (log.read_text("utf-8", "replace").strip() or "no output").splitlines()[-1]
         raise UserError(f"{name} failed: {last} ({log})")
 
 
@@ -294,6 +375,21 @@ def start_queue(jobs: int, *options: str) -> None:
     """Start workers of DVC's queue. They may outlive the queue, so they do not get our output."""
     command = ["dvc", "queue", "start", "--jobs", str(jobs), *options]
     subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=True)
+
+
+def _digest(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _md5(path: Path) -> str:
+    """Hash a file as DVC does."""
+    return hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest()
+
+
+def _outs(stage: str, folder: Path) -> list[Path]:
+    entry = _stages(folder)[stage]
+    listed = [*entry["outs"], *entry.get("metrics", [])]
+    return [Path(next(iter(out)) if isinstance(out, dict) else out) for out in listed]
 
 
 def _stages(folder: Path) -> Any:

@@ -41,10 +41,11 @@ def verify(name: str) -> None:
     summary = f"{len(different)} of {len(first)} files differ, first {different[0]}"
     if files.WEIGHTS in different:
         summary += f"; {_first_tensor(first[files.WEIGHTS], again[files.WEIGHTS])}"
-    before = dict.fromkeys(now, "unknown") | timings.read(key).conditions
+    before = timings.read(key).conditions or dict.fromkeys(now, "unknown")
     if before == now:
         raise UserError(f"not repeated on {now['device']}: {summary}")
-    changes = ", ".join(f"{k} {before[k]} → {now[k]}" for k in now if before[k] != now[k])
+    names = [name for name in now | before if before.get(name) != now.get(name)]
+    changes = ", ".join(f"{k} {before.get(k, 'none')} → {now.get(k, 'none')}" for k in names)
     _compare_accuracy(first, again, f"{summary}, as they may under other conditions ({changes})")
 
 

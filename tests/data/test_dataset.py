@@ -1,7 +1,10 @@
 """Data sets on disk, their digest, and the split into training and validation images."""
 
 import dataclasses
-from collections.abc import Callable
+import multiprocessing
+import os
+import signal
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +13,14 @@ import pytest
 
 from cifarlab.data.dataset import Dataset, stratified_split
 from cifarlab.errors import UserError
+
+FILES = [
+    "dataset.json",
+    "train_images.npy",
+    "train_labels.npy",
+    "test_images.npy",
+    "test_labels.npy",
+]
 
 
 def dataset() -> Dataset:
@@ -53,6 +64,62 @@ def test_saving_again_gives_the_same_bytes(tmp_path: Path) -> None:
     assert one == two
 
 
+def rows(data: Dataset) -> list[tuple[str, int, npt.NDArray[np.uint8]]]:
+    """Return the images one by one, in another order."""
+    images = [
+        (split, i, image) for split in data.images for i, image in enumerate(data.images[split])
+    ]
+    return [images[i] for i in np.random.default_rng(0).permutation(len(images))]
+
+
+def test_images_written_one_by_one_give_the_files_that_numpy_writes(tmp_path: Path) -> None:
+    data = dataset()
+    data.save(tmp_path / "whole")
+    none = {split: images[:0] for split, images in data.images.items()}
+    dataclasses.replace(data, images=none).save(tmp_path / "rows", rows(data))
+    for split, images in data.images.items():
+        np.save(tmp_path / f"{split}_images.npy", images)
+        np.save(tmp_path / f"{split}_labels.npy", data.labels[split])
+    for name in FILES:
+        whole = (tmp_path / "whole" / name).read_bytes()
+        assert (tmp_path / "rows" / name).read_bytes() == whole
+        assert name == "dataset.json" or whole == (tmp_path / name).read_bytes()
+
+
+def test_images_in_another_memory_order_are_written_in_rows(tmp_path: Path) -> None:
+    data = dataset()
+    planes = {split: np.asfortranarray(images) for split, images in data.images.items()}
+    dataclasses.replace(data, images=planes).save(tmp_path)
+    np.testing.assert_array_equal(Dataset.load(tmp_path).images["train"], data.images["train"])
+    assert Dataset.load(tmp_path).digest() == data.digest()
+
+
+@pytest.mark.parametrize("end", ["an error", "a kill"])
+def test_failed_save_leaves_the_old_files_whole(tmp_path: Path, end: str) -> None:
+    dataset().save(tmp_path)
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    data = dataclasses.replace(dataset(), classes=["a", "b", "c"])
+
+    def some() -> Iterator[tuple[str, int, npt.NDArray[np.uint8]]]:
+        yield from rows(data)[:5]
+        if end == "a kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        raise ValueError("the end")
+
+    if end == "a kill":
+        process = multiprocessing.get_context("fork").Process(
+            target=data.save, args=(tmp_path, some())
+        )
+        process.start()
+        process.join(60)
+        assert process.exitcode == -signal.SIGKILL
+    else:
+        with pytest.raises(ValueError, match="the end"):
+            data.save(tmp_path, some())
+        assert {*tmp_path.iterdir()} == {*before}
+    assert {path: path.read_bytes() for path in before} == before
+
+
 def _pixel(data: Dataset) -> Dataset:
     data.images["test"][3, 3, 3, 2] ^= 1
     return data
@@ -70,15 +137,6 @@ def _class_name(data: Dataset) -> Dataset:
 @pytest.mark.parametrize("change", [_pixel, _label, _class_name])
 def test_one_change_changes_the_digest(change: Callable[[Dataset], Dataset]) -> None:
     assert change(dataset()).digest() != dataset().digest()
-
-
-FILES = [
-    "dataset.json",
-    "train_images.npy",
-    "train_labels.npy",
-    "test_images.npy",
-    "test_labels.npy",
-]
 
 
 @pytest.mark.parametrize(

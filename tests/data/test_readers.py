@@ -276,7 +276,9 @@ def test_member_outside_the_archive_is_refused(
         pytest.param(["train/cat/1.png", "test/cat/1.png"], "one class only, cat", id="one class"),
         pytest.param(["train/cat/readme.txt", "cat/1.png"], "train/<class>/", id="no images"),
         pytest.param(
-            ["train/cat/1.png", "train/dog/broken.png"], "train/dog/broken.png", id="broken image"
+            ["train/cat/1.png", "train/dog/broken.png", "test/cat/1.png", "test/dog/1.png"],
+            "train/dog/broken.png",
+            id="broken image",
         ),
     ],
 )

@@ -3,7 +3,9 @@
 import base64
 import os
 import random
+import re
 import shutil
+import socket
 import subprocess
 import sys
 import threading
@@ -22,6 +24,7 @@ from tests.support.archives import (
     assert_is_cifar10,
     checksum,
     cifar10,
+    pets,
 )
 
 Get = Callable[..., Dataset]
@@ -169,26 +172,61 @@ def test_login_in_netrc_is_sent_to_its_server_only(
     ]
 
 
-@pytest.mark.parametrize("full", ["while it downloads", "while it writes the images"])
-def test_full_disk_is_reported_and_no_incomplete_file_is_left(
-    tmp_path: Path, archive_server: ArchiveServer, full: str
+def bind_socket(path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind(str(path))
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("name", ["cifar10", "folder"])
+@pytest.mark.parametrize("sha256", [None, "0" * 64])
+@pytest.mark.parametrize(
+    "make",
+    [
+        pytest.param(os.mkfifo, id="pipe"),
+        pytest.param(lambda path: path.symlink_to("/dev/zero"), id="device"),
+        pytest.param(bind_socket, id="socket"),
+    ],
+)
+def test_source_that_is_no_file_is_refused_at_once(
+    tmp_path: Path,
+    archive: Path,
+    get: Get,
+    refused: Refused,
+    name: str,
+    sha256: str | None,
+    make: Callable[[Path], None],
 ) -> None:
-    """A limit on the size of files causes the same error as a full disk, with another number."""
+    make(tmp_path / "a.fifo")
+    assert "a.fifo: is neither a file nor a folder" in refused(name, "a.fifo", sha256=sha256)
+    if name == "cifar10":
+        assert_is_cifar10(get("cifar10", "a.fifo", archive, sha256=checksum(archive)))
+
+
+@pytest.mark.timeout(60)
+def test_link_to_itself_is_refused(tmp_path: Path, refused: Refused) -> None:
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    assert "loop: does not exist" in refused("folder", "loop")
+
+
+def checkout(folder: Path, **data: object) -> None:
+    """Write what the stage download needs, with these parameters of the data."""
     for name in ("src", "stages"):
-        shutil.copytree(REPO / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
-    (tmp_path / "archive").write_bytes(random.Random(0).randbytes(2**20))
-    archive_server.give((tmp_path / "archive").read_bytes())
+        shutil.copytree(REPO / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
     content = yaml.safe_load((REPO / "params.yaml").read_text("utf-8"))
-    changes = (
-        {"sources": [archive_server.url], "sha256": checksum(tmp_path / "archive")}
-        if "downloads" in full
-        else {"name": "digits"}
-    )
-    content["data"] |= changes
-    (tmp_path / "params.yaml").write_text(yaml.safe_dump(content), "utf-8")
-    done = subprocess.run(
-        ["sh", "-c", 'ulimit -f 100; exec "$@"', "sh", sys.executable, "-m", "stages.download"],
-        cwd=tmp_path,
+    content["data"] |= data
+    (folder / "params.yaml").write_text(yaml.safe_dump(content), "utf-8")
+
+
+def download_with_files_up_to(blocks: int, folder: Path) -> subprocess.CompletedProcess[str]:
+    """Run the stage where no file can be larger than this many blocks of 512 bytes.
+
+    The limit causes the same error as a full disk, with another number.
+    """
+    limit = f'ulimit -f {blocks}; exec "$@"'
+    return subprocess.run(
+        ["sh", "-c", limit, "sh", sys.executable, "-m", "stages.download"],
+        cwd=folder,
         env={k: v for k, v in os.environ.items() if k != "DVC_ROOT"}
         | {"PYTHONDONTWRITEBYTECODE": "1"},
         capture_output=True,
@@ -196,8 +234,35 @@ def test_full_disk_is_reported_and_no_incomplete_file_is_left(
         check=False,
         timeout=60,
     )
+
+
+def test_full_disk_during_a_download_leaves_no_incomplete_file(
+    tmp_path: Path, archive_server: ArchiveServer
+) -> None:
+    (tmp_path / "archive").write_bytes(random.Random(0).randbytes(2**20))
+    archive_server.give((tmp_path / "archive").read_bytes())
+    checkout(tmp_path, sources=[archive_server.url], sha256=checksum(tmp_path / "archive"))
+    done = download_with_files_up_to(100, tmp_path)
     assert done.returncode == 1, done
     assert "Traceback" not in done.stderr
-    folder = tmp_path / (".cache" if "downloads" in full else "data")
-    assert str(folder if "downloads" in full else "data/") in done.stderr.splitlines()[-1]
-    assert list(folder.iterdir()) == []
+    assert str(tmp_path / ".cache") in done.stderr.splitlines()[-1]
+    assert list((tmp_path / ".cache").iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["folder", pytest.param("digits", marks=pytest.mark.slow)])
+def test_full_disk_for_the_images_leaves_the_old_ones(tmp_path: Path, name: str) -> None:
+    checkout(tmp_path, name=name, sources=["pets"], sha256=None)
+    images = pets(tmp_path / "pets")
+    for i in range(40):  # the first images fit, and the two for testing
+        (tmp_path / f"pets/train/dog/d{i}.png").write_bytes(images["train/dog/0.png"])
+    (tmp_path / "data").mkdir()
+    old = {tmp_path / "data" / file: file for file in ("train_images.npy", "dataset.json")}
+    for path, content in old.items():
+        path.write_text(content)
+    done = download_with_files_up_to(100, tmp_path)
+    assert done.returncode == 1, done
+    assert "Traceback" not in done.stderr
+    assert re.search("^error: File too large: data/train_images.npy;", done.stderr, re.M)
+    assert {path: path.read_text() for path in (tmp_path / "data").iterdir()} == old
+    assert download_with_files_up_to(100_000, tmp_path).returncode == 0
+    assert len(Dataset.load(tmp_path / "data").classes) == (10 if name == "digits" else 2)

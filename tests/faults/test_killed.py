@@ -1,6 +1,5 @@
 """A killed training continues and ends with the same bytes as one that was never killed."""
 
-import contextlib
 import hashlib
 import io
 import os
@@ -8,7 +7,6 @@ import random
 import re
 import signal
 import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
@@ -21,51 +19,17 @@ from cifarlab.errors import UserError
 from cifarlab.runtime.checkpoints import KEPT_DAYS, Checkpoint, path_of
 from cifarlab.training.loop import fit
 from tests.conftest import REPO, MakeTrain
+from tests.support.forkserver import ForkServer
 from tests.support.networks import colour_network, coloured
-from tests.support.project import Project
+from tests.support.project import Command, Project
 
 OUTPUTS = ("models/network.safetensors", "plots/history.csv", "metrics/train.json")
 CONDITIONS = {"threads": "1"}
 
 
-class Stage:
-    """A command in the checkout, with its own process group, whose lines are read as they come."""
-
-    def __init__(self, project: Project, *command: str, **env: str) -> None:
-        self.process = subprocess.Popen(
-            command,
-            cwd=project.folder,
-            env=project.env | {"PYTHONUNBUFFERED": "1"} | env,
-            text=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-        self.output = ""
-
-    def wait_for(self, text: str) -> bool:
-        """Read until a line contains `text`; return False if the command ended before."""
-        assert self.process.stdout is not None
-        for line in self.process.stdout:
-            self.output += line
-            if text in line:
-                return True
-        return False
-
-    def end(self, how: signal.Signals | None = None) -> int:
-        """Send a signal to the whole group and return the exit code."""
-        assert self.process.stdout is not None
-        if how:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self.process.pid, how)
-        self.output += self.process.stdout.read()
-        self.process.stdout.close()
-        return self.process.wait(120)
-
-
-def train(project: Project, **env: str) -> Stage:
+def train(project: Project, **env: str) -> Command:
     """Start the train stage."""
-    return Stage(project, "python", "-m", "stages.train", **env)
+    return project.start("python", "-m", "stages.train", **env)
 
 
 def without_outputs(project: Project) -> None:
@@ -117,7 +81,7 @@ SGD = {
 @pytest.mark.parametrize(
     ("seed", "kills", "changes"),
     [
-        (0, 2, MUON),
+        (0, 1, MUON),
         pytest.param(1, 7, MUON, marks=pytest.mark.slow),
         pytest.param(2, 7, ADAM, marks=pytest.mark.slow),
         pytest.param(3, 6, SGD, marks=pytest.mark.slow),
@@ -176,8 +140,8 @@ def test_killed_at_random_epochs_and_batches(
 
 def test_a_temporary_copy_that_was_killed_continues_in_the_workspace(prepared: Project) -> None:
     prepared.edit("train", epochs=3)
-    copy = Stage(
-        prepared, "dvc", "exp", "run", "--temp", "-S", "train.seed=7", "-S", "train.batch_size=16"
+    copy = prepared.start(
+        "dvc", "exp", "run", "--temp", "-S", "train.seed=7", "-S", "train.batch_size=16"
     )
     assert copy.wait_for("epoch 2/3"), copy.output
     copy.end(signal.SIGKILL)
@@ -191,17 +155,13 @@ def test_a_temporary_copy_that_was_killed_continues_in_the_workspace(prepared: P
     assert run.info.run_id == killed.info.run_id
     assert run.info.status == "FINISHED"
     assert not checkpoints(prepared)
-    # A training without interruption writes the same outputs: dvc.lock does not change.
-    lock = (prepared.folder / "dvc.lock").read_bytes()
-    assert "continuing" not in prepared.dvc("repro", "--force")
-    assert (prepared.folder / "dvc.lock").read_bytes() == lock
 
 
 def test_ctrl_c_ends_at_once_and_says_how_to_continue(prepared: Project) -> None:
     prepared.edit("train", batch_size=16, seed=11, epochs=100)
     prepared.edit("tracking", system_metrics=True)
     took = []
-    for attempt in range(3):
+    for attempt in range(2):
         stage = train(prepared, DVC_EXP_NAME="interrupted")
         assert stage.wait_for(f"epoch {2 * attempt + 2}/100"), stage.output
         pressed = time.monotonic()
@@ -217,10 +177,11 @@ def test_ctrl_c_ends_at_once_and_says_how_to_continue(prepared: Project) -> None
     assert min(took) < 2, took
 
 
+@pytest.mark.slow
 def test_the_same_training_twice_at_the_same_time(prepared: Project) -> None:
-    prepared.edit("train", batch_size=16, seed=12, epochs=15)
+    prepared.edit("train", batch_size=16, seed=12, epochs=5)
     first = train(prepared, DVC_EXP_NAME="first")
-    assert first.wait_for("epoch 1/15"), first.output
+    assert first.wait_for("epoch 1/5"), first.output
     second = train(prepared, DVC_EXP_NAME="second")
     assert second.wait_for("another process"), second.output
     assert first.end() == 0
@@ -231,29 +192,6 @@ def test_the_same_training_twice_at_the_same_time(prepared: Project) -> None:
         k: v for k, v in one.items() if "history" not in k
     }
     assert {"first", "second"} <= prepared.runs().keys()
-
-
-def test_a_hostile_checkpoint_runs_nothing_and_training_starts_over(
-    prepared: Project, tmp_path: Path
-) -> None:
-    class Hostile:
-        def __reduce__(self) -> tuple[object, tuple[str]]:
-            return os.system, (f"touch {tmp_path / 'executed'}",)
-
-    prepared.edit("train", seed=13, batch_size=16)
-    stage = train(prepared)
-    assert stage.wait_for("epoch 2/6"), stage.output
-    stage.end(signal.SIGKILL)
-    [path] = checkpoints(prepared)
-    hostile = io.BytesIO()
-    torch.save({"conditions": {}, "state": Hostile()}, hostile)
-    path.write_bytes(hashlib.sha256(hostile.getvalue()).digest() + hostile.getvalue())
-    stage = train(prepared)
-    assert stage.end() == 0
-    assert "cannot be used" in stage.output
-    assert "starts over" in stage.output
-    assert "epoch 1/6" in stage.output
-    assert not (tmp_path / "executed").exists()
 
 
 @pytest.fixture
@@ -292,9 +230,34 @@ def test_a_damaged_checkpoint_is_refused_wherever_the_damage_is(
     assert "training starts over" in capsys.readouterr().out
 
 
+def test_a_hostile_checkpoint_runs_nothing_and_training_starts_over(
+    here: Path, train_params: MakeTrain, content: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Hostile:
+        def __reduce__(self) -> tuple[object, tuple[str]]:
+            return os.system, (f"touch {here / 'executed'}",)
+
+    hostile, checkpoint = io.BytesIO(), Checkpoint("k", CONDITIONS)
+    torch.save({"conditions": checkpoint.conditions, "state": Hostile()}, hostile)
+    data = hostile.getvalue()
+    checkpoint.path.write_bytes(hashlib.sha256(data).digest() + data)
+    network, params = colour_network(content["model"]), train_params(epochs=2)
+    history = fit(network, params, coloured(48), None, lambda _: None, checkpoint=checkpoint)
+    assert [row["epoch"] for row in history] == [1, 2]
+    output = capsys.readouterr().out
+    assert "cannot be used" in output
+    assert "starts over" in output
+    assert not (here / "executed").exists()
+
+
 @pytest.mark.parametrize(
     ("key", "conditions", "named"),
-    [("other", CONDITIONS, "key"), ("k", {"threads": "2"}, "threads 1, now it is 2")],
+    [
+        ("other", CONDITIONS, "key"),
+        ("k", {"threads": "2"}, "threads 1, now it is 2"),
+        ("k", CONDITIONS | {"environment": "A=1"}, "environment none, now it is A=1"),
+        ("k", {}, "threads 1, now it is none"),
+    ],
 )
 def test_a_checkpoint_of_other_conditions_is_refused(
     here: Path, capsys: pytest.CaptureFixture[str], key: str, conditions: dict[str, str], named: str
@@ -341,7 +304,7 @@ def test_divergence_keeps_the_last_good_checkpoint(
     assert all(bool(tensor.isfinite().all()) for tensor in state["network"].values())
 
 
-def test_two_trainings_take_turns_on_a_gpu(tmp_path: Path) -> None:
+def test_two_trainings_take_turns_on_a_gpu(tmp_path: Path, fork_server: ForkServer) -> None:
     code = (
         "import sys; from pathlib import Path; import torch; "
         "from cifarlab.runtime.device import take_gpu; "
@@ -352,7 +315,7 @@ def test_two_trainings_take_turns_on_a_gpu(tmp_path: Path) -> None:
 
     def start(count: int) -> subprocess.Popen[str]:
         return subprocess.Popen(
-            [sys.executable, "-c", code, str(tmp_path), str(count)],
+            [fork_server.python, "-c", code, str(tmp_path), str(count)],
             env=env,
             stdin=-1,
             stdout=-1,

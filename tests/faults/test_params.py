@@ -1,6 +1,7 @@
 """Any content of params.yaml either trains or is refused in one sentence that names the key."""
 
 import copy
+import os
 import shutil
 import subprocess
 import sys
@@ -13,17 +14,19 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from click.testing import CliRunner
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import stages
+from cifarlab.cli import main
 from cifarlab.data.dataset import Dataset
 from cifarlab.errors import UserError
 from cifarlab.evaluation.metrics import evaluate
 from cifarlab.nn import weights
 from cifarlab.nn.network import Network, predict
 from cifarlab.params.geometry import ModelParams, Section
-from cifarlab.params.load import KEYS, SECTIONS, load_params
+from cifarlab.params.load import KEYS, SECTIONS, load_params, read_yaml
 from cifarlab.params.sections import Params, TrainParams
 from cifarlab.training.loop import Images, fit, prepare
 from tests.conftest import REPO
@@ -319,8 +322,12 @@ DEEP = "[" * 5000
 LAUGHS = "a0: &a0 [ha]\n" + "".join(
     f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 30)
 )
+MERGES = "a0: &a0 {k: 1}\n" + "".join(
+    f"a{i}: &a{i} {{<<: [{', '.join([f'*a{i - 1}'] * 9)}]}}\n" for i in range(1, 10)
+)
 
 
+@pytest.mark.timeout(60)  # without limits, some of these take minutes
 @pytest.mark.parametrize(
     ("text", "named"),
     [
@@ -337,6 +344,18 @@ LAUGHS = "a0: &a0 [ha]\n" + "".join(
         ),
         pytest.param('model: {layers: "\\ud800"}\n', "model.layers", id="half a character"),
         pytest.param("? [a]\n: 1\n", "not valid YAML", id="a list for a key"),
+        pytest.param(f"{MERGES}model: *a9\n", "line 11: 'model' has over", id="merge keys"),
+        pytest.param(f"&a [1, {'*a, ' * 3}]\n", "the file' holds itself", id="a file in itself"),
+        pytest.param("a: {k: 1}\na: {k: 2}\n", "line 2: the key 'a' stands twice", id="twice"),
+        pytest.param(
+            "model:\n  layers: 3\n  norm: batch\n  layers: 4\n",
+            "line 4: the key 'model.layers' stands twice",
+            id="a key twice in a section",
+        ),
+        pytest.param("model: {\n\tlayers: 3}\n\t", "not valid YAML in line", id="a tab"),
+        pytest.param("model: \0\n", "not valid YAML", id="a zero"),
+        pytest.param("# " + "a" * 10**7, "larger than 30,000 bytes", id="10 MB"),
+        pytest.param(f"model: {'[a,' * 9000}", "not valid YAML", id="nested to the size limit"),
         pytest.param(
             "model: !!python/object/apply:os.system [ls]\n", "not valid YAML", id="a call"
         ),
@@ -349,6 +368,43 @@ def test_a_malicious_file_is_refused_in_short_sentences(path: Path, text: str, n
     faults = str(caught.value).split("\n")
     assert any(named in fault for fault in faults)
     assert max(map(len, faults)) < 1000
+
+
+@pytest.mark.parametrize("start", ["", "\ufeff"], ids=["plain", "BOM"])
+@pytest.mark.parametrize("end", ["\n", "\r\n"], ids=["LF", "CRLF"])
+def test_aliases_merge_keys_and_the_files_of_other_editors_are_read(
+    path: Path, start: str, end: str
+) -> None:
+    lines = ["first: &first {a: 1, b: 2}", "second: {<<: *first, b: 3}", "third: [*first, *first]"]
+    path.write_bytes((start + end.join(lines) + end).encode())
+    first = {"a": 1, "b": 2}
+    read = read_yaml(path, "")
+    assert read == {"first": first, "second": {"a": 1, "b": 3}, "third": [first, first]}
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("make", [Path.mkdir, os.mkfifo, lambda path: path.symlink_to("/dev/zero")])
+def test_what_is_no_file_is_refused(tmp_path: Path, make: Callable[[Path], object]) -> None:
+    path = tmp_path / "params.yaml"
+    make(path)
+    with pytest.raises(UserError, match=r"^\S+params.yaml cannot be read: it is not a file; run "):
+        load_params(path)
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("command", [["variant", "tiny"], ["study", "demo"], ["search", "demo"]])
+def test_variants_and_questions_are_read_like_parameters(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: list[str]
+) -> None:
+    for name in ("params.yaml", "dvc.yaml"):
+        shutil.copy(REPO / name, tmp_path)
+    (tmp_path / "studies").mkdir()
+    for name in ("variants.yaml", "studies/demo.yaml"):
+        (tmp_path / name).write_text(f"{MERGES}tiny: *a9\nspace: {{}}\n", "utf-8")
+    monkeypatch.chdir(tmp_path)
+    result = CliRunner().invoke(main, command)
+    assert result.exit_code == 1
+    assert "is not valid YAML in line 11: 'tiny' has over 10,000 values" in str(result.exception)
 
 
 def test_a_network_too_large_for_any_memory_is_refused(path: Path) -> None:

@@ -1,14 +1,21 @@
 """`sync` restores MLflow from the files of DVC, and `verify` repeats results and compares them."""
 
+import contextlib
+import json
 import re
 import shutil
+import signal
+import sqlite3
+from functools import partial
 from pathlib import Path
 
 import pytest
+import yaml
 from mlflow.entities import Run
 
+from cifarlab import pipeline
 from tests.support.forkserver import ForkServer
-from tests.support.project import Project, check_out, copy, template
+from tests.support.project import Project, Template, copy, template
 
 
 def cifarlab(project: Project, *arguments: str, code: int = 0, **env: str) -> str:
@@ -18,6 +25,12 @@ def cifarlab(project: Project, *arguments: str, code: int = 0, **env: str) -> st
     assert done.returncode == code, done.stdout
     assert "Traceback" not in done.stdout
     return done.stdout
+
+
+def database(project: Project) -> list[str]:
+    """Return everything in the MLflow store."""
+    with contextlib.closing(sqlite3.connect(project.folder / "mlflow.db")) as store:
+        return list(store.iterdump())
 
 
 def content(project: Project, run: Run) -> dict[str, object]:
@@ -36,7 +49,9 @@ def content(project: Project, run: Run) -> dict[str, object]:
     }
     # `dvc repro` ran on the commit before the one that holds its results.
     tags = {
-        k: v for k, v in tags.items() if not k.startswith("mlflow.source") and k != "git.commit"
+        k: v
+        for k, v in tags.items()
+        if not k.startswith("mlflow.source") and k not in ("git.commit", "cifarlab.folder")
     }
     metrics = {k: v for k, v in run.data.metrics.items() if not k.startswith("system/")}
     inputs = [i.dataset.digest for i in run.inputs.dataset_inputs]
@@ -44,7 +59,7 @@ def content(project: Project, run: Run) -> dict[str, object]:
         "epochs": epochs,
         "tags": tags,
         "metrics": metrics,
-        "params": run.data.params,
+        "params": {k: v for k, v in run.data.params.items() if not k.startswith("tracking.")},
         "inputs": inputs,
         "name": run.info.run_name,
         "artifacts": project.artifacts(run.info.run_id),
@@ -53,19 +68,18 @@ def content(project: Project, run: Run) -> dict[str, object]:
 
 
 @pytest.fixture(scope="session")
-def with_history(tmp_path_factory: pytest.TempPathFactory, fork_server: ForkServer) -> Project:
+def with_history(
+    reproduced: Template, tmp_path_factory: pytest.TempPathFactory, fork_server: ForkServer
+) -> Project:
     """A checkout with a commit and two experiments; tests use copies of it.
 
     Its DVC cache lies outside of it, as if several checkouts shared the cache.
     """
 
     def make(folder: Path) -> dict[str, object]:
-        project = check_out(folder, fork_server)
+        project = copy(reproduced[0], folder.parent)
+        (folder / ".dvc/cache").rename(folder.parent / "shared")
         project.dvc("cache", "dir", "--local", str(folder.parent / "shared"))
-        project.edit("tracking", system_metrics=False, log_model=False)
-        project.dvc("repro")
-        project.run("git", "add", "--all")
-        project.run("git", "commit", "--quiet", "--message=baseline")
         project.dvc("exp", "run", "--temp", "--name", "other-seed", "-S", "train.seed=1")
         project.dvc(
             "exp",
@@ -100,11 +114,12 @@ def test_a_store_that_was_lost_is_restored_from_files_with_every_timestamp(
     after = {name: content(used, run) for name, run in used.runs().items()}
     for name, parts in before.items():
         for part, value in parts.items():
-            assert after[name][part] == value, (name, part)
+            if (name, part) != ("", "models"):  # its committed parameters log no model
+                assert after[name][part] == value, (name, part)
     # A second sync changes nothing.
-    once = (used.folder / "mlflow.db").read_bytes()
+    once = database(used)
     assert cifarlab(used, "sync").count("was there") == 3
-    assert (used.folder / "mlflow.db").read_bytes() == once
+    assert database(used) == once
     assert not list((used.folder / ".dvc/tmp").glob("scratch-*"))
 
 
@@ -128,6 +143,7 @@ def test_the_run_leads_to_the_experiment_and_back(used: Project) -> None:
     assert "seed: 1" in (used.folder / "params.yaml").read_text()
 
 
+@pytest.mark.slow
 def test_tracking_that_was_off_is_logged_later_for_the_workspace(used: Project) -> None:
     used.edit("train", seed=2)
     assert used.dvc("repro", MLFLOW_TRACKING_URI="http://127.0.0.1:9").count("warning: MLflow") == 3
@@ -144,6 +160,7 @@ def test_tracking_that_was_off_is_logged_later_for_the_workspace(used: Project) 
     assert "changed since its pipeline ran" in cifarlab(used, "sync", code=1)
 
 
+@pytest.mark.slow
 def test_what_cannot_be_logged_is_listed(used: Project) -> None:
     # A run whose experiment was removed, and an experiment whose outputs were.
     used.dvc("exp", "run", "--temp", "--name", "to-be-removed", "-S", "train.seed=4")
@@ -174,12 +191,13 @@ def test_a_lock_that_is_damaged_does_not_prevent_logging_the_rest(used: Project)
     assert re.search(r"commit \w+\s.*was there", output)
 
 
-def test_verify_repeats_a_commit_to_the_byte(used: Project) -> None:
-    # New interpreters repeat what children of the fork server trained.
+@pytest.mark.parametrize("env", [{}, pytest.param({"REAL_PROGRAMS": "1"}, marks=pytest.mark.slow)])
+def test_verify_repeats_a_commit_to_the_byte(used: Project, env: dict[str, str]) -> None:
+    # With REAL_PROGRAMS, new interpreters repeat what children of the fork server trained.
     runs = len(used.runs())
     status = used.run("git", "status", "--porcelain").stdout
     assert (
-        cifarlab(used, "verify", "HEAD", REAL_PROGRAMS="1").splitlines()[-1]
+        cifarlab(used, "verify", "HEAD", **env).splitlines()[-1]
         == "identical: 13 files of HEAD, the weights included"
     )
     assert (len(used.runs()), used.run("git", "status", "--porcelain").stdout) == (
@@ -191,6 +209,7 @@ def test_verify_repeats_a_commit_to_the_byte(used: Project) -> None:
     )
 
 
+@pytest.mark.slow
 def test_verify_under_other_conditions_compares_the_accuracy(used: Project) -> None:
     """Without vector instructions, as on an old processor, sums have another order."""
     output = cifarlab(
@@ -204,6 +223,7 @@ def test_verify_under_other_conditions_compares_the_accuracy(used: Project) -> N
     )
 
 
+@pytest.mark.slow
 def test_verify_under_the_same_conditions_names_what_differs(used: Project) -> None:
     """Somebody has edited the metrics of the commit by hand."""
     path = used.folder / "metrics/evaluate.json"
@@ -219,3 +239,220 @@ def test_verify_refuses_a_commit_without_its_outputs(used: Project) -> None:
     shutil.rmtree(used.folder.parent / "shared/files")
     assert "not all in DVC's cache" in cifarlab(used, "verify", "HEAD", code=1)
     assert not list(Path(used.folder / ".dvc/tmp").glob("scratch-*"))
+
+
+# Which run belongs to which commit
+
+
+def table(project: Project, *arguments: str, code: int = 0) -> list[str]:
+    """Return the lines of `cifarlab sync` after its head."""
+    return cifarlab(project, "sync", *arguments, code=code).splitlines()[1:]
+
+
+def test_commits_that_share_a_training_have_their_own_runs(used: Project) -> None:
+    for bins in (2, 5):
+        used.edit("evaluate", calibration_bins=bins)
+        used.dvc("repro")
+        used.run("git", "commit", "--quiet", "--all", f"--message={bins} bins")
+    for lost in (False, True):
+        if lost:
+            used.lose_store()
+        table(used)
+        once = database(used)
+        rows = [row for row in table(used) if row.lstrip().startswith("commit")]
+        assert database(used) == once  # a second sync changes nothing
+        assert len(rows) == 3
+        for row in rows:
+            commit, run_id = re.findall(r"commit (\w+) .* (\w{32}) ", row)[0]
+            run = used.client().get_run(run_id)
+            file = used.run("git", "show", f"{commit}:metrics/evaluate.json").stdout
+            error = json.loads(file)["calibration_error"]
+            assert run.data.metrics["test_calibration_error"] == error
+            params = yaml.safe_load(used.run("git", "show", f"{commit}:params.yaml").stdout)
+            bins = params["evaluate"]["calibration_bins"]
+            assert run.data.params["evaluate.calibration_bins"] == str(bins)
+
+
+@pytest.mark.slow
+def test_experiments_of_one_name_on_two_commits_have_their_own_runs(used: Project) -> None:
+    used.run("git", "commit", "--quiet", "--allow-empty", "--message=another")
+    used.dvc("exp", "run", "--temp", "--name", "other-seed", "-S", "train.seed=1")
+    table(used)
+    runs = [run for run in used.all_runs() if run.data.tags["dvc.exp.name"] == "other-seed"]
+    assert len({run.data.tags["dvc.exp.baseline"] for run in runs}) == len(runs) == 2
+    assert all("was there" in row for row in table(used))
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "Running stage 'evaluate'",
+        pytest.param("test accuracy", marks=pytest.mark.slow),  # the last line of evaluate
+        pytest.param("Running stage 'plot'", marks=pytest.mark.slow),
+        pytest.param("mistakes.png", marks=pytest.mark.slow),  # the last line of plot
+        pytest.param("To track the changes", marks=pytest.mark.slow),  # DVC writes its lock
+    ],
+)
+def test_an_unnamed_experiment_that_was_killed_late_and_repeated_has_one_run(
+    used: Project, line: str
+) -> None:
+    before = {run.info.run_id for run in used.all_runs()}
+    command = ("dvc", "exp", "run", "-S", "train.seed=8")
+    with used.start(*command) as killed:
+        assert killed.wait_for(line)
+        killed.end(signal.SIGKILL)
+    used.run(*command)
+    table(used)
+    [run] = [run for run in used.all_runs() if run.info.run_id not in before]
+    assert run.info.status == "FINISHED"
+    assert run.data.tags["dvc.exp.name"] in used.dvc("exp", "list", "--name-only").split()
+    assert all("was there" in row for row in table(used))
+
+
+def test_a_run_without_a_process_is_ended_by_sync(used: Project) -> None:
+    with used.start("python", "-m", "stages.train", DVC_EXP_NAME="killed") as killed:
+        assert killed.wait_for("epoch 1/3")
+        assert "running, but" in cifarlab(used, "sync")
+        killed.end(signal.SIGKILL)
+    assert used.runs()["killed"].info.status == "RUNNING"
+    assert "killed, but" in cifarlab(used, "sync", "--check")
+    assert used.runs()["killed"].info.status == "RUNNING"
+    assert "killed, but" in cifarlab(used, "sync")
+    assert used.runs()["killed"].info.status == "KILLED"
+
+
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, pytest.param(signal.SIGHUP, marks=pytest.mark.slow)]
+)
+def test_a_stage_that_is_told_to_stop_ends_its_run(used: Project, number: signal.Signals) -> None:
+    with used.start("python", "-m", "stages.train", DVC_EXP_NAME="stopped") as stopped:
+        assert stopped.wait_for("epoch 1/3")
+        assert stopped.end(number) == 1
+    assert used.runs()["stopped"].info.status == "KILLED"
+
+
+def test_an_experiment_in_the_workspace_has_one_run_after_the_store_was_lost(used: Project) -> None:
+    used.dvc("exp", "run", "--name", "here", "-S", "evaluate.calibration_bins=3")
+    assert used.runs().keys() == {"", "other-seed", "with-mirror", "here"}
+    used.lose_store()
+    table(used)
+    assert used.runs().keys() == {"", "other-seed", "with-mirror", "here"}
+
+
+@pytest.mark.parametrize(
+    "what",
+    [
+        "everything",
+        *(
+            pytest.param(w, marks=pytest.mark.slow)
+            for w in ("a figure", "half a table", "the model")
+        ),
+    ],
+)
+def test_artifacts_that_were_lost_are_logged_again(used: Project, what: str) -> None:
+    whole = {name: content(used, run)["artifacts"] for name, run in used.runs().items()}
+    folder = used.folder / "mlartifacts"
+    run = used.runs()["with-mirror"]
+    [figure] = (folder / run.info.run_id).rglob("confusion.png")
+    [output] = run.outputs.model_outputs
+    [model] = (folder / "models" / output.model_id).rglob("model.pt2")
+    match what:
+        case "everything":
+            shutil.rmtree(folder)
+        case "a figure":
+            figure.unlink()
+        case "half a table":
+            predictions = figure.parents[1] / "tables/predictions.csv"
+            predictions.write_bytes(predictions.read_bytes()[:100])
+        case "the model":
+            shutil.rmtree(model.parents[1])
+    lost = sum("missing" in row for row in table(used, "--check", code=1))
+    assert lost == (3 if what == "everything" else 1)
+    assert sum(row.endswith("logged") for row in table(used)) == lost
+    assert whole == {name: content(used, run)["artifacts"] for name, run in used.runs().items()}
+    assert figure.exists()
+    assert model.exists()
+    assert all("was there" in row for row in table(used, "--check"))
+
+
+def test_a_store_of_an_older_version_is_taken_over(used: Project) -> None:
+    before = {run.info.run_id for run in used.all_runs()}
+    with contextlib.closing(sqlite3.connect(used.folder / "mlflow.db")) as store, store:
+        store.execute("DELETE FROM tags WHERE key IN ('cifarlab.params', 'cifarlab.code')")
+        store.execute("UPDATE tags SET value = 'old' WHERE key LIKE 'logged.%'")
+        for name, run in used.runs().items():
+            ref = name and f"refs/exps/*/*/{name}"
+            refs = used.run("git", "for-each-ref", "--format=%(refname)", ref).stdout if ref else ""
+            lock = used.run("git", "show", f"{refs.strip() or 'HEAD'}:dvc.lock").stdout
+            values = ("dvc.lock", pipeline.lock_digest(lock), run.info.run_id)
+            store.execute("INSERT INTO tags (key, value, run_uuid) VALUES (?, ?, ?)", values)
+    assert sum(row.endswith("logged") for row in table(used)) == 3
+    assert {run.info.run_id for run in used.all_runs()} == before
+    assert all("was there" in row for row in table(used))
+
+
+# Other kinds of checkouts
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["subfolder", "worktree", "submodule", "detached"])
+def test_every_kind_of_checkout_works(used: Project, kind: str, tmp_path: Path) -> None:
+    git = partial(used.run, "git", "-c", "protocol.file.allow=always")
+    git("checkout", "--quiet", "--detach")
+    folder, other = used.folder, tmp_path / "other"
+    if kind == "worktree":
+        git("worktree", "add", "--quiet", str(other))
+        folder = other
+    elif kind == "submodule":
+        git("init", "--quiet", str(other))
+        git("-C", str(other), "submodule", "--quiet", "add", str(used.folder), "inner")
+        git("-C", str(other), "commit", "--quiet", "--message=outer")
+        folder = other / "inner"
+    elif kind == "subfolder":
+        git("init", "--quiet", str(other))
+        archive = tmp_path / "archive.tar"
+        git("archive", f"--output={archive}", "--prefix=inner/", "HEAD")
+        git("-C", str(other), "init")
+        shutil.unpack_archive(archive, other)
+        git("-C", str(other), "add", "--all")
+        git("-C", str(other), "commit", "--quiet", "--message=outer")
+        folder = other / "inner"
+    project = Project(folder, used.fork_server)
+    project.dvc("cache", "dir", "--local", str(used.folder.parent / "shared"))
+    project.dvc("repro", "--force")
+    project.run("git", "commit", "--quiet", "--all", "--allow-empty", "--message=there")
+    project.dvc("exp", "run", "--temp", "--name", "try", "-S", "evaluate.calibration_bins=3")
+    assert {"", "try"} <= project.runs().keys()
+    cifarlab(project, "sync")
+    output = cifarlab(project, "sync")
+    assert re.search(r"commit \w+\s.*was there", output)
+    assert re.search(r"try\s+dvc exp apply try\s+\w{32}\s+was there", output)
+    assert cifarlab(project, "verify", "try").splitlines()[-1].startswith("identical: ")
+
+
+@pytest.mark.slow
+def test_prune_removes_experiments_from_dvc_its_cache_and_mlflow(used: Project) -> None:
+    (used.folder / "docs/studies").mkdir(parents=True)
+    (used.folder / "docs/studies/one.csv").write_text("experiment,code\nother-seed,0\n")
+    used.dvc("exp", "run", "--temp", "--name", "goes", "-S", "train.seed=6")
+    goes = used.runs()["goes"].info.run_id
+    cache, artifacts = used.folder.parent / "shared", used.folder / "mlartifacts" / goes
+    before = set(cache.rglob("*"))
+    options = ("prune", "--best", "0", "--keep", "with-mirror")
+    listed = cifarlab(used, *options)
+    assert re.search(r"goes .*goes\n", listed)
+    assert re.search(r"other-seed .*stays: in a study", listed)
+    assert re.search(r"with-mirror .*stays: named", listed)
+    assert "nothing was removed" in listed
+    assert list(artifacts.rglob("confusion.png"))
+    assert "removed: 1 experiments, 1 runs" in cifarlab(used, *options, "--remove")
+    assert not list(artifacts.rglob("*.*"))
+    assert used.runs().keys() == {"", "other-seed", "with-mirror"}
+    assert set(used.dvc("exp", "list", "--name-only").split()) == {"other-seed", "with-mirror"}
+    assert 0 < len([path for path in before if not path.exists()]) < len(before) / 2
+    assert all("was there" in row for row in table(used))
+    used.lose_store()
+    assert all(
+        row.endswith("logged") for row in table(used)
+    )  # their outputs are still in the cache
+    assert "there is no experiment typo" in cifarlab(used, "prune", "--keep", "typo", code=1)

@@ -24,6 +24,7 @@ from cifarlab.figures.run import draw_all
 from cifarlab.files import write_json
 from cifarlab.params.load import load_params
 from cifarlab.params.sections import Params
+from tests.support.forkserver import ForkServer
 
 DPI = 60
 SCENARIOS: dict[str, dict[str, Any]] = {
@@ -265,11 +266,11 @@ def test_same_run_gives_the_same_bytes(tmp_path: Path, params: Params) -> None:
     assert len(set(drawn[0].values())) == 6
 
 
-def test_importing_the_pictures_changes_no_setting_of_matplotlib() -> None:
+def test_importing_the_pictures_changes_no_setting_of_matplotlib(fork_server: ForkServer) -> None:
     code = (
         "import matplotlib; before = matplotlib.rcParams.copy()\n"
         "import cifarlab.figures.run, cifarlab.figures.study\n"
         "assert matplotlib.rcParams.copy() == before"
     )
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
-    subprocess.run([sys.executable, "-c", code], env=environment, check=True, timeout=120)
+    subprocess.run([fork_server.python, "-c", code], env=environment, check=True, timeout=120)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from cifarlab.errors import UserError
-from cifarlab.runtime.device import precision, set_up
+from cifarlab.runtime.device import conditions, precision, set_up
 from tests.conftest import REPO, MakeTrain
 
 
@@ -94,6 +94,56 @@ def test_device(
 def test_threads(train_params: MakeTrain, threads: int | str, expected: int) -> None:
     set_up(train_params(threads=threads))
     assert torch.get_num_threads() == expected
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        "ATEN_CPU_CAPABILITY=avx2",
+        "CUBLASLT_WORKSPACE_SIZE=3",
+        "DNNL_DEFAULT_FPMATH_MODE=BF16",
+        "GLIBC_TUNABLES=glibc.cpu.hwcaps=-AVX2",
+        "KMP_DETERMINISTIC_REDUCTION=1",
+        "MKL_CBWR=COMPATIBLE",
+        "MKL_DOMAIN_NUM_THREADS=1",
+        "MKL_ENABLE_INSTRUCTIONS=SSE4_2",
+        "NPY_DISABLE_CPU_FEATURES=AVX2",
+        "NVIDIA_TF32_OVERRIDE=0",
+        "OMP_THREAD_LIMIT=1",
+        "ONEDNN_MAX_CPU_ISA=AVX2",
+        "OPENBLAS_CORETYPE=HASWELL",
+        "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE=1",
+        "TORCH_CUDNN_V8_API_DISABLED=1",
+    ],
+)
+def test_a_variable_that_changes_arithmetic_is_a_condition(
+    train_params: MakeTrain, monkeypatch: pytest.MonkeyPatch, setting: str
+) -> None:
+    plain = conditions(train_params(), torch.device("cpu"))
+    name, _, value = setting.partition("=")
+    monkeypatch.setenv(name, value)
+    assert conditions(train_params(), torch.device("cpu")) == plain | {"environment": setting}
+
+
+def test_other_variables_are_no_conditions(
+    train_params: MakeTrain, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = conditions(train_params(), torch.device("cpu"))
+    assert plain.keys() == {"device", "threads", "precision", "torch"}
+    for setting in (
+        "CUBLAS_WORKSPACE_CONFIG=:16:8",  # the stages set it themselves
+        "CUDNN_VERSION=9.1",
+        "GLIBC_TUNABLES=glibc.malloc.check=3",
+        "KMP_AFFINITY=compact",
+        "MKL_CBWR=",
+        "MKL_NUM_THREADS=3",
+        "OMP_NUM_THREADS=3",
+        "ONEDNN_VERBOSE=1",
+        "TORCH_HOME=/tmp",
+    ):
+        name, _, value = setting.partition("=")
+        monkeypatch.setenv(name, value)
+    assert conditions(train_params(), torch.device("cpu")) == plain
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries have no mallopt")

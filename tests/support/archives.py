@@ -7,7 +7,8 @@ import struct
 import tarfile
 import threading
 import zipfile
-from collections.abc import Callable, Iterator
+import zlib
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -99,6 +100,62 @@ def png(pixels: Any) -> bytes:
     image = pixels if isinstance(pixels, Image.Image) else Image.fromarray(pixels)
     image.save(buffer, "png")
     return buffer.getvalue()
+
+
+def raw_png(width: int, height: int, bits: int = 8, colour: int = 2, rows: int = -1) -> bytes:
+    """Return a black PNG of any type of colour, made row by row. It holds `rows` of its rows."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        check = struct.pack(">I", zlib.crc32(kind + data))
+        return struct.pack(">I", len(data)) + kind + data + check
+
+    samples = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}[colour]  # grey, RGB, palette, grey + alpha, RGBA
+    row = bytes((width * samples * bits + 7) // 8 + 1)
+    packer = zlib.compressobj(1)
+    left, step = height if rows < 0 else rows, 1 + 2**20 // len(row)
+    packed = [packer.compress(row * min(step, left - done)) for done in range(0, left, step)]
+    size = struct.pack(">IIBBBBB", width, height, bits, colour, 0, 0, 0)
+    palette = chunk(b"PLTE", bytes(768)) + chunk(b"tRNS", bytes(256)) if colour == 3 else b""
+    pixels = chunk(b"IDAT", b"".join(packed) + packer.flush())
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", size) + palette + pixels + chunk(b"IEND", b"")
+
+
+def pax_record(key: str, value: str) -> bytes:
+    """Return a line of a PAX header: its own length, a key and a value."""
+    line = f" {key}={value}\n"
+    length = len(line) + len(str(len(line)))
+    length = len(line) + len(str(length))
+    return f"{length}{line}".encode()
+
+
+def with_headers(
+    path: Path,
+    images: dict[str, bytes],
+    headers: Iterable[tuple[bytes, bytes]],
+    chain: bool = False,
+) -> Path:
+    """Write a tar.gz whose images come after members that have PAX headers (kind, content).
+
+    With `chain` all headers belong to the first image.
+    """
+    packer = zlib.compressobj(1, wbits=31)
+
+    def block(entry: tarfile.TarInfo, content: bytes) -> bytes:
+        entry.size = len(content)
+        padding = bytes(-len(content) % tarfile.BLOCKSIZE)
+        return packer.compress(entry.tobuf(tarfile.GNU_FORMAT) + content + padding)
+
+    with path.open("wb") as file:
+        for kind, content in headers:
+            header = tarfile.TarInfo("header")
+            header.type = kind
+            file.write(block(header, content))
+            if not chain:
+                file.write(block(tarfile.TarInfo("readme"), b""))
+        for name, content in images.items():
+            file.write(block(tarfile.TarInfo(name), content))
+        file.write(packer.compress(bytes(2 * tarfile.BLOCKSIZE)) + packer.flush())
+    return path
 
 
 def pets(folder: Path, classes: tuple[str, ...] = ("cat", "dog")) -> dict[str, bytes]:

@@ -50,6 +50,9 @@ BARE = {
     "PYTHONMALLOC",
     "PYTHONIOENCODING",
     "PYTHONUTF8",
+    "PYTHONOPTIMIZE",
+    "PYTHONSAFEPATH",
+    "MATPLOTLIBRC",
     "REAL_PROGRAMS",  # for tests that look at the tree of processes, or need new hash seeds
 }
 TERMINAL_SIGNALS = {signal.SIGINT, signal.SIGHUP, signal.SIGQUIT}

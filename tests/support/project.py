@@ -7,7 +7,7 @@ import contextlib
 import json
 import os
 import shutil
-import sqlite3
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -41,6 +41,48 @@ FIGURES = {
 }
 TABLES = {f"tables/{name}.csv" for name in ("confusion", "history", "per_class", "predictions")}
 SHARED_ARTIFACTS = FIGURES | TABLES | {"confusion_matrix.json"}
+
+
+class Command:
+    """A command in the checkout, with its own process group, whose lines are read as they come."""
+
+    def __init__(self, command: tuple[str, ...], folder: Path, env: dict[str, str]) -> None:
+        self.process = subprocess.Popen(
+            command,
+            cwd=folder,
+            env=env | {"PYTHONUNBUFFERED": "1"},
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        self.output = ""
+
+    def __enter__(self) -> "Command":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.end(signal.SIGKILL)
+
+    def wait_for(self, text: str) -> bool:
+        """Read until a line contains `text`; return False if the command ended before."""
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            self.output += line
+            if text in line:
+                return True
+        return False
+
+    def end(self, how: signal.Signals | None = None) -> int:
+        """Send a signal to the whole group and return the exit code."""
+        assert self.process.stdout is not None
+        if how:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.process.pid, how)
+        if not self.process.stdout.closed:
+            self.output += self.process.stdout.read()
+            self.process.stdout.close()
+        return self.process.wait(120)
 
 
 class Project:
@@ -89,6 +131,10 @@ class Project:
         )
         return done
 
+    def start(self, *command: str, **env: str) -> Command:
+        """Start a command in the checkout."""
+        return Command(command, self.folder, self.env | env)
+
     def dvc(self, *arguments: str, check: bool = True, **env: str) -> str:
         """Run DVC and return its output."""
         return self.run("dvc", *arguments, check=check, **env).stdout
@@ -124,15 +170,24 @@ class Project:
 
     def runs(self, uri: str | None = None) -> dict[str, mlflow.entities.Run]:
         """Return the MLflow runs by the name of their DVC experiment; "" is `dvc repro`."""
-        client = self.client(uri)
-        experiment = client.get_experiment_by_name("cifarlab")
-        assert experiment is not None
-        found = client.search_runs([experiment.experiment_id])
+        found = self.all_runs(uri)
         named = {run.data.tags["dvc.exp.name"]: run for run in found}
         assert len(named) == len(found), (
             f"two runs of one experiment: {sorted(run.data.tags['dvc.exp.name'] for run in found)}"
         )
         return named
+
+    def all_runs(self, uri: str | None = None) -> list[mlflow.entities.Run]:
+        """Return the MLflow runs."""
+        client = self.client(uri)
+        experiment = client.get_experiment_by_name("cifarlab")
+        assert experiment is not None
+        return list(client.search_runs([experiment.experiment_id]))
+
+    def artifact_size(self, run: mlflow.entities.Run, path: str) -> int:
+        """Return the bytes of an artifact of a run."""
+        files = self.client().list_artifacts(run.info.run_id, str(Path(path).parent))
+        return next(file.file_size for file in files if file.path == path)
 
     def artifacts(self, run_id: str, uri: str | None = None, folder: str = "") -> set[str]:
         """Return the paths of all artifacts of a run."""
@@ -177,16 +232,6 @@ def copy(project: Project, parent: Path) -> Project:
     local = copied.folder / ".dvc/config.local"  # it names the folder of the cache
     if local.exists():
         local.write_text(local.read_text("utf-8").replace(str(old), str(new)), "utf-8")
-    if (copied.folder / "mlflow.db").exists():
-        with contextlib.closing(sqlite3.connect(copied.folder / "mlflow.db")) as store, store:
-            for table, column in (
-                ("experiments", "artifact_location"),
-                ("runs", "artifact_uri"),
-                ("logged_models", "artifact_location"),
-            ):
-                store.execute(
-                    f"UPDATE {table} SET {column} = replace({column}, ?, ?)", (str(old), str(new))
-                )
     return copied
 
 

@@ -86,6 +86,7 @@ class Proxy:
     pass: forward the request and the answer
     refuse: close the connection
     stall: never answer
+    drip: send a byte every 2 s, without an end
     lose: forward the request, then close the connection without an answer
     cut: forward the request, then send only half of the answer
     garbage: answer with random bytes instead of HTTP
@@ -135,6 +136,10 @@ class Proxy:
             client.close_connection = action != "pass"
             if action == "stall":
                 self.closed.wait()
+            elif action == "drip":
+                client.wfile.write(b"HTTP/1.1 200 OK\r\nX: ")
+                while not self.closed.wait(2):
+                    client.wfile.write(b"x")
             elif action == "garbage":
                 client.wfile.write(random.Random(0).randbytes(4096))
             elif action.isdigit():

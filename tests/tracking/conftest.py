@@ -46,11 +46,14 @@ def checkout(
 ) -> Iterator[Path]:
     """Make the checkout with an empty store and enter it; MLflow forgets the store afterwards."""
     stages = yaml.safe_load((REPO / "dvc.yaml").read_text("utf-8"))["stages"]
-    code = [REPO / dep for dep in stages["train"]["deps"] if dep != "data"]
+    names = {dep for stage in ("train", "evaluate", "plot") for dep in stages[stage]["deps"]}
+    code = [REPO / name for name in sorted(names) if name.startswith(("src", "stages"))]
     for source in [REPO / "dvc.yaml", *code]:
         target = tmp_path / source.relative_to(REPO)
         target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copytree(source, target) if source.is_dir() else shutil.copy(source, target)
+        shutil.copytree(source, target, dirs_exist_ok=True) if source.is_dir() else shutil.copy(
+            source, target
+        )
     for name in ("DVC_ROOT", "MLFLOW_TRACKING_URI", "DVC_EXP_NAME", "DVC_EXP_BASELINE_REV"):
         monkeypatch.delenv(name, raising=False)
     for name in ("MAX_RETRIES", "TIMEOUT"):

@@ -1,15 +1,26 @@
 """Connecting to MLflow."""
 
 import os
+import shutil
 import sqlite3
 import subprocess
 import sys
+import threading
+import time
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 
-from cifarlab.tracking.client import connect, experiment_id, wait_for_database
+from cifarlab.errors import UserError
+from cifarlab.params.sections import Params
+from cifarlab.tracking.client import Deadline, connect, experiment_id, wait_for_database
+from cifarlab.tracking.run import track
+from tests.conftest import REPO
+from tests.support.forkserver import ForkServer
+from tests.tracking.conftest import runs_in
 
 
 def test_a_database_elsewhere_has_its_artifacts_beside_it(
@@ -25,6 +36,111 @@ def test_a_database_elsewhere_has_its_artifacts_beside_it(
     assert experiment.artifact_location == (elsewhere / "mlartifacts").as_uri()
     with closing(sqlite3.connect(elsewhere / "other.db")) as database:
         assert database.execute("PRAGMA journal_mode").fetchone() == ("wal",)
+
+
+@pytest.mark.parametrize("name", ["a b", "a?b", "a#b", "a%20b", "ü:é", "$(x)", "a\nb'\""])
+def test_the_checkout_may_have_any_name(
+    checkout: Path, params: Params, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    (checkout / name / ".dvc/tmp").mkdir(parents=True)
+    (checkout / "mlflow.db").rename(checkout / name / "mlflow.db")
+    monkeypatch.setenv("DVC_ROOT", str(checkout / name))
+    with track("train", params) as run:
+        pass
+    assert not run.warned
+    assert not (checkout / "mlflow.db").exists()
+    assert list((checkout / name / "mlartifacts").rglob("history.csv"))
+
+
+@pytest.mark.parametrize("address", ["sqlite:///own.db", "sqlite:///sub/../own.db"])
+def test_a_relative_database_is_in_the_main_checkout(
+    checkout: Path, monkeypatch: pytest.MonkeyPatch, address: str
+) -> None:
+    (checkout / "copy").mkdir()
+    monkeypatch.setenv("DVC_ROOT", str(checkout))
+    monkeypatch.chdir(checkout / "copy")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
+    (checkout / "mlflow.db").rename(checkout / "own.db")
+    client = connect()
+    experiment = client.get_experiment(experiment_id(client, "cifarlab"))
+    assert experiment.artifact_location == (checkout / "mlartifacts").as_uri()
+    assert not list((checkout / "copy").iterdir())
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        "sqlite://",
+        "sqlite:///:memory:",
+        "sqlite:///file:x?mode=memory&uri=true",
+        "sqlite:/mlflow.db",
+        "./mlruns",
+        "mlruns",
+        "file:mlruns",
+        "file:///tmp/mlruns",
+    ],
+)
+def test_a_store_that_keeps_nothing_is_refused(
+    checkout: Path, params: Params, monkeypatch: pytest.MonkeyPatch, address: str
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
+    with pytest.raises(UserError, match=r"MLFLOW_TRACKING_URI=.*use sqlite:///mlflow\.db"):
+        track("train", params)
+
+
+@pytest.mark.parametrize("how", ["copied", "moved"])
+def test_a_checkout_that_was_copied_or_moved_has_its_own_artifacts(
+    checkout: Path,
+    params: Params,
+    monkeypatch: pytest.MonkeyPatch,
+    fork_server: ForkServer,
+    content: dict[str, Any],
+    how: str,
+) -> None:
+    first, second = checkout / "first", checkout / "second"
+    for name in ("src", "stages", "data", "models", "plots", "metrics", ".dvc"):
+        shutil.copytree(checkout / name, first / name)
+    for name in ("dvc.yaml", "mlflow.db"):
+        shutil.copy(checkout / name, first)
+    monkeypatch.chdir(first)
+    with track("train", params):
+        pass
+    before = sorted(first.rglob("*"))
+    shutil.copytree(first, second) if how == "copied" else first.rename(second)
+    monkeypatch.chdir(second)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")  # MLflow has set it in this process
+    Path("params.yaml").write_text(yaml.safe_dump(content))
+    code = "from cifarlab.params.load import *; from cifarlab.tracking.run import *\n"
+    code += "with track('evaluate', load_params()): pass"
+    monkeypatch.setenv("PYTHONPATH", str(REPO / "src"))
+    subprocess.run([fork_server.python, "-c", code], check=True)
+    assert list((second / "mlartifacts").rglob("confusion.csv"))
+    [run] = runs_in(second)
+    assert run.info.artifact_uri.startswith((second / "mlartifacts").as_uri())
+    assert sorted(first.rglob("*")) == (before if how == "copied" else [])
+
+
+def test_waiting_for_mlflow_has_an_end() -> None:
+    deadline, released = Deadline(0.3), threading.Event()
+    with pytest.raises(TimeoutError, match="did not answer"):
+        deadline.wait(released.wait)
+    with pytest.raises(TimeoutError):  # nothing is left
+        deadline.wait(released.wait)
+    deadline.reserve(60)
+    assert deadline.wait(lambda: 7) == 7
+    with pytest.raises(ZeroDivisionError):
+        deadline.wait(lambda: 1 / 0)
+    released.set()
+
+
+def test_computing_is_not_waiting() -> None:
+    def compute() -> int:
+        started = time.thread_time()
+        while time.thread_time() - started < 1:
+            pass
+        return 7
+
+    assert Deadline(0.5).wait(compute) == 7
 
 
 def test_a_deleted_experiment_is_restored(checkout: Path) -> None:

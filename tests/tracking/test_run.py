@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from cifarlab import pipeline
 from cifarlab.errors import UserError
 from cifarlab.params.sections import Params
 from cifarlab.tracking.run import track
-from tests.tracking.conftest import CONDITIONS, client_of, runs_in
+from tests.tracking.conftest import CONDITIONS, Make, client_of, runs_in
 
 
 @pytest.mark.parametrize(
@@ -36,38 +37,88 @@ def test_the_run_says_how_the_stage_ended(
 def test_an_experiment_has_its_own_run(
     checkout: Path, params: Params, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with track("train", params):
+    with track("plot", params):
         pass
     monkeypatch.setenv("DVC_EXP_NAME", "try")
     monkeypatch.setenv("DVC_EXP_BASELINE_REV", "a" * 40)
     with track("train", params):
         pass
-    with track("evaluate", params):
+    with track("plot", params):
         pass
     named = {run.data.tags["dvc.exp.name"]: run for run in runs_in(checkout)}
     assert named.keys() == {"", "try"}
     run = named["try"]
     assert run.info.run_name == "try"
     assert run.data.tags["dvc.exp.baseline"] == run.data.tags["git.commit"] == "a" * 40
-    assert "dvc.exp.baseline" not in named[""].data.tags
+    assert not named[""].data.tags["dvc.exp.baseline"]
 
 
-@pytest.mark.parametrize("take_over", [True, False])
-def test_a_killed_training_is_continued_under_the_new_name_of_its_experiment(
-    checkout: Path, params: Params, monkeypatch: pytest.MonkeyPatch, take_over: bool
+def test_every_evaluation_of_a_training_has_its_own_run(checkout: Path, make_params: Make) -> None:
+    for bins in (15, 2, 15):
+        changes = {"tracking.system_metrics": False, "tracking.log_model": False}
+        with track("plot", make_params(changes | {"evaluate.calibration_bins": bins})):
+            pass
+    shown = sorted(run.data.params["evaluate.calibration_bins"] for run in runs_in(checkout))
+    assert shown == ["15", "2"]
+
+
+@pytest.mark.parametrize(
+    ("stage", "end"),
+    [
+        ("train", "Ctrl-C"),
+        ("train", "SIGKILL"),
+        ("evaluate", "SIGKILL"),
+        ("plot", "SIGKILL"),
+        ("evaluate", "between two stages"),
+    ],
+)
+def test_a_killed_execution_is_continued_under_the_new_name_of_its_experiment(
+    checkout: Path, params: Params, monkeypatch: pytest.MonkeyPatch, stage: str, end: str
 ) -> None:
     monkeypatch.setenv("DVC_EXP_NAME", "first")
-    with pytest.raises(KeyboardInterrupt), track("train", params):
-        raise KeyboardInterrupt
-    monkeypatch.setenv("DVC_EXP_NAME", "second")
-    for _ in range(2):  # a finished training is not taken over
-        with track("train", params, CONDITIONS, take_over=take_over):
+    if end == "Ctrl-C":
+        with pytest.raises(KeyboardInterrupt), track(stage, params):
+            raise KeyboardInterrupt
+    elif end == "SIGKILL":
+        killed = track(stage, params).__enter__()
+        assert killed.lock
+        killed.lock.release(force=True)  # as the kernel does
+    else:
+        with track(stage, params):
             pass
+    monkeypatch.setenv("DVC_EXP_NAME", "second")
+    for _ in range(2):
+        with track("plot", params, CONDITIONS):
+            pass
+    monkeypatch.setattr(pipeline, "experiment_names", lambda: ["second"])  # DVC has recorded it
     monkeypatch.setenv("DVC_EXP_NAME", "third")
-    with track("train", params, CONDITIONS, take_over=take_over):
+    with track("train", params, CONDITIONS):
         pass
-    names = {run.data.tags["dvc.exp.name"] for run in runs_in(checkout)}
-    assert names == ({"second", "third"} if take_over else {"first", "second", "third"})
+    found = {run.data.tags["dvc.exp.name"]: run.info.status for run in runs_in(checkout)}
+    assert found == {"second": "FINISHED", "third": "FINISHED"}  # a whole run is not taken over
+
+
+def test_the_run_of_a_process_that_lives_is_left_alone(
+    checkout: Path, params: Params, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with track("train", params):
+        monkeypatch.setenv("DVC_EXP_NAME", "second")
+        with track("train", params):
+            states = {run.data.tags["dvc.exp.name"]: run.info.status for run in runs_in(checkout)}
+            assert states == {"": "RUNNING", "second": "RUNNING"}
+
+
+def test_a_run_whose_process_was_killed_does_not_stay_running(
+    checkout: Path, params: Params, make_params: Make
+) -> None:
+    killed = track("train", params).__enter__()
+    assert killed.lock
+    killed.lock.release(force=True)  # as the kernel does
+    other = make_params({"train.seed": 5, "tracking.system_metrics": False})
+    with track("train", other):
+        pass
+    states = {run.data.params["train.seed"]: run.info.status for run in runs_in(checkout)}
+    assert states == {str(params.train.seed): "KILLED", "5": "FINISHED"}
 
 
 def test_the_time_between_stages_does_not_count(checkout: Path, params: Params) -> None:

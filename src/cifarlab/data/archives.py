@@ -1,33 +1,50 @@
-"""Read tar and zip archives, and pickled arrays, that may be damaged or hostile.
+"""Read folders, tar and zip archives, and pickled arrays, that may be damaged or hostile.
 
 No more memory is used than the limits below allow, no code from a pickle runs, and nothing is
 written to disk.
 """
 
 import io
+import itertools
+import lzma
+import os
 import pickle
+import pickletools
+import re
+import stat
 import tarfile
 import zipfile
+from _compression import DecompressReader
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import IO, Any, ClassVar, Self
+from typing import IO, Any, ClassVar, NoReturn, Self
 
 import numpy as np
 import numpy.typing as npt
 
 from cifarlab.data.dataset import SPLITS
-from cifarlab.errors import UserError
+from cifarlab.errors import UserError, first_line
 
-MAX_HEADER = 2**20
-"""Bytes of the header of one member of a tar archive."""
-MAX_MEMBER = 2**28
-"""Bytes of one unpacked member."""
+MAX_HEADER = 2**14
+"""Bytes of one header of a tar archive, unpacked. tarfile needs up to its square / 4 of memory."""
+MAX_HEADERS = 8
+"""Headers of one member of a tar archive."""
+MAX_DIRECTORY = 2**25
+"""Bytes of the central directory of a zip archive. zipfile needs 15 times as much memory."""
+MAX_DICTIONARY = 2**28
+"""Bytes of memory for unpacking .tar.xz; `xz -9` needs a quarter of it."""
+MAX_MEMBER = 2**26
+"""Bytes of one file, unpacked."""
+TOO_MANY = f"more than {MAX_MEMBER >> 20} MiB"
+MAX_NAME = 255
+"""Characters of the name of a file or folder; file systems have the same limit."""
+MAX_OPCODES = 2**18
+"""Instructions of a pickle. Each can make an object; a file of CIFAR-10 has up to 90,000."""
 
 
-Images = Iterator[tuple[str, Callable[[], IO[bytes]]]]
-"""Pairs of the name of an image and a function that opens it."""
+Images = Iterator[tuple[str, Callable[[], io.BytesIO]]]
+"""Pairs of the name of an image and a function that reads its file."""
 
 
 class ArrayStandIn:
@@ -52,7 +69,7 @@ class Uint8StandIn:
 
     def __init__(self, name: Any, *_: Any) -> None:
         if name not in ("u1", b"u1"):
-            raise pickle.UnpicklingError(f"an array of {name!r} instead of uint8")
+            raise pickle.UnpicklingError("an array that is not of uint8")
 
     def __setstate__(self, _: Any) -> None:
         pass
@@ -67,63 +84,111 @@ class ArrayUnpickler(pickle._Unpickler):
         ("numpy._core.multiarray", "_reconstruct"): ArrayStandIn,
         ("numpy", "ndarray"): ArrayStandIn,
         ("numpy", "dtype"): Uint8StandIn,
-        # Python 3 writes bytes for Python 2 like this. The pickle cannot choose another codec.
-        ("_codecs", "encode"): lambda text, _: text.encode("latin1"),
     }
+    encoded = 0
 
     def find_class(self, module: str, name: str) -> Any:
         """Return the stand-in for a class or function that the pickle names."""
+        if (module, name) == ("_codecs", "encode"):
+            return self._encode
         if (module, name) not in self.ALLOWED:
-            raise pickle.UnpicklingError(f"it asks for {module}.{name}")
+            raise pickle.UnpicklingError(readable(f"it asks for {module}.{name}"))
         return self.ALLOWED[module, name]
+
+    def _encode(self, text: str, _: Any) -> bytes:
+        """Return bytes that Python 3 wrote for Python 2. The pickle cannot choose the codec."""
+        self.encoded += len(text)  # one text can be encoded again and again
+        if self.encoded > MAX_MEMBER:
+            raise pickle.UnpicklingError("it unpacks to too many bytes")
+        return text.encode("latin1")
+
+
+def unpickle(file: io.BytesIO) -> Any:
+    """Return what `ArrayUnpickler` reads from a file that Python 2 or 3 has written.
+
+    Damaged and hostile files raise any exception.
+    """
+    if next(itertools.islice(pickletools.genops(file), MAX_OPCODES, None), None):
+        raise pickle.UnpicklingError("it holds too many objects")
+    file.seek(0)
+    return ArrayUnpickler(file, encoding="bytes").load()
 
 
 def image_files(source: Path) -> Images:
     """Yield the images in train/<class>/ and test/<class>/ of a folder, zip or tar archive.
 
-    Open each image before you ask for the next one.
+    The order of a source that has not changed is the same each time. Read each image before you
+    ask for the next one.
 
     Raises
     ------
     UserError
-        A member points outside the archive.
-    ValueError, OSError, zipfile.BadZipFile, tarfile.TarError, …
-        The archive is damaged, or larger than the limits.
+        The source is damaged or larger than the limits, or a member points outside of it.
     """
-    if source.is_dir():
-        return _images_in_folder(source)
-    return _images_in_zip(source) if zipfile.is_zipfile(source) else _images_in_tar(source)
+    archive = _files_in_zip if zipfile.is_zipfile(source) else _files_in_tar
+    find = _files_in_folder if source.is_dir() else archive
+    try:
+        yield from find(source)
+    except UserError:
+        raise
+    except Exception as error:  # damaged bytes can raise any exception
+        raise UserError(f"{source} cannot be read: {reason(error)}; replace it") from error
 
 
-def _images_in_folder(folder: Path) -> Images:
-    for path in sorted(folder.rglob("*")):
-        if _is_image(name := path.relative_to(folder).as_posix()):
-            yield name, partial(path.open, "rb")  # type: ignore[misc]
+def _files_in_folder(folder: Path) -> Images:
+    for parent, folders, files in os.walk(folder, onerror=_unlisted):
+        folders.sort()
+        inside = Path(parent).relative_to(folder).as_posix()
+        for name in folders:
+            matters = name in SPLITS or _is_image(f"{inside}/{name}/0.png")
+            if matters and Path(parent, name).is_symlink():
+                link = readable(f"{inside}/{name}")
+                raise UserError(f"{folder}: {link} is a link; put the folder itself there")
+        for name in sorted(files):
+            if _is_image(f"{inside}/{name}"):
+                yield f"{inside}/{name}", partial(_read_file, Path(parent, name))
 
 
-def _images_in_zip(source: Path) -> Images:
+def _read_file(path: Path) -> io.BytesIO:
+    found = path.stat()
+    if not stat.S_ISREG(found.st_mode):  # a pipe would be waited for, a device may have no end
+        raise ValueError("it is no regular file")
+    with path.open("rb") as file:
+        return read_bounded(file, found.st_size)
+
+
+def _files_in_zip(source: Path) -> Images:
+    with source.open("rb") as file:
+        end = zipfile._EndRecData(file)  # type: ignore[attr-defined]
+    if end and end[zipfile._ECD_SIZE] > MAX_DIRECTORY:  # type: ignore[attr-defined]
+        raise ValueError(f"the list of its members is larger than {MAX_DIRECTORY >> 20} MiB")
     with zipfile.ZipFile(source) as archive:
         for member in archive.infolist():
-            _refuse_outside(source, member.filename)
+            _check_name(source, member.filename)
+            # Some programs for Windows write backslashes.
+            name = member.filename.replace("\\", "/")
             # The other compression methods of zip have no bound on the memory that they take.
             if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-                raise ValueError(f"{member.filename} is not packed with deflate; pack it so")
+                raise ValueError(f"{name} is not packed with deflate; pack it so")
+            if member.flag_bits & 1:
+                raise ValueError(f"{name} is encrypted; pack it without a password")
             with archive.open(member) as file:  # compares the two headers, also of other files
-                if _is_image(member.filename):
-                    yield member.filename, partial(read_bounded, file, member.file_size)
+                if _is_image(name):
+                    yield name, partial(read_bounded, file, member.file_size)
 
 
-def _images_in_tar(source: Path) -> Images:
-    with open_tar(source) as tar:
-        for entry in tar:
-            for name in (entry.name, entry.linkname):  # the latter is empty unless it is a link
-                _refuse_outside(source, name)
-            if entry.isfile() and _is_image(entry.name):
-                yield entry.name, partial(read_bounded, tar.extractfile(entry), entry.size)
+def _files_in_tar(source: Path) -> Images:
+    for entry, read in tar_members(source):
+        for name in (entry.name, entry.linkname):  # the latter is empty unless it is a link
+            _check_name(source, name)
+        if entry.isfile() and _is_image(entry.name):
+            if entry.size > MAX_MEMBER:  # before unpacking it, to reach the next one
+                raise ValueError(f"{entry.name} unpacks to {entry.size:,} bytes, {TOO_MANY}")
+            yield entry.name, read
 
 
 class BoundedTarInfo(tarfile.TarInfo):
-    """A member of a tar archive whose header must be small.
+    """A member of a tar archive whose headers must be few and small.
 
     tarfile reads headers (long names and the like) whole, however large they are unpacked.
     """
@@ -132,20 +197,64 @@ class BoundedTarInfo(tarfile.TarInfo):
     def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
         """Return the member that a block of 512 bytes describes. ValueError: it is refused."""
         entry = super().frombuf(buf, encoding, errors)
-        if entry.type == tarfile.GNUTYPE_SPARSE or (not entry.isreg() and entry.size > MAX_HEADER):
+        most = entry.size if entry.isreg() else MAX_HEADER
+        if entry.type == tarfile.GNUTYPE_SPARSE or not 0 <= entry.size <= most:
             raise ValueError(f"{entry.name} is a sparse file, or its header is too large")
         return entry
 
+    @classmethod
+    def fromtarfile(cls, tar: tarfile.TarFile) -> Self:
+        """Return the next member. tarfile calls this again for each of its headers."""
+        assert isinstance(tar, BoundedTarFile)
+        tar.headers += 1
+        if tar.headers > MAX_HEADERS:
+            raise ValueError("a member has too many headers")
+        return super().fromtarfile(tar)
 
-@contextmanager
-def open_tar(path: Path) -> Iterator[tarfile.TarFile]:
-    """Open a tar archive of any compression. When all is read, check its end.
+    def _refuse_sparse(self, *_: Any) -> NoReturn:
+        raise ValueError(f"{self.name} is a sparse file")
+
+    _proc_gnusparse_00 = _proc_gnusparse_01 = _proc_gnusparse_10 = _refuse_sparse
+
+
+class BoundedTarFile(tarfile.TarFile):
+    """A tar archive whose members have few and small headers, of which it keeps none."""
+
+    tarinfo = BoundedTarInfo
+    headers = 0
+
+    @classmethod
+    def xzopen(cls, name: Any, mode: Any, fileobj: Any, **_: Any) -> Self:  # type: ignore[override]
+        """Open an .xz file. The memory that it needs is its own choice; lzma.open has no limit."""
+        decoder = partial(lzma.LZMADecompressor, memlimit=MAX_DICTIONARY)
+        unpacked = DecompressReader(fileobj, decoder, trailing_error=lzma.LZMAError)
+        try:
+            return cls.taropen(name, mode, io.BufferedReader(unpacked))
+        except (lzma.LZMAError, EOFError) as error:
+            if "limit" in str(error):
+                raise ValueError("it needs too much memory; use xz -9 or lower") from error
+            raise tarfile.ReadError("not an xz file") from error
+
+    def next(self) -> tarfile.TarInfo | None:
+        """Return the next member, or None at the end. ValueError: it is refused."""
+        self.headers = 0
+        entry = super().next()
+        self.members.clear()  # type: ignore[attr-defined]
+        # The size in a header of its own is not known to `frombuf`.
+        if len(self.pax_headers) > 100 or (entry and entry.size < 0):
+            raise ValueError("it has too many global headers, or a member of less than 0 bytes")
+        return entry
+
+
+def tar_members(path: Path) -> Iterator[tuple[tarfile.TarInfo, Callable[[], io.BytesIO]]]:
+    """Yield the members of a tar archive of any compression, each with a function that reads it.
 
     After the last member a tar archive has a block of zeros, and gzip has a checksum. ValueError
     or an error of the compression: the archive is cut short or damaged.
     """
-    with tarfile.open(path, tarinfo=BoundedTarInfo) as tar:
-        yield tar
+    with path.open("rb") as file, BoundedTarFile.open(fileobj=file) as tar:
+        while entry := tar.next():
+            yield entry, partial(_read_entry, tar, entry)
         assert tar.fileobj
         tar.fileobj.seek(tar.offset)
         if tar.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
@@ -154,11 +263,49 @@ def open_tar(path: Path) -> Iterator[tarfile.TarFile]:
             pass
 
 
-def read_bounded(file: IO[bytes] | None, size: int) -> io.BytesIO:
-    """Return the content of an open member. ValueError: it is not a file, or too large."""
-    if file is None or size > MAX_MEMBER:
-        raise ValueError(f"it unpacks to {size:,} bytes, more than {MAX_MEMBER >> 20} MiB")
-    return io.BytesIO(file.read(size + 1))  # one byte more: zip compares its checksum at the end
+def _read_entry(tar: tarfile.TarFile, entry: tarfile.TarInfo) -> io.BytesIO:
+    if not entry.isfile() or not (file := tar.extractfile(entry)):
+        raise ValueError("it is no regular file")
+    return read_bounded(file, entry.size)
+
+
+def read_bounded(file: IO[bytes], size: int) -> io.BytesIO:
+    """Return the content of an open file that should have this size. ValueError: it is too large.
+
+    One byte more is read because zip compares its checksum at the end.
+    """
+    if size > MAX_MEMBER:
+        raise ValueError(f"it unpacks to {size:,} bytes, {TOO_MANY}")
+    return io.BytesIO(file.read(size + 1))
+
+
+def readable(name: str) -> str:
+    r"""Return a name on one line: other bytes than UTF-8 as \xe9, control characters as \u000a.
+
+    Two names can become the same. At most `MAX_NAME` characters are kept.
+    """
+    hidden = r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]"
+    # Python reads the byte 0xe9 as the surrogate 0xdce9.
+    return re.sub(
+        hidden,
+        lambda found: f"\\u{ord(found[0]):04x}".replace("\\udc", "\\x"),
+        name[:MAX_NAME],
+    )
+
+
+def reason(error: Exception) -> str:
+    """Return why a file cannot be read, in words for its user."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    if type(error).__name__ == "UnidentifiedImageError":  # its text shows an object of Python
+        return "it is neither PNG nor JPEG"
+    if isinstance(error, KeyError):
+        return f"it has no {error}"
+    if isinstance(error, AttributeError | TypeError | IndexError):
+        return "it holds something else"
+    if isinstance(error, tarfile.ReadError):
+        return "it is no zip or tar archive, or it is damaged"
+    return readable(first_line(error))
 
 
 def _is_image(name: str) -> bool:
@@ -167,7 +314,13 @@ def _is_image(name: str) -> bool:
     return in_class and path.suffix.lower() in (".png", ".jpg", ".jpeg")
 
 
-def _refuse_outside(source: Path, name: str) -> None:
-    path = PurePosixPath(name.replace("\\", "/"))
+def _check_name(source: Path, name: str) -> None:
+    path, shown = PurePosixPath(name.replace("\\", "/")), readable(name)
     if path.is_absolute() or ".." in path.parts:
-        raise UserError(f"{source} is refused: its member {name} points outside the archive")
+        raise UserError(f"{source} is refused: its member {shown} points outside the archive")
+    if any(len(part) > MAX_NAME for part in path.parts):
+        raise UserError(f"{source}: the name {shown}… has over {MAX_NAME} characters; shorten it")
+
+
+def _unlisted(error: OSError) -> NoReturn:
+    raise UserError(f"{error.filename} cannot be listed: {error.strerror}") from error

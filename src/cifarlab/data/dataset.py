@@ -2,7 +2,11 @@
 
 import hashlib
 import json
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +16,8 @@ from cifarlab.errors import UserError
 from cifarlab.files import atomic, read_json, write_json
 
 SPLITS = ("train", "test")
+Pixels = npt.NDArray[np.uint8]
+Labels = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -20,34 +26,60 @@ class Dataset:
 
     Attributes
     ----------
-    images : dict of uint8 arrays (N, height, width, 3), RGB; the keys are "train" and "test"
+    images : dict of uint8 arrays (N, height, width, 3), RGB; the keys are "train" and "test"; N is
+        0 as long as they are not read
     labels : dict of int64 arrays (N,), indices into `classes`
     classes : class names
     name : for titles; for a folder or an archive this is its file name
     """
 
-    images: dict[str, npt.NDArray[np.uint8]]
-    labels: dict[str, npt.NDArray[np.int64]]
+    images: dict[str, Pixels]
+    labels: dict[str, Labels]
     classes: list[str]
     name: str
 
-    def digest(self) -> str:
-        """Return the SHA-256 of pixels, labels and class names, in hexadecimal digits."""
+    def digest(self, files: "Mapping[str, ImageFile] | None" = None) -> str:
+        """Return the SHA-256 of pixels, labels and class names, in hexadecimal digits.
+
+        The pixels are those of `files`, if given.
+        """
         digest = hashlib.sha256(json.dumps(self.classes).encode())
         for split in SPLITS:
-            digest.update(np.ascontiguousarray(self.images[split]).data)
+            array = np.ascontiguousarray(self.images[split])
+            for block in files[split] if files else [array.data]:
+                digest.update(block)
             digest.update(np.ascontiguousarray(self.labels[split]).data)
         return digest.hexdigest()
 
-    def save(self, folder: Path) -> None:
-        """Write {train,test}_{images,labels}.npy and dataset.json into `folder`."""
-        for kind, arrays in (("images", self.images), ("labels", self.labels)):
-            for split, array in arrays.items():
-                with atomic(folder / f"{split}_{kind}.npy") as path:
-                    np.save(path, array)
-        counts = {split: len(self.labels[split]) for split in SPLITS}
-        meta = {"name": self.name, "digest": self.digest(), **counts, "classes": self.classes}
-        write_json(folder / "dataset.json", meta)
+    def save(self, folder: Path, blocks: Iterable[tuple[str, int, Pixels]] | None = None) -> None:
+        """Write {train,test}_{images,labels}.npy and dataset.json into `folder`.
+
+        If anything fails, the files that were there before stay.
+
+        Parameters
+        ----------
+        blocks : images that are not in memory together, instead of those of the dataset: their
+            split, the number of the first one there, uint8 (height, width, 3) or (n, height,
+            width, 3), in any order
+        """
+        if blocks is None:
+            blocks = ((split, 0, images) for split, images in self.images.items())
+        with ExitStack() as stack:
+            files: dict[str, ImageFile] = {}
+            for split in SPLITS:
+                path = stack.enter_context(atomic(folder / f"{split}_images.npy"))
+                shape = (len(self.labels[split]), *self.images[split].shape[1:])
+                # Without a buffer, because closing a full one raises an error without a name.
+                file = stack.enter_context(path.open("w+b", buffering=0))
+                files[split] = ImageFile(file, shape)
+            for split, row, pixels in blocks:
+                files[split].write(row, pixels)
+            for split, labels in self.labels.items():
+                np.save(stack.enter_context(atomic(folder / f"{split}_labels.npy")), labels)
+            counts = {split: len(self.labels[split]) for split in SPLITS}
+            meta = {"name": self.name, "digest": self.digest(files), **counts}
+            path = stack.enter_context(atomic(folder / "dataset.json"))
+            write_json(path, {**meta, "classes": self.classes})
 
     @classmethod
     def load(cls, folder: Path) -> "Dataset":
@@ -64,6 +96,33 @@ class Dataset:
         except (OSError, EOFError, ValueError, KeyError, TypeError) as error:
             repair = "`dvc repro -f download` repairs it"
             raise UserError(f"{folder}/ is missing or damaged ({error}); {repair}") from error
+
+
+class ImageFile:
+    """An .npy file of uint8 images, written in any order. It iterates over the bytes of its pixels.
+
+    It is not a memory map: the pages of a map count as memory of the process, and if the disk is
+    full, writing to a map kills the process.
+    """
+
+    def __init__(self, file: FileIO, shape: tuple[int, ...]) -> None:
+        header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+        np.lib.format.write_array_header_1_0(file, header)
+        self.file, self.start, self.size = file, file.tell(), math.prod(shape[1:])
+
+    def write(self, row: int, pixels: Pixels) -> None:
+        """Write images, the first of which has the number `row`. OSError: it names the file."""
+        try:
+            self.file.seek(self.start + row * self.size)
+            left = np.ascontiguousarray(pixels).reshape(-1).data
+            while left:
+                left = left[self.file.write(left) :]
+        except OSError as error:  # it names no file
+            raise OSError(error.errno, error.strerror, str(self.file.name)) from error
+
+    def __iter__(self) -> Iterator[bytes]:
+        self.file.seek(self.start)
+        return iter(lambda: self.file.read(2**20), b"")
 
 
 def stratified_split(

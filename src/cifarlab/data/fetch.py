@@ -45,6 +45,8 @@ def _local(source: str, sha256: str | None, root: Path) -> Path:
     path = Path(unquote(url.path)) if url.scheme == "file" else root / Path(source).expanduser()
     if not path.exists():
         raise UserError(f"does not exist (relative paths start at {root})")
+    if not path.is_file() and not path.is_dir():  # a pipe or device could be read without end
+        raise UserError("is neither a file nor a folder")
     if sha256 and path.is_dir():
         raise UserError("a directory has no checksum, set data.sha256: null")
     if sha256:

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import matplotlib as mpl
 import matplotlib.pyplot as plt
 import seaborn as sns
 from matplotlib.figure import Figure
@@ -9,12 +10,19 @@ from matplotlib.figure import Figure
 from cifarlab.files import atomic
 
 
-def apply() -> None:
-    """Draw into files only, without a display, and with the theme of the project."""
+def reset() -> None:
+    """Draw into files only, without a display, and forget what the user's matplotlibrc says."""
+    mpl.rcParams.update(mpl.rcParamsDefault)
     plt.switch_backend("Agg")
+
+
+def apply() -> None:
+    """Use the theme of the project, whatever the settings of the user are."""
+    reset()
     # A class may be called $x$, so no text is taken for mathematics.
     settings = {"figure.constrained_layout.use": True, "text.parse_math": False}
-    sns.set_theme(style="whitegrid", rc=settings)
+    # It comes with matplotlib; seaborn would prefer Arial where it is installed.
+    sns.set_theme(style="whitegrid", rc=settings | {"font.sans-serif": ["DejaVu Sans"]})
 
 
 def save(figure: Figure, path: Path, dpi: int) -> None:

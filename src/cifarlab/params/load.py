@@ -4,7 +4,7 @@ import difflib
 import re
 import reprlib
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import yaml
 from pydantic import ValidationError
@@ -15,6 +15,9 @@ from cifarlab.params.sections import Params
 
 SECTIONS = Params.__annotations__
 KEYS = [f"{name}.{key}" for name, section in SECTIONS.items() for key in section.model_fields]
+
+# Far above what anyone writes, and small enough for a second.
+MAX_BYTES, MAX_VALUES = 30_000, 10_000
 
 # Shortens long lists and deep nesting. Strings stay whole until their passwords are hidden.
 SHORT = reprlib.Repr()
@@ -54,18 +57,67 @@ def read_yaml(path: Path, hint: str) -> Any:
     Raises
     ------
     UserError
-        The file cannot be opened (the message ends with `hint`), or it is not valid YAML.
+        The file cannot be opened (the message ends with `hint`), it is no ordinary file or too
+        large, or it is not valid YAML.
     """
     try:
-        return yaml.safe_load(path.read_text("utf-8"))
+        if path.exists() and not path.is_file():  # reading a pipe or a device might never end
+            raise UserError(f"{path} cannot be read: it is not a file; {hint}")
+        with path.open("rb") as file:
+            content = file.read(MAX_BYTES + 1)
+        if len(content) > MAX_BYTES:
+            raise UserError(f"{path} is larger than {MAX_BYTES:,} bytes; {hint}")
+        return yaml.load(content.decode("utf-8"), _Loader)  # noqa: S506, it is a safe loader
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}; {hint}") from error
     except yaml.MarkedYAMLError as error:
         line = f" in line {error.problem_mark.line + 1}" if error.problem_mark else ""
-        raise UserError(f"{path} is not valid YAML{line}: {error.problem}") from error
+        problem = without_secrets(str(error.problem))
+        raise UserError(f"{path} is not valid YAML{line}: {problem}") from error
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         # ValueError: the file is not UTF-8, or holds an impossible date like 2024-99-01.
         raise UserError(f"{path} is not valid YAML: {first_line(error)}") from error
+
+
+class _Loader(yaml.SafeLoader):
+    """PyYAML's safe loader, without three things that DVC refuses or that may take minutes.
+
+    PyYAML silently keeps the last of two equal keys. With aliases (`*name`) and merge keys (`<<`),
+    a value may hold itself, or a few lines may stand for billions of values.
+    """
+
+    def get_single_node(self) -> yaml.Node | None:
+        """Return the root of the file, before aliases and merge keys are followed."""
+        root, sizes = super().get_single_node(), dict[yaml.Node, int]()
+        if root and self._size(root, "", sizes) > MAX_VALUES:
+            # Of equal ones the last: it uses the others.
+            pairs = root.value[::-1] if isinstance(root, yaml.MappingNode) else [(root, root)]
+            key, _ = max(pairs, key=lambda pair: sizes[pair[1]])
+            name = "the file" if key is root else _shown(key.value)
+            self._refuse(f"{name} has over {MAX_VALUES:,} values, its aliases followed", key)
+        return root
+
+    def _size(self, node: yaml.Node, name: str, sizes: dict[yaml.Node, int]) -> int:
+        """Return how many values a node holds, those of an alias as often as it is used."""
+        if node in sizes:
+            if not sizes[node]:
+                self._refuse(f"{_shown(name or 'the file')} holds itself", node)
+            return sizes[node]
+        sizes[node], keys, inner = 0, set(), []
+        for item in node.value if isinstance(node, yaml.CollectionNode) else []:
+            key, value = item if isinstance(node, yaml.MappingNode) else (None, item)
+            path = name
+            if isinstance(key, yaml.ScalarNode):
+                path = f"{name}.{key.value}".lstrip(".")
+                if (key.tag, key.value) in keys:
+                    self._refuse(f"the key {_shown(path)} stands twice; delete one", key)
+                keys.add((key.tag, key.value))
+            inner += [(path, part) for part in (key, value) if part]
+        sizes[node] = 1 + sum(self._size(part, path, sizes) for path, part in inner)
+        return sizes[node]
+
+    def _refuse(self, problem: str, node: yaml.Node) -> NoReturn:
+        raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
 
 
 def _validated(content: dict[str, Any], prefix: str) -> Params:

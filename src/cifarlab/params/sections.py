@@ -35,7 +35,8 @@ class DataParams(Section):
         if self.name != "folder" and self.image_size != 32:
             raise ValueError(f"data.image_size = {self.image_size}: {self.name} images are 32×32")
         if any(source != without_secrets(source) for source in self.sources):
-            raise ValueError("data.sources holds a login; use ~/.netrc (machine, login, password)")
+            advice = "use ~/.netrc (machine, login, password), or download it and name its path"
+            raise ValueError(f"data.sources holds a login or a token; {advice}")
         if not self.sources and self.name != "digits":
             raise ValueError(f"data.sources is empty: {self.name} needs a URL or a path")
         remote = next(filter(is_remote, self.sources), None)

@@ -57,9 +57,11 @@ class Checkpoint:
             if data[:DIGEST] != hashlib.sha256(data[DIGEST:]).digest():
                 raise ValueError("its checksum is wrong")
             loaded = torch.load(io.BytesIO(data[DIGEST:]), map_location="cpu", weights_only=True)
-            for name, now in self.conditions.items():
-                if (before := loaded["conditions"].get(name)) != now:
-                    raise ValueError(f"it was made with {name} {before}, now it is {now}")
+            before, now = loaded["conditions"], self.conditions
+            for name in now | before:
+                then, current = before.get(name, "none"), now.get(name, "none")
+                if before.get(name) != now.get(name):
+                    raise ValueError(f"it was made with {name} {then}, now it is {current}")
             return dict(loaded["state"])
         except Exception as error:  # a damaged zip or a hostile pickle can raise anything
             reason = f"cannot be used ({first_line(error)[:200]})"

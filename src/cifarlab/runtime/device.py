@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import itertools
+import os
 import platform
 import re
 import sys
@@ -13,6 +14,19 @@ from filelock import FileLock, Timeout
 
 from cifarlab.errors import UserError
 from cifarlab.params.sections import TrainParams
+
+# NAME=value of what chooses the instructions, algorithms or threads of a library. Most cannot be
+# asked what they chose. How many threads there are is a condition of its own.
+CHOICES = re.compile(
+    r"(ATEN|BLIS|CUBLAS|CUBLASLT|CUDNN|DNNL|HIPBLASLT|MIOPEN|MKL|NPY|NVIDIA_TF32|ONEDNN|OPENBLAS"
+    r"|PYTORCH_TUNABLEOP|ROCBLAS|TORCH_(ALLOW_TF32|BLAS|CUDNN|LINALG|MKLDNN))_"
+    r"|(KMP|OMP)_\w*(DYNAMIC|LIMIT|REDUCTION|ALL_THREADS)"
+    r"|DISABLE_ADDMM_|GLIBC_TUNABLES=.*\bcpu\b"
+)
+HARMLESS = re.compile(
+    r"(MKL|BLIS|OPENBLAS)_NUM_THREADS|CUBLAS_WORKSPACE_CONFIG"  # the stages set the last one
+    r"|\w*_(VERBOSE|LOG\w*|DUMP|PROFILE|CACHE|LRU|VERSION|HOME|ROOT|PATH|DIR|LIB|INCLUDE)(_|$)"
+)
 
 
 def set_up(params: TrainParams) -> torch.device:
@@ -81,13 +95,18 @@ def processor() -> str:
 
 
 def conditions(params: TrainParams, device: torch.device) -> dict[str, str]:
-    """Return what decides the bits of a training's outputs, apart from the train stage's inputs."""
+    """Return what decides the bits of a training's outputs, apart from the train stage's inputs.
+
+    `environment` is there only if a variable is set that may change arithmetic.
+    """
+    chosen = [f"{k}={v}" for k, v in sorted(os.environ.items()) if v and not HARMLESS.match(k)]
+    chosen = [choice for choice in chosen if CHOICES.match(choice)]
     return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else processor(),
         "threads": str(torch.get_num_threads()),
         "precision": str(precision(params, device)).removeprefix("torch."),
         "torch": str(torch.__version__),
-    }
+    } | ({"environment": " ".join(chosen)} if chosen else {})
 
 
 def keep_memory() -> None:

@@ -10,7 +10,6 @@ import hashlib
 import io
 import itertools
 import json
-import subprocess
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -267,11 +266,12 @@ def finished(points: list[Point]) -> Iterator[tuple[dict[str, Any], DataFrame]]:
 
 def _ran_with(commit: str) -> str:
     """Return the key of a commit's parameters; empty if it has other code or other sections."""
+    if pipeline.git("diff", "--name-only", commit, "--", *pipeline.dependencies()):
+        return ""
     try:
-        pipeline.git("diff", "--quiet", commit, "--", *pipeline.dependencies())
         content = yaml.safe_load(pipeline.read(files.PARAMS, commit))
         return key_of(Params.model_validate(content).flat())
-    except (subprocess.CalledProcessError, ValidationError):
+    except ValidationError:
         return ""
 
 

@@ -4,16 +4,68 @@ import logging
 import os
 import sqlite3
 import sys
+import threading
+import time
+from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from filelock import FileLock
 
 from cifarlab import files
-from cifarlab.errors import UserError, first_line
+from cifarlab.errors import UserError, first_line, without_secrets
 
 KEY = "cifarlab.key"  # the tag that every run of this project has: its training key
+ARTIFACTS = "mlartifacts"  # the folder beside an SQLite store that holds its artifacts
+T = TypeVar("T")
+
+
+class Deadline:
+    """Limits the time that a process waits for MLflow in all.
+
+    Only waiting counts, not the time in which this process computes. A call's own timeout is not
+    enough: a server may send a byte every few seconds. A long stage may wait for a twentieth of its
+    time.
+    """
+
+    def __init__(self, seconds: float = 20) -> None:
+        self.seconds, self.waited, self.started = seconds, 0.0, time.monotonic()
+
+    def reserve(self, seconds: float) -> None:
+        """Allow to wait for `seconds` from now on, and for no longer."""
+        self.seconds, self.started = self.waited + seconds, time.monotonic()
+
+    def wait(self, action: Callable[[], T]) -> T:
+        """Do something and return its result.
+
+        Raises
+        ------
+        TimeoutError
+            The time is used up. The action goes on in its own thread, and its result is lost.
+        """
+        done: dict[str, Any] = {}
+
+        def run() -> None:
+            try:
+                done["result"] = action()
+            except BaseException as error:
+                done["error"] = error
+
+        limit = max(self.seconds, (time.monotonic() - self.started) / 20)
+        thread = threading.Thread(target=run, daemon=True)
+        thread.start()
+        while thread.is_alive():
+            before, processor = time.monotonic(), time.process_time()
+            thread.join(max(0.01, min(0.2, limit - self.waited)))
+            took = time.monotonic() - before
+            if time.process_time() - processor < 0.02 * took:  # also on a busy machine
+                self.waited += took
+            if thread.is_alive() and self.waited >= limit:
+                raise TimeoutError(f"it did not answer within {limit:.0f} s")
+        if "error" in done:
+            raise done["error"]
+        return done["result"]  # type: ignore[no-any-return]
 
 
 def connect() -> Any:
@@ -38,36 +90,76 @@ def connect() -> Any:
 
     for name in ("mlflow", "alembic", "urllib3"):
         logging.getLogger(name).setLevel(logging.CRITICAL)  # failures are reported in one place
-    default = f"sqlite:///{files.mlflow_database()}"
-    mlflow.set_tracking_uri(os.environ.get("MLFLOW_TRACKING_URI") or default)
+    path = database()
+    mlflow.set_tracking_uri(address())
     wait_for_database()
-    with _lock():
-        path = _database()
+    with store_lock():
         if path and not path.exists():
             # MLflow cannot repair an incomplete schema, so it creates it in a temporary file.
             new = path.with_name(f"{path.name}.new")
             new.write_bytes(b"")
-            mlflow.MlflowClient(f"sqlite:///{new}")
+            mlflow.MlflowClient(_sqlite(new))
             for left in ("-wal", "-shm"):  # of a store that was deleted: SQLite would mix them in
                 path.with_name(f"{path.name}{left}").unlink(missing_ok=True)
             new.replace(path)
-        return mlflow.MlflowClient()
+        client = mlflow.MlflowClient()
+        if path:
+            _move_artifacts(path)
+        return client
+
+
+def address() -> str:
+    """Return the URI of the store as MLflow wants it."""
+    path = database()
+    return _sqlite(path) if path else _given_uri()
+
+
+def database() -> Path | None:
+    """Return the file of the SQLite store; None if MLFLOW_TRACKING_URI names another kind of store.
+
+    Raises
+    ------
+    UserError
+        The store would keep nothing: it is in memory only, or a folder, which MLflow has given up.
+    """
+    given = _given_uri()
+    if not given:
+        return files.mlflow_database().resolve()
+    shown = f"MLFLOW_TRACKING_URI={without_secrets(given)}"
+    advice = "use sqlite:///mlflow.db or the address of a server, or unset it"
+    scheme, colon, _ = given.lower().partition(":")
+    if scheme == "file" or not (colon or scheme.startswith("databricks")):
+        raise UserError(f"{shown} is refused: MLflow no longer keeps runs in folders; {advice}")
+    if not scheme.startswith("sqlite"):
+        return None
+    from sqlalchemy.engine import make_url
+    from sqlalchemy.exc import ArgumentError
+
+    try:
+        url = make_url(given)
+    except ArgumentError as error:
+        raise UserError(f"{shown} is not a valid address; {advice}") from error
+    name = url.database or ""
+    if name in ("", ":memory:") or url.query.get("mode") == "memory":
+        raise UserError(f"{shown} is refused: it keeps nothing on disk; {advice}")
+    # Relative paths start at the main checkout: a temporary copy of it is deleted with its files.
+    return (files.root() / name.removeprefix("file:")).resolve()
 
 
 def experiment_id(client: Any, name: str) -> str:
     """Return the id of the MLflow experiment; create or restore it if necessary."""
-    with _lock():
+    with store_lock():
         if found := client.get_experiment_by_name(name):
             if found.lifecycle_stage == "deleted":  # MLflow does not free the name
                 client.restore_experiment(found.experiment_id)
             return str(found.experiment_id)
         artifacts = None
-        if path := _database():
+        if path := database():
             # MLflow's default is below the working folder, which a `--temp` run deletes.
-            artifacts = (path.parent / "mlartifacts").as_uri()
-            with closing(sqlite3.connect(path)) as database:
+            artifacts = (path.parent / ARTIFACTS).as_uri()
+            with closing(sqlite3.connect(path)) as store:
                 # With a write-ahead log, MLflow's pages can read while a stage writes.
-                database.execute("PRAGMA journal_mode=WAL")
+                store.execute("PRAGMA journal_mode=WAL")
         return str(client.create_experiment(name, artifacts))
 
 
@@ -79,11 +171,11 @@ def wait_for_database() -> None:
     OperationalError
         It is still locked.
     """
-    path = _database()
+    path = database()
     if path and path.exists():
-        with closing(sqlite3.connect(path, timeout=5)) as database:
-            database.execute("BEGIN IMMEDIATE")
-            database.rollback()
+        with closing(sqlite3.connect(path, timeout=5)) as store:
+            store.execute("BEGIN IMMEDIATE")
+            store.rollback()
 
 
 def all_runs() -> list[Any]:
@@ -95,11 +187,17 @@ def all_runs() -> list[Any]:
         MLflow cannot be read.
     """
     query = {"filter_string": f"tags.`{KEY}` LIKE '%'", "search_all_experiments": True}
-    try:
+
+    def search() -> list[Any]:
         connect()
         import mlflow
 
         return list(mlflow.search_runs(**query, output_format="list"))
+
+    try:
+        return Deadline(60).wait(search)
+    except UserError:
+        raise
     except Exception as error:  # MLflow, SQLAlchemy and requests raise their own
         reason = f"MLflow cannot be read ({first_line(error)[:200]}); check MLFLOW_TRACKING_URI"
         advice = "If mlflow.db is damaged, delete it: `make sync` then fills a new one"
@@ -111,18 +209,39 @@ def serve(port: int) -> None:
     page = f"http://127.0.0.1:{port}/#/experiments/1/runs?workflowType=machine_learning"
     print(f"open {page} (Ctrl-C stops the server)", flush=True)
     command = [sys.executable, "-m", "mlflow", "ui", "--host", "127.0.0.1", "--port", str(port)]
-    store = f"sqlite:///{files.mlflow_database()}"
+    store = _sqlite(files.mlflow_database())
     os.execv(sys.executable, [*command, "--workers", "1", "--backend-store-uri", store])
 
 
-def _lock() -> FileLock:
+def store_lock() -> FileLock:
     """Keep other stages of this checkout out: two that create the store at once break it."""
     return FileLock(files.scratch() / "mlflow.lock", timeout=45)
 
 
-def _database() -> Path | None:
-    """Return the file of the SQLite store that `connect` has chosen; None for a server."""
-    import mlflow
+def _given_uri() -> str:
+    return os.environ.get("MLFLOW_TRACKING_URI", "").strip()
 
-    uri = mlflow.get_tracking_uri()
-    return Path(uri.removeprefix("sqlite:///")).resolve() if uri.startswith("sqlite:///") else None
+
+def _sqlite(path: Path) -> str:
+    """Return the URI of an SQLite file. Its name may hold any character."""
+    from sqlalchemy.engine import URL
+
+    return URL.create("sqlite", database=str(path)).render_as_string()
+
+
+def _move_artifacts(path: Path) -> None:
+    """Make the artifacts of an SQLite store those beside it, if it was copied or moved.
+
+    MLflow keeps absolute addresses. Those that were given by the user are left alone.
+    """
+    here = (path.parent / ARTIFACTS).as_uri()
+    with closing(sqlite3.connect(path, timeout=5)) as store, store:
+        columns = {"experiments": "artifact_location", "runs": "artifact_uri"}
+        columns["logged_models"] = "artifact_location"
+        query = "SELECT DISTINCT artifact_location FROM experiments WHERE artifact_location LIKE ?"
+        for (old,) in store.execute(query, [f"file:%/{ARTIFACTS}"]).fetchall():
+            for table, column in columns.items() if old != here else ():
+                start = f"substr({column}, 1, {len(old)})"
+                rest = f"substr({column}, {len(old) + 1})"
+                change = f"UPDATE {table} SET {column} = ? || {rest} WHERE {start} = ?"  # noqa: S608, fixed names
+                store.execute(change, [here, old])

@@ -2,53 +2,53 @@
 
 import platform
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
-from cifarlab import pipeline
+from filelock import FileLock, Timeout
+
+from cifarlab import files, pipeline
 from cifarlab.errors import first_line
 from cifarlab.params.sections import Params
 from cifarlab.runtime import timings
-from cifarlab.tracking.client import KEY, connect, experiment_id, wait_for_database
+from cifarlab.tracking import client as tracking
+from cifarlab.tracking.client import KEY, Deadline
 from cifarlab.tracking.upload import Execution, Upload
 
 VERSIONS = ("torch", "numpy", "dvc", "mlflow")  # the packages whose versions are logged
 SOURCE = {"mlflow.source.name": "dvc.yaml", "mlflow.source.type": "PROJECT"}  # for MLflow's pages
+FOLDER = "cifarlab.folder"  # the tag that says on which host and in which folder a stage ran last
 
 
-def track(
-    stage: str, params: Params, conditions: dict[str, str] | None = None, *, take_over: bool = False
-) -> "StageRun":
+def track(stage: str, params: Params, conditions: dict[str, str] | None = None) -> "StageRun":
     """Return a context manager that logs to MLflow what its block writes as one stage.
 
-    A failure of MLflow costs one warning; when the block ends, everything is tried once more.
-    The run is KILLED by a KeyboardInterrupt, within about a second, and FAILED after any other
-    exception.
+    A failure of MLflow costs one warning, and at most 30 s or a twentieth of the stage's time. When
+    the block ends, everything is tried once more. The run is KILLED by a KeyboardInterrupt, within
+    about a second, and FAILED after any other exception.
 
     Parameters
     ----------
     conditions : on what a training runs: device, threads, precision, PyTorch
-    take_over : continue the unfinished run of the same training, whichever experiment it belongs
-        to: `dvc exp run` draws a new name for every try. Only for a train stage that knows that
-        no other process trains the same network now.
 
     Raises
     ------
     UserError
-        The data or the code is missing or damaged.
+        The data or the code is missing or damaged, or MLFLOW_TRACKING_URI names no store.
     """
+    tracking.database()
     execution = Execution(params, pipeline.training_key(params), *pipeline.current_experiment())
-    return StageRun(stage, execution, conditions or {}, take_over)
+    return StageRun(stage, execution, conditions or {})
 
 
 @dataclass
 class StageRun:
-    """The run of an execution, found by training key and DVC experiment, or created.
+    """The run of an execution, found by its identity, or created.
 
     So stages pass nothing to each other, and a stage that runs again finds its run. The run also
     gets the files of earlier stages that it lacks: the store may be new, a server may have been
@@ -58,9 +58,13 @@ class StageRun:
     stage: str
     execution: Execution
     conditions: dict[str, str] = field(default_factory=dict)
-    take_over: bool = False
+    run: Any = None
+    """The run to continue, if it is known."""
+    deadline: Deadline = field(default_factory=Deadline)
     upload: Upload | None = None
     """None while MLflow cannot be used."""
+    lock: FileLock | None = None
+    """Held while this process writes to the run, so that others know that it is alive."""
     warned: bool = False
     monitor: Any = None
     started: float = field(default_factory=time.time)
@@ -70,7 +74,7 @@ class StageRun:
     def __enter__(self) -> "StageRun":
         """Open the run and start to measure the load of the machine; warn if MLflow fails."""
         with self._warn_once():
-            self.upload = self.open()
+            self.upload = self.deadline.wait(self.open)
             if self.stage == "train" and self.execution.params.tracking.system_metrics:
                 from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
@@ -81,34 +85,33 @@ class StageRun:
     def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
         """End the run; warn if MLflow fails."""
         killed = error is KeyboardInterrupt
-        if self.monitor:  # it must end even if MLflow does not answer
-            _within(0.5 if killed else 9, self.monitor.finish)
-        if not killed:
-            self._try_to_close("FAILED" if error else "FINISHED")
-        elif self.upload:
-            _within(1, lambda: self._try_to_close("KILLED"))
+        self.deadline.reserve(1 if killed else 10)
+        status = "KILLED" if killed else "FAILED" if error else "FINISHED"
+        if self.upload or not killed:
+            with self._warn_once():
+                self.deadline.wait(lambda: self._close_again(status))
 
     def log_epochs(self) -> None:
         """Log the epochs of history.csv that the run lacks; warn if MLflow fails."""
-        if self.upload:
+        if upload := self.upload:
             with self._warn_once():
-                wait_for_database()
-                self.upload.send_epochs()
+                self.deadline.wait(upload.send_epochs)
 
     def open(self) -> Upload:
         """Find or create the run, and log what it lacks of the stages before this one."""
-        client, execution = connect(), self.execution
-        experiment = experiment_id(client, execution.params.tracking.experiment)
-        name = execution.experiment
-        origin = {"dvc.exp.name": name, "dvc.exp.baseline": execution.baseline if name else ""}
-        if run := self._find(client, experiment):
-            self.idle_since = run.info.end_time or int(1000 * self.started)
-            client.update_run(run.info.run_id, "RUNNING", name or None)
-        else:
-            run = self._create(client, experiment, origin)
-        changed = {k: v for k, v in origin.items() if run.data.tags.get(k, "") != v}
+        client, execution = tracking.connect(), self.execution
+        experiment = tracking.experiment_id(client, execution.params.tracking.experiment)
+        with tracking.store_lock():
+            if run := self.run or self._find(client, experiment):
+                self.idle_since = run.info.end_time or int(1000 * self.started)
+                client.update_run(run.info.run_id, "RUNNING", execution.experiment or None)
+            else:
+                run = self._create(client, experiment)
+            self.lock = claim(run.info.run_id)
+        end_killed(client, running(client, experiment))
         upload = Upload(client, run, execution)
-        upload.send_params(changed | self.conditions)
+        known = execution.identity.items() <= run.data.tags.items()
+        upload.send_params({FOLDER: _here()} if known else self._origin(), self.conditions)
         for stage in pipeline.STAGES[: pipeline.STAGES.index(self.stage)]:
             upload.send_stage(stage)
         return upload
@@ -120,38 +123,52 @@ class StageRun:
         # The time between two stages does not count: a figure drawn a day later adds seconds.
         end = self.idle_since + int(1000 * (time.time() - self.started))
         upload.client.set_terminated(upload.run_id, status, end)
+        if self.lock:
+            Path(self.lock.lock_file).unlink(missing_ok=True)
+            self.lock.release()
 
-    def _try_to_close(self, status: str) -> None:
-        with self._warn_once():
-            upload = self.upload or self.open()  # MLflow may have come back
-            wait_for_database()
-            if self.monitor:  # a training shorter than the sampling interval needs a sample, too
-                self.monitor.collect_metrics()
-                self.monitor.publish_metrics(self.monitor.aggregate_metrics())
-                self.monitor.mlflow_logger.flush()
-            self.close(upload, status)
+    def _close_again(self, status: str) -> None:
+        if self.monitor:
+            self.monitor.finish()
+        upload = self.upload or self.open()  # MLflow may have come back
+        tracking.wait_for_database()
+        if self.monitor:  # a training shorter than the sampling interval needs a sample, too
+            self.monitor.collect_metrics()
+            self.monitor.publish_metrics(self.monitor.aggregate_metrics())
+            self.monitor.mlflow_logger.flush()
+        self.close(upload, status)
+
+    def _origin(self) -> dict[str, str]:
+        """Return the tags that name the experiment, the commit and the folder of this execution."""
+        commit = self.execution.baseline or pipeline.git_commit()
+        tags = self.execution.identity | {FOLDER: _here()}
+        return tags | ({"git.commit": commit, "mlflow.source.git.commit": commit} if commit else {})
 
     def _find(self, client: Any, experiment: str) -> Any:
-        runs = client.search_runs([experiment], f"tags.`{KEY}` = '{self.execution.key}'")
-        name = self.execution.experiment
-        found = [run for run in runs if run.data.tags["dvc.exp.name"] == name]
-        if not found and self.take_over:
-            found = [run for run in runs if "logged.train" not in run.data.tags]
-        return found[0] if found else None
+        """Return the run of this execution, or one that another execution can no longer finish.
 
-    def _create(self, client: Any, experiment: str, origin: dict[str, str]) -> Any:
+        `dvc exp run` draws a new name for every try.
+        """
+        execution = self.execution
+        runs = client.search_runs([experiment], f"tags.`{KEY}` = '{execution.key}'")
+        same = [run for run in runs if execution.deciding.items() <= run.data.tags.items()]
+        mine = [run for run in same if execution.identity.items() <= run.data.tags.items()]
+        left = [run for run in same if _may_be_left(run) and _is_over(run)]
+        known = pipeline.experiment_names() if left and not mine else []
+        left = [run for run in left if run.data.tags["dvc.exp.name"] not in known]
+        return next(iter([*mine, *left]), None)
+
+    def _create(self, client: Any, experiment: str) -> Any:
         execution = self.execution
         variant, epochs = execution.params.model.describe(), timings.read(execution.key).epochs
-        commit = execution.baseline or pipeline.git_commit()
-        tags = {KEY: execution.key, "variant": variant, "version.python": platform.python_version()}
+        tags = {"variant": variant, "version.python": platform.python_version()}
         tags |= {f"version.{package}": version(package) for package in VERSIONS}
-        tags |= SOURCE | {"git.commit": commit, "mlflow.source.git.commit": commit} | origin
-        tags = {k: v for k, v in tags.items() if v or k == "dvc.exp.name"}
         start = self.idle_since = int(1000 * self.started)
         if epochs and self.stage != "train":  # the training ran before
             ended, seconds = next(iter(epochs.values()))
             start, self.idle_since = int(ended - 1000 * seconds), max(epochs.values())[0]
         name = execution.experiment or variant
+        tags |= SOURCE | self._origin()
         return client.create_run(experiment, start, tags, run_name=name)
 
     @contextmanager
@@ -169,8 +186,70 @@ class StageRun:
             self.warned = True
 
 
-def _within(seconds: float, action: Callable[[], None]) -> None:
-    """Do something that may hang, and stop waiting for it after some seconds."""
-    thread = threading.Thread(target=action, daemon=True)
-    thread.start()
-    thread.join(seconds)
+def running(client: Any, experiment: str) -> list[Any]:
+    """Return the runs of this project that MLflow shows as RUNNING."""
+    query = f"attributes.status = 'RUNNING' AND tags.`{KEY}` LIKE '%'"
+    return list(client.search_runs([experiment], query))
+
+
+def end_killed(client: Any, runs: list[Any]) -> None:
+    """Mark those of some RUNNING runs as KILLED whose process has ended."""
+    for run in runs:
+        if not is_alive(run.info.run_id):
+            client.set_terminated(run.info.run_id, "KILLED")
+            _lock_file(run.info.run_id).unlink(missing_ok=True)
+
+
+def claim(run_id: str) -> FileLock | None:
+    """Lock a run for this process; None if another process writes to it.
+
+    The kernel releases the lock when the process ends in any way.
+    """
+    _lock_file(run_id).parent.mkdir(parents=True, exist_ok=True)
+    try:
+        lock = FileLock(_lock_file(run_id), thread_local=False)
+        lock.acquire(blocking=False)
+        return lock
+    except Timeout:
+        return None
+
+
+def is_alive(run_id: str) -> bool:
+    """Tell whether a process may still write to a run.
+
+    A run without a lock file was not started in this checkout, and may run elsewhere, unless the
+    store belongs to this checkout alone.
+    """
+    if not _lock_file(run_id).exists():
+        return tracking.database() != files.mlflow_database().resolve()
+    if lock := claim(run_id):
+        lock.release()
+    return not lock
+
+
+def _lock_file(run_id: str) -> Path:
+    return files.scratch() / "runs" / f"{run_id}.lock"
+
+
+def _may_be_left(run: Any) -> bool:
+    """Tell whether a run is not whole, or its experiment was killed before DVC had recorded it."""
+    tags = run.data.tags
+    here = tags.get(FOLDER, "").startswith(f"{platform.node()}:{files.root()}")
+    return "logged.plot" not in tags or (here and bool(tags["dvc.exp.name"]))
+
+
+def _is_over(run: Any) -> bool:
+    """Tell whether the execution that started an incomplete run can no longer continue it.
+
+    Between two stages no process writes to the run. Then its folder tells: DVC runs one pipeline at
+    a time in a folder, and works in it.
+    """
+    if run.info.status != "FINISHED":
+        return run.info.status != "RUNNING" or not is_alive(run.info.run_id)
+    host, _, folder = run.data.tags.get(FOLDER, "").partition(":")
+    here = run.data.tags.get(FOLDER) == _here()
+    return here or (host == platform.node() and not pipeline.in_use(Path(folder)))
+
+
+def _here() -> str:
+    return f"{platform.node()}:{Path.cwd()}"

@@ -24,7 +24,8 @@ def timing_of(revision: Revision) -> dict[str, Any]:
 
     All values are None, with a warning, if MLflow cannot say.
     """
-    try:
+
+    def read() -> dict[str, Any]:
         client, run_id = tracking.connect(), run_of(revision)
         run, epochs = client.get_run(run_id), client.get_metric_history(run_id, "epoch_seconds")
         machine = "{device}, {threads} threads, {precision}, PyTorch {torch}"
@@ -35,6 +36,9 @@ def timing_of(revision: Revision) -> dict[str, Any]:
             "machine": machine.format(**run.data.tags),
             "data": run.inputs.dataset_inputs[0].dataset.name,
         }
+
+    try:
+        return tracking.Deadline(600).wait(read)
     except Exception as error:  # MLflow, requests, SQLAlchemy and the disk each raise their own
         warning = f"warning: {revision.name} has no training time: {first_line(error)[:200]}"
         print(warning, file=sys.stderr)
@@ -46,7 +50,8 @@ def publish(name: str, question: str, files: list[Path], runs: list[str]) -> Non
 
     A failure is a warning: the files are the answer, MLflow only shows them.
     """
-    try:
+
+    def send() -> None:
         client = tracking.connect()
         experiment = tracking.experiment_id(client, load_params().tracking.experiment)
         found = client.search_runs([experiment], f"tags.`study.parent` = '{name}'", max_results=1)
@@ -61,6 +66,9 @@ def publish(name: str, question: str, files: list[Path], runs: list[str]) -> Non
         for file in files:
             client.log_artifact(parent, str(file))
         client.set_terminated(parent)
+
+    try:
+        tracking.Deadline(600).wait(send)
     except Exception as error:  # see above
         warning = f"warning: MLflow does not show the study {name}: {first_line(error)[:200]}"
         print(warning, file=sys.stderr)

@@ -1,55 +1,54 @@
 """Logging to MLflow, from the files, what it lacks of experiments, commits and the workspace."""
 
-from collections.abc import Iterable
 from contextlib import nullcontext
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import pandas as pd
+import yaml
+from pydantic import ValidationError
 
 from cifarlab import files, pipeline
 from cifarlab.errors import UserError, first_line
 from cifarlab.params.load import load_params
+from cifarlab.params.sections import Params
 from cifarlab.pipeline import WORKSPACE, Revision
-from cifarlab.tracking.client import all_runs
-from cifarlab.tracking.run import StageRun
-from cifarlab.tracking.upload import Execution
+from cifarlab.tracking import client as tracking
+from cifarlab.tracking.run import StageRun, end_killed, is_alive
+from cifarlab.tracking.upload import ARTIFACTS, PARAMS, Execution, deciding, params_digest
+
+Tags = dict[str, str]
 
 
-def sync() -> None:
+def sync(*, check: bool = False) -> None:
     """Log what is missing, and print a table of revisions and runs.
 
     It has a row for each experiment, commit and the workspace, with the command that restores it,
-    its runs and what was done, and a row for each run that belongs to none of them.
+    its run and what was done, and a row for each run that belongs to none of them. With `check`
+    nothing is logged or changed.
 
     Raises
     ------
     UserError
-        MLflow cannot be read, or the table shows something that could not be logged.
+        MLflow cannot be read, or the table shows something that could not be logged or, with
+        `check`, that is missing.
     """
-    runs, rows, seen = all_runs(), [], set()
+    mirror, rows, unnamed = Mirror(), [], list[Tags]()
     for revision in [*pipeline.experiments(), *pipeline.commits(), WORKSPACE]:
-        lock = pipeline.lock(revision)
-        if not lock:  # nothing has run there
+        if not pipeline.read_text(files.DVC_LOCK, revision):  # nothing has run there
             continue
+        run_id = ""
         try:
-            digest = pipeline.lock_digest(lock)
-            if (revision.name, digest) in seen:
+            wanted = _tags(revision)
+            if not revision.name and any(wanted.items() <= other.items() for other in unnamed):
                 continue
-            seen.add((revision.name, digest))
-            found = _complete(runs, digest, revision.name)
-            status = "was there" if found else "logged"
-            found = found or [_log(revision)]
+            unnamed += [] if revision.name else [wanted]
+            run_id, status = mirror.complete(revision, wanted, check=check)
         except UserError as error:
-            found, status = [], f"not logged: {error}"
-        rows.append((revision.label, revision.restore, " ".join(found), status))
-    failed = any(status.startswith("not logged") for *_, status in rows)
-    listed = {run_id for _, _, found, _ in rows for run_id in found.split()}
-    for run in [run for run in runs if run.info.run_id not in listed]:
-        tags, ended = run.data.tags, run.info.status.lower()
-        label = f"{tags['dvc.exp.name'] or 'workspace'} of {tags.get('git.commit', '')[:10]}"
-        status = f"{ended}, but no experiment or commit has this run"
-        rows.append((label, "", run.info.run_id, status))
+            status = f"not logged: {error}"
+        rows.append((revision.label, revision.restore, run_id, status))
+    failed = any(status.startswith(("not logged", "missing")) for *_, status in rows)
+    rows += mirror.others({run_id for _, _, run_id, _ in rows}, check=check)
     table = pd.DataFrame(rows, columns=["what", "restored by", "run", "MLflow"])
     print(table.to_string(index=False) if rows else "no experiment, no dvc.lock, no run yet")
     if failed:
@@ -66,37 +65,138 @@ def run_of(revision: Revision) -> str:
     UserError
         MLflow cannot be read or written, or DVC's cache lacks files.
     """
-    digest = pipeline.lock_digest(pipeline.lock(revision))
-    found = _complete(all_runs(), digest, revision.name)
-    return found[0] if found else _log(revision)
+    mirror = Mirror()
+    return mirror.complete(revision, _tags(revision), check=False)[0]
 
 
-def _complete(runs: Iterable[Any], digest: str, name: str) -> list[str]:
-    """Return the finished runs that have all outputs of a dvc.lock with this digest.
+class Mirror:
+    """The runs that MLflow has of this project, compared with what the files say."""
 
-    For an experiment these must have its name. For a commit any name will do, because a commit may
-    have been made from an experiment.
+    def __init__(self) -> None:
+        self.runs = tracking.all_runs()
+        self.client = tracking.connect()
+
+    def complete(self, revision: Revision, wanted: Tags, *, check: bool) -> tuple[str, str]:
+        """Log a revision if no run shows it. Return the id of its run and what was done."""
+        same = [run for run in self.runs if wanted.items() <= run.data.tags.items()]
+        for run in same:
+            if run.info.status == "RUNNING" and is_alive(run.info.run_id):
+                return run.info.run_id, "is running"
+            if run.info.status == "FINISHED" and self._has_artifacts(run, revision):
+                return run.info.run_id, "was there"
+        if check:
+            return (same[0].info.run_id if same else ""), "missing, at least in part"
+        known = same[0] if same else self._logged_by_an_older_version(revision)
+        new = self._log(revision, known)
+        self.runs = [*(run for run in self.runs if run.info.run_id != new.info.run_id), new]
+        return new.info.run_id, "logged"
+
+    def others(self, listed: set[str], *, check: bool) -> list[tuple[str, str, str, str]]:
+        """Describe the runs that are not `listed`. Mark those as KILLED whose process has ended."""
+        found = []
+        for run in [run for run in self.runs if run.info.run_id not in listed]:
+            tags, status = run.data.tags, run.info.status
+            if status == "RUNNING" and not is_alive(run.info.run_id):
+                status = "KILLED"
+                if not check:
+                    end_killed(self.client, [run])
+            label = (
+                f"{tags.get('dvc.exp.name') or 'workspace'} of {tags.get('git.commit', '')[:10]}"
+            )
+            state = f"{status.lower()}, but no experiment or commit has this run"
+            found.append((label, "", run.info.run_id, state))
+        return found
+
+    def _has_artifacts(self, run: Any, revision: Revision) -> bool:
+        """Tell whether MLflow has the artifacts of a run, in the sizes that dvc.lock names."""
+        run_id, folders = run.info.run_id, ["", *ARTIFACTS.values()]
+
+        def sizes() -> dict[str, int]:
+            found = [file for name in folders for file in self.client.list_artifacts(run_id, name)]
+            return {file.path: file.file_size for file in found if not file.is_dir}
+
+        def has_model() -> bool:
+            outputs = run.outputs.model_outputs if run.outputs else []
+            files = [self.client.list_logged_model_artifacts(model.model_id) for model in outputs]
+            return any(files)
+
+        wanted = {}
+        for stage in pipeline.parse_lock(pipeline.read_text(files.DVC_LOCK, revision)).values():
+            for path, size in stage.size.items():
+                if folder := ARTIFACTS.get(PurePosixPath(path).suffix):
+                    wanted[f"{folder}/{PurePosixPath(path).name}"] = size
+        found, params = tracking.Deadline(60).wait(sizes), _params(revision)
+        if not wanted.items() <= found.items() or not found.get("confusion_matrix.json"):
+            return False
+        return not (params and params.tracking.log_model) or tracking.Deadline(60).wait(has_model)
+
+    def _logged_by_an_older_version(self, revision: Revision) -> Any:
+        """Return the run that a version without digests of parameters logged for a revision."""
+        if not (params := _params(revision)):
+            return None
+        wanted = {"dvc.lock": pipeline.lock_digest(pipeline.read_text(files.DVC_LOCK, revision))}
+        wanted |= {"dvc.exp.name": revision.name} if revision.name else {}
+        values = {name: str(value) for name, value in deciding(params).items()}
+        for run in self.runs:
+            tags = run.data.tags
+            # It had one run for all changes of the later stages, and the last of them as tags.
+            if PARAMS in tags or any(name.startswith("changed.") for name in tags):
+                continue
+            if wanted.items() <= tags.items() and values.items() <= run.data.params.items():
+                return run
+        return None
+
+    def _log(self, revision: Revision, known: Any) -> Any:
+        """Log an experiment, a commit or the workspace and return its run.
+
+        `known` is the run that shows it already, but not whole: it gets everything again.
+        """
+        if revision == WORKSPACE and not pipeline.workspace_is_current():
+            raise UserError("changed since its pipeline ran; `dvc repro` runs and logs it")
+        commit, origin = revision.commit, (revision.name, revision.baseline)
+        with pipeline.scratch_copy(commit) if commit else nullcontext(Path()) as folder:
+            for stage in pipeline.STAGES:
+                if not pipeline.outputs(stage, folder):
+                    raise UserError(f"its {stage} stage has no outputs; run the pipeline again")
+            params = load_params(folder / files.PARAMS)
+            key = pipeline.training_key(params, folder)
+            if known:  # a commit may be shown by the run of an experiment
+                for name in [name for name in known.data.tags if name.startswith("logged.")]:
+                    self.client.delete_tag(known.info.run_id, name)
+                known, tags = self.client.get_run(known.info.run_id), known.data.tags
+                origin = (tags["dvc.exp.name"], tags.get("dvc.exp.baseline", ""))
+            run = StageRun("plot", Execution(params, key, *origin, folder), run=known)
+
+            def send() -> Any:
+                upload = run.open()
+                run.close(upload, "FINISHED")
+                return self.client.get_run(upload.run_id)
+
+            try:
+                return tracking.Deadline(600).wait(send)
+            except Exception as error:  # MLflow, SQLAlchemy, requests and the disk raise their own
+                raise UserError(f"MLflow failed ({first_line(error)[:200]})") from error
+
+
+def _tags(revision: Revision) -> Tags:
+    """Return the tags of a run that shows a revision: its tables, figures and parameters.
+
+    The run of an experiment also has its name and its baseline. For a commit or the workspace any
+    run will do, because a commit may have been made from an experiment.
     """
-    wanted = {"dvc.lock": digest} | ({"dvc.exp.name": name} if name else {})
-    finished = [run for run in runs if run.info.status == "FINISHED"]
-    return [run.info.run_id for run in finished if wanted.items() <= run.data.tags.items()]
+    locked = pipeline.parse_lock(pipeline.read_text(files.DVC_LOCK, revision))
+    tags = {f"logged.{name}": locked[name].digest for name in pipeline.STAGES if name in locked}
+    if revision.name:
+        tags |= {"dvc.exp.name": revision.name, "dvc.exp.baseline": revision.baseline}
+    # The parameters of the workspace may have changed since its pipeline ran.
+    if revision != WORKSPACE and (params := _params(revision)):
+        tags[PARAMS] = params_digest(params)
+    return tags
 
 
-def _log(revision: Revision) -> str:
-    """Log an experiment, a commit or the workspace and return the id of its run."""
-    if revision == WORKSPACE and not pipeline.workspace_is_current():
-        raise UserError("changed since its pipeline ran; `dvc repro` runs and logs it")
-    commit = revision.commit
-    with pipeline.scratch_copy(commit) if commit else nullcontext(Path()) as folder:
-        for stage in pipeline.STAGES:
-            if not pipeline.outputs(stage, folder):
-                raise UserError(f"its {stage} stage has no outputs; run the pipeline again")
-        params = load_params(folder / files.PARAMS)
-        key = pipeline.training_key(params, folder)
-        run = StageRun("plot", Execution(params, key, revision.name, revision.baseline, folder))
-        try:
-            upload = run.open()
-            run.close(upload, "FINISHED")
-        except Exception as error:  # MLflow, SQLAlchemy, requests and the disk raise their own
-            raise UserError(f"MLflow failed ({first_line(error)[:200]})") from error
-        return upload.run_id
+def _params(revision: Revision) -> Params | None:
+    """Return the parameters of a revision; None if the present version does not know them."""
+    try:
+        return Params.model_validate(yaml.safe_load(pipeline.read_text(files.PARAMS, revision)))
+    except (yaml.YAMLError, ValidationError):
+        return None

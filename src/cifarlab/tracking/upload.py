@@ -2,8 +2,10 @@
 
 import hashlib
 import json
+import posixpath
 import re
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -14,8 +16,11 @@ import pandas as pd
 from cifarlab import files, pipeline
 from cifarlab.params.sections import Params
 from cifarlab.runtime import timings
+from cifarlab.tracking.client import KEY, wait_for_database
 
 ARTIFACTS = {".csv": "tables", ".png": "figures"}  # MLflow's folder for each kind of file
+PARAMS, CODE = "cifarlab.params", "cifarlab.code"  # tags with digests of what decides the outputs
+MAX_BATCH = 1000  # metrics in one request
 Values = dict[str, Any]
 
 
@@ -32,6 +37,32 @@ class Execution:
     """The commit that it started from; may be empty for `dvc repro`."""
     folder: Path = Path()
     """Where the outputs are: the working folder, or a scratch copy of a commit."""
+
+    @property
+    def deciding(self) -> dict[str, str]:
+        """The tags that stand for everything that decides the outputs of all stages."""
+        code = pipeline.stage_code(self.folder, pipeline.STAGES)
+        return {KEY: self.key, PARAMS: params_digest(self.params), CODE: code}
+
+    @property
+    def identity(self) -> dict[str, str]:
+        """The tags that a run must have to be the run of this execution.
+
+        `dvc repro` has no name, and may run before or after a commit, so it has no baseline.
+        """
+        name = self.experiment
+        origin = {"dvc.exp.name": name, "dvc.exp.baseline": self.baseline if name else ""}
+        return self.deciding | origin
+
+
+def deciding(params: Params) -> Values:
+    """Return all parameters except those of tracking, which decide no output."""
+    return {name: v for name, v in params.flat().items() if not name.startswith("tracking.")}
+
+
+def params_digest(params: Params) -> str:
+    """Hash the parameters that decide an output."""
+    return hashlib.sha256(json.dumps(deciding(params), sort_keys=True).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -51,67 +82,65 @@ class Upload:
         """The id of the run."""
         return str(self.run.info.run_id)
 
-    def send_params(self, tags: dict[str, str]) -> None:
-        """Log the parameters and the given tags.
-
-        MLflow never changes a parameter. If one of a later stage has changed since the training,
-        its new value becomes the tag `changed.NAME`.
-        """
-        known, params = self.run.data, self.execution.params.flat()
-        changed = {
-            f"changed.{name}": str(value)
-            for name, value in params.items()
-            if known.params.get(name, str(value)) != str(value) or f"changed.{name}" in known.tags
-        }
-        new = {name: value for name, value in params.items() if name not in known.params}
-        self._send(tags | changed, {}, new)
+    def send_params(self, origin: dict[str, str], conditions: dict[str, str]) -> None:
+        """Log the parameters, and as tags the origin of the execution and its conditions."""
+        known, params = self.run.data.params, self.execution.params.flat()
+        new = {name: value for name, value in params.items() if name not in known}
+        self._send(origin | conditions, {}, new)
 
     def send_stage(self, stage: str) -> None:
         """Log all that a stage wrote; then the tag `logged.STAGE` has the digest of its files."""
-        paths = pipeline.outputs(stage, self.execution.folder)
-        hashes = {str(path): _sha256(self._path(path)) for path in paths}
-        digest = hashlib.sha256(json.dumps(hashes, sort_keys=True).encode()).hexdigest()
+        digest = pipeline.output_digest(stage, self.execution.folder)
         if self.run.data.tags.get(f"logged.{stage}") != digest:
             send = {"train": self._send_training, "evaluate": self._send_evaluation}.get(stage)
             if send:
                 send()
-            for path in paths:
+            for path in pipeline.outputs(stage, self.execution.folder):
                 if folder := ARTIFACTS.get(path.suffix):
                     self.client.log_artifact(self.run_id, str(self._path(path)), folder)
             self._send({f"logged.{stage}": digest}, {}, {})
         if stage == "evaluate" and self.execution.params.tracking.log_model:
             self._send_model()
-        lock = self._path(files.DVC_LOCK)
-        if stage == "plot" and lock.exists():  # not if DVC has never run here
-            self._send({"dvc.lock": pipeline.lock_digest(lock.read_text("utf-8"))}, {}, {})
 
     def send_epochs(self) -> None:
         """Log the rows of history.csv with the times when the epochs ended, if they are known.
 
-        Each row is one request, so a row is logged as a whole or not at all.
+        Many rows go into one request, and a row is logged as a whole or not at all.
         """
         from mlflow.entities import Metric
+
+        wait_for_database()
 
         logged = [p.step for p in self.client.get_metric_history(self.run_id, "train_loss")]
         table = pd.read_csv(self._path(files.HISTORY), index_col="epoch")
         times, now = timings.read(self.execution.key).epochs, int(1000 * time.time())
+        rows = []
         for epoch, row in table.drop(index=logged, errors="ignore").iterrows():
             ended, seconds = times.get(str(epoch), (now, None))
             values = row.to_dict() | {"epoch_seconds": seconds}
-            points = [Metric(k, v, ended, epoch) for k, v in values.items() if pd.notna(v)]
-            self.client.log_batch(self.run_id, points)
+            rows.append([Metric(k, v, ended, epoch) for k, v in values.items() if pd.notna(v)])
+        self._send_metrics(rows)
 
     def _path(self, path: Path) -> Path:
         return self.execution.folder / path
 
     def _send(self, tags: Values, metrics: Values, params: Values) -> None:
-        """Log tags, final metrics and parameters in one request."""
+        """Log final metrics, then tags and parameters in one request."""
         from mlflow.entities import Metric, Param, RunTag
 
         known, now = self.run.data.metrics, int(1000 * time.time())
-        points = [Metric(k, v, now, 0) for k, v in metrics.items() if known.get(k) != v]
+        self._send_metrics([Metric(k, v, now, 0)] for k, v in metrics.items() if known.get(k) != v)
         new = [Param(k, str(v)) for k, v in params.items()]
-        self.client.log_batch(self.run_id, points, new, [RunTag(k, v) for k, v in tags.items()])
+        self.client.log_batch(self.run_id, (), new, [RunTag(k, v) for k, v in tags.items()])
+
+    def _send_metrics(self, groups: Iterable[list[Any]]) -> None:
+        """Log metrics in few requests, and each group in one."""
+        batch: list[Any] = []
+        for group in [*groups, []]:
+            if batch and (not group or len(batch) + len(group) > MAX_BATCH):
+                self.client.log_batch(self.run_id, batch)
+                batch = []
+            batch += group
 
     def _send_training(self) -> None:
         self.send_epochs()
@@ -146,8 +175,7 @@ class Upload:
         found = files.read_json(self._path(files.EVALUATION))
         classes = found.pop("accuracy_per_class")
         metrics = {f"test_{name}": value for name, value in found.items()}
-        for name, accuracy in classes.items():  # MLflow allows only these characters
-            metrics[re.sub(r"[^/\w.: -]", "_", f"accuracy/{name}")] = accuracy
+        metrics |= {accuracy_of(label): value for label, value in classes.items()}
         self._send({"mlflow.loggedArtifacts": shown}, metrics, {})
 
     def _send_model(self) -> None:
@@ -161,7 +189,7 @@ class Upload:
         new = (experiment, "model", run_id, {"weights.sha256": weights}, run.data.params)
         model = found[0] if found else client.create_logged_model(*new)
         name = model.model_id
-        if model.status != LoggedModelStatus.READY:
+        if model.status != LoggedModelStatus.READY or not client.list_logged_model_artifacts(name):
             self._export(name)
         outputs = run.outputs.model_outputs if run.outputs else []
         if name not in [output.model_id for output in outputs]:
@@ -169,8 +197,8 @@ class Upload:
             # are added to the model only.
             names = [k for k in run.data.metrics if k.startswith(("test_", "accuracy/"))]
             points = [client.get_metric_history(run_id, k)[-1] for k in names]
-            again = [Metric(p.key, p.value, p.timestamp, p.step, name) for p in points]
-            client.log_batch(run_id, again)
+            again = ([Metric(p.key, p.value, p.timestamp, p.step, name)] for p in points)
+            self._send_metrics(again)
             client.log_outputs(run_id, [LoggedModelOutput(name, 0)])
 
     def _export(self, model_id: str) -> None:
@@ -189,6 +217,20 @@ class Upload:
             serialization_format="pt2",
             pip_requirements=[f"torch=={version('torch')}"],
         )
+
+
+def accuracy_of(label: str) -> str:
+    """Return the name of the metric that holds the accuracy of a class.
+
+    MLflow refuses some characters, paths like `a//b` and long names. Then a digest keeps two
+    classes apart whose names become the same.
+    """
+    name = f"accuracy/{label}"
+    if re.fullmatch(r"[/\w.: -]{1,200}", name) and posixpath.normpath(name) == name:
+        return name
+    digest = hashlib.sha256(label.encode("utf-8", "surrogateescape")).hexdigest()
+    readable = re.sub(r"[^\w.: -]", "_", label)
+    return f"accuracy/{readable[:150]}-{digest[:8]}"
 
 
 def _sha256(path: Path) -> str:

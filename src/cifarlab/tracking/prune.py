@@ -1,0 +1,91 @@
+"""Removing experiments that nobody needs any more: from DVC, from its cache, and from MLflow."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import pandas as pd
+
+from cifarlab import files, pipeline
+from cifarlab.errors import UserError
+from cifarlab.pipeline import Revision
+from cifarlab.tracking import client as tracking
+
+
+def prune(keep: Sequence[str], best: int, *, remove: bool) -> None:
+    """Print which experiments stay and which go; with `remove`, remove the latter.
+
+    Those stay that are named, the `best` ones, and those in the tables of studies. The outputs of
+    every commit and of the workspace stay in DVC's cache.
+
+    Parameters
+    ----------
+    keep : names of experiments
+    best : how many stay because of their accuracy on validation images, or else on test images
+
+    Raises
+    ------
+    UserError
+        A name in `keep` is unknown, or MLflow or DVC cannot remove something.
+    """
+    found = pipeline.experiments()
+    if unknown := set(keep) - {revision.name for revision in found}:
+        advice = "`dvc exp list --all-commits` lists the experiments"
+        raise UserError(f"there is no experiment {', '.join(sorted(unknown))}; {advice}")
+    scores = {revision: _accuracy(revision) for revision in found}
+    ranked = sorted(found, key=lambda revision: scores[revision], reverse=True)
+    studied, rows, gone = _in_studies(), [], []
+    for place, revision in enumerate(ranked):
+        reasons = {
+            "named": revision.name in keep,
+            f"among the best {best}": place < best,
+            "in a study": revision.name in studied,
+        }
+        reason = ", ".join(text for text, applies in reasons.items() if applies)
+        gone += [] if reason else [revision]
+        state = f"stays: {reason}" if reason else "goes"
+        rows.append((revision.name, revision.baseline[:10], scores[revision], state))
+    table = pd.DataFrame(rows, columns=["experiment", "of commit", "accuracy", ""])
+    print(table.to_string(index=False) if rows else "no experiment")
+    if gone and remove:
+        _remove(gone)
+    elif gone:
+        print("nothing was removed; `cifarlab prune --remove` with the same options removes them")
+
+
+def _accuracy(revision: Revision) -> float:
+    for path, name in ((files.TRAIN_METRICS, "val_accuracy"), (files.EVALUATION, "accuracy")):
+        content = json.loads(pipeline.read_text(path, revision) or "{}")
+        if name in content:
+            return float(content[name])
+    return 0.0
+
+
+def _in_studies() -> set[str]:
+    """Return the experiments that the table of a study names."""
+    paths = files.ANSWERS.glob("*.csv")
+    tables = [pd.read_csv(path, dtype={"experiment": str}) for path in paths]
+    return {name for table in tables if "experiment" in table for name in table.experiment}
+
+
+def _remove(gone: list[Revision]) -> None:
+    """Remove experiments. The runs go first: a run can be logged again as long as DVC has it."""
+    origins = {(revision.name, revision.baseline) for revision in gone}
+    runs = [run for run in tracking.all_runs() if _origin(run) in origins]
+    client = tracking.connect()
+    for run in runs:
+        client.delete_run(run.info.run_id)
+    if runs and tracking.database():  # a server keeps what it deletes until its owner cleans up
+        command = [sys.executable, "-m", "mlflow", "gc", "--run-ids"]
+        command += [",".join(run.info.run_id for run in runs), "--backend-store-uri"]
+        done = subprocess.run([*command, tracking.address()], capture_output=True, check=False)
+        if done.returncode:
+            raise UserError("MLflow cannot delete the artifacts of the runs; type it again")
+    pipeline.remove_experiments(gone)
+    print(f"removed: {len(gone)} experiments, {len(runs)} runs and what only they used")
+
+
+def _origin(run: Any) -> tuple[str, str]:
+    return run.data.tags.get("dvc.exp.name", ""), run.data.tags.get("dvc.exp.baseline", "")
