@@ -289,9 +289,7 @@ def test_experiments_of_one_name_on_two_commits_have_their_own_runs(used: Projec
         "Running stage 'evaluate'",
         pytest.param("test accuracy", marks=pytest.mark.slow),  # the last line of evaluate
         pytest.param("Running stage 'plot'", marks=pytest.mark.slow),
-        pytest.param(
-            "mistakes.png", marks=pytest.mark.slow
-        ),  # then DVC writes its lock
+        pytest.param("mistakes.png", marks=pytest.mark.slow),  # then DVC writes its lock
     ],
 )
 def test_an_unnamed_experiment_that_was_killed_late_and_repeated_has_one_run(
@@ -396,13 +394,16 @@ def test_a_store_of_an_older_version_is_taken_over(used: Project) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["subfolder", "worktree", "submodule", "detached"])
+@pytest.mark.parametrize("kind", ["subfolder", "worktree", "submodule", "shallow", "detached"])
 def test_every_kind_of_checkout_works(used: Project, kind: str, tmp_path: Path) -> None:
     git = partial(used.run, "git", "-c", "protocol.file.allow=always")
     git("checkout", "--quiet", "--detach")
     folder, other = used.folder, tmp_path / "other"
     if kind == "worktree":
         git("worktree", "add", "--quiet", str(other))
+        folder = other
+    elif kind == "shallow":
+        git("clone", "--quiet", "--depth=1", f"file://{used.folder}", str(other))
         folder = other
     elif kind == "submodule":
         git("init", "--quiet", str(other))
