@@ -16,6 +16,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # Ctrl-C, kill, a clos
 __all__ = ["Params", "interrupted_once", "run"]
 
 try:
+    from cifarlab import pipeline
     from cifarlab.errors import UserError, tolerate_settings
     from cifarlab.params.load import load_params
     from cifarlab.params.sections import Params
@@ -33,6 +34,7 @@ def run(stage: Callable[[Params], None]) -> None:
             signal.signal(number, _interrupt)
     try:
         with interrupted_once():
+            pipeline.refuse_shallow_clone()
             stage(load_params())
     except KeyboardInterrupt:
         for number in SIGNALS:

@@ -86,6 +86,23 @@ def current_experiment() -> tuple[str, str]:
     return os.environ.get("DVC_EXP_NAME", ""), os.environ.get("DVC_EXP_BASELINE_REV", "")
 
 
+def refuse_shallow_clone() -> None:
+    """Stop an experiment in a temporary copy whose result DVC would lose.
+
+    DVC cannot bring the commit of `dvc exp run --temp` or `--queue` into a shallow clone, and does
+    not say so.
+
+    Raises
+    ------
+    UserError
+        This is such a copy, and the main checkout is a shallow clone.
+    """
+    copy, root = Path.cwd() != files.root(), str(files.root())
+    if copy and git("-C", root, "rev-parse", "--is-shallow-repository", check=False) == "true\n":
+        advice = "`git fetch --unshallow` gets the rest, or leave out --temp and --queue"
+        raise UserError(f"{root} is a shallow clone, in which DVC loses this experiment; {advice}")
+
+
 def experiments() -> list[Revision]:
     """Return every DVC experiment, the newest first.
 

@@ -394,16 +394,13 @@ def test_a_store_of_an_older_version_is_taken_over(used: Project) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["subfolder", "worktree", "submodule", "shallow", "detached"])
+@pytest.mark.parametrize("kind", ["subfolder", "worktree", "submodule", "detached"])
 def test_every_kind_of_checkout_works(used: Project, kind: str, tmp_path: Path) -> None:
     git = partial(used.run, "git", "-c", "protocol.file.allow=always")
     git("checkout", "--quiet", "--detach")
     folder, other = used.folder, tmp_path / "other"
     if kind == "worktree":
         git("worktree", "add", "--quiet", str(other))
-        folder = other
-    elif kind == "shallow":
-        git("clone", "--quiet", "--depth=1", f"file://{used.folder}", str(other))
         folder = other
     elif kind == "submodule":
         git("init", "--quiet", str(other))
@@ -430,6 +427,23 @@ def test_every_kind_of_checkout_works(used: Project, kind: str, tmp_path: Path) 
     assert re.search(r"commit \w+\s.*was there", output)
     assert re.search(r"try\s+dvc exp apply try\s+\w{32}\s+was there", output)
     assert cifarlab(project, "verify", "try").splitlines()[-1].startswith("identical: ")
+
+
+@pytest.mark.slow
+def test_a_shallow_clone_loses_no_experiment(used: Project, tmp_path: Path) -> None:
+    """DVC cannot bring the commit of a temporary copy into it, and does not say so."""
+    other = tmp_path / "other"
+    used.run("git", "clone", "--quiet", "--depth=1", f"file://{used.folder}", str(other))
+    project = Project(other, used.fork_server)
+    project.dvc("cache", "dir", "--local", str(used.folder.parent / "shared"))
+    change = ("-S", "evaluate.calibration_bins=3")
+    output = project.dvc("exp", "run", "--temp", *change, check=False)
+    assert "is a shallow clone, in which DVC loses this experiment" in output
+    assert "Traceback" not in output
+    project.dvc("exp", "run", "--name", "try", *change)
+    table(project)
+    assert project.runs()["try"].info.status == "FINISHED"
+    assert all("was there" in row for row in table(project))
 
 
 @pytest.mark.slow
