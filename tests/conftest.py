@@ -91,6 +91,15 @@ def train_params(content: dict[str, Any]) -> MakeTrain:
     return lambda **changes: TrainParams(**content["train"] | PLAIN_TRAINING | exact | changes)
 
 
+@pytest.fixture
+def restored_torch() -> Iterator[None]:
+    """Undo afterwards what `device.set_up` changes in the whole process."""
+    yield
+    torch.use_deterministic_algorithms(False)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    torch.set_num_threads(1)
+
+
 @pytest.fixture(scope="session")
 def fork_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ForkServer]:
     """Programs `python` and `dvc` that start without importing anything."""

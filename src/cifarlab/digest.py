@@ -1,11 +1,17 @@
-"""A digest of program code that only changes when the code itself does."""
+"""Digests of values, and of program code that only change when the code itself does."""
 
 import ast
 import hashlib
+import json
 from collections.abc import Iterable
 from typing import Any
 
 IGNORED = {"ctx", "kind", "type_comment", "type_params"}
+
+
+def json_digest(content: Any) -> str:
+    """Return the SHA-256 of a value that JSON can hold, in hexadecimal digits."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def code_digest(sources: Iterable[str]) -> str:

@@ -18,7 +18,7 @@ import psutil
 import yaml
 
 from cifarlab import files
-from cifarlab.digest import code_digest
+from cifarlab.digest import code_digest, json_digest
 from cifarlab.errors import UserError, first_line, without_secrets
 from cifarlab.params.sections import Params
 
@@ -204,7 +204,7 @@ def outputs(stage: str, folder: Path = Path()) -> list[Path]:
 def output_digest(stage: str, folder: Path = Path()) -> str:
     """Hash the files that a stage has written in `folder`, as `Locked.digest` does."""
     names = [path for path in _outs(stage, folder) if (folder / path).is_file()]
-    return _digest({str(path): _md5(folder / path) for path in names})
+    return json_digest({str(path): _md5(folder / path) for path in names})
 
 
 class Locked(NamedTuple):
@@ -216,7 +216,7 @@ class Locked(NamedTuple):
     @property
     def digest(self) -> str:
         """Stands for the content of all files."""
-        return _digest(self.md5)
+        return json_digest(self.md5)
 
 
 def read_text(path: Path, revision: Revision) -> str:
@@ -269,7 +269,7 @@ def training_key(params: Params, folder: Path = Path()) -> str:
             f"{what} is missing or damaged ({first_line(error)}); `dvc repro` makes the data "
             "again, `git status` names changed code"
         ) from error
-    return _digest(inputs)
+    return json_digest(inputs)
 
 
 def lock_digest(lock: str) -> str:
@@ -278,7 +278,7 @@ def lock_digest(lock: str) -> str:
     Runs that were logged before each file had a digest have it as the tag `dvc.lock`.
     """
     entries = {stage: yaml.safe_load(lock)["stages"].get(stage) for stage in RESULT}
-    return _digest(entries)
+    return json_digest(entries)
 
 
 def dependencies(folder: Path = Path(), stages: Sequence[str] = RESULT) -> list[str]:
@@ -392,10 +392,6 @@ def start_queue(jobs: int, *options: str) -> None:
     """Start workers of DVC's queue. They may outlive the queue, so they do not get our output."""
     command = ["dvc", "queue", "start", "--jobs", str(jobs), *options]
     subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=True)
-
-
-def _digest(content: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _md5(path: Path) -> str:

@@ -4,7 +4,6 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -13,14 +12,7 @@ from cifarlab.errors import UserError
 from cifarlab.runtime.device import conditions, precision, set_up
 from tests.conftest import REPO, MakeTrain
 
-
-@pytest.fixture(autouse=True)
-def _restore_settings() -> Iterator[None]:
-    """set_up changes settings of the whole process."""
-    yield
-    torch.use_deterministic_algorithms(False)
-    torch.utils.deterministic.fill_uninitialized_memory = True
-    torch.set_num_threads(1)
+pytestmark = pytest.mark.usefixtures("restored_torch")
 
 
 @pytest.mark.parametrize("asked", ["float32", "bfloat16"])

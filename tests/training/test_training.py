@@ -2,7 +2,7 @@
 
 import copy
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -20,14 +20,7 @@ from cifarlab.training.loop import Images, Row, fit, loss_function
 from tests.conftest import NOTEBOOK, PLAIN_NETWORK, MakeTrain
 from tests.support.networks import SIZE, MakeNetwork, colour_network, coloured
 
-
-@pytest.fixture(autouse=True)
-def _restore_settings() -> Iterator[None]:
-    """set_up changes settings of the whole process."""
-    yield
-    torch.use_deterministic_algorithms(False)
-    torch.utils.deterministic.fill_uninitialized_memory = True
-    torch.set_num_threads(1)
+pytestmark = pytest.mark.usefixtures("restored_torch")
 
 
 @pytest.fixture

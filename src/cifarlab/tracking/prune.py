@@ -9,7 +9,7 @@ from typing import Any
 import pandas as pd
 
 from cifarlab import files, pipeline
-from cifarlab.errors import UserError
+from cifarlab.errors import UserError, without_secrets
 from cifarlab.pipeline import Revision
 from cifarlab.tracking import client as tracking
 
@@ -82,7 +82,8 @@ def _remove(gone: list[Revision]) -> None:
         command += [",".join(run.info.run_id for run in runs), "--backend-store-uri"]
         done = subprocess.run([*command, tracking.address()], capture_output=True, check=False)
         if done.returncode:
-            raise UserError("MLflow cannot delete the artifacts of the runs; type it again")
+            *_, reason = ["no reason", *without_secrets(done.stderr.decode()).splitlines()]
+            raise UserError(f"MLflow cannot delete artifacts ({reason}); `mlflow gc` tries again")
     pipeline.remove_experiments(gone)
     print(f"removed: {len(gone)} experiments, {len(runs)} runs and what only they used")
 

@@ -15,7 +15,7 @@ from cifarlab.params.sections import Params
 from cifarlab.pipeline import WORKSPACE, Revision
 from cifarlab.tracking import client as tracking
 from cifarlab.tracking.run import StageRun, end_killed, is_alive
-from cifarlab.tracking.upload import ARTIFACTS, PARAMS, Execution, deciding, params_digest
+from cifarlab.tracking.upload import ARTIFACTS, PARAMS, Execution, params_digest, without_tracking
 
 Tags = dict[str, str]
 
@@ -136,7 +136,7 @@ class Mirror:
             return None
         wanted = {"dvc.lock": pipeline.lock_digest(pipeline.read_text(files.DVC_LOCK, revision))}
         wanted |= {"dvc.exp.name": revision.name} if revision.name else {}
-        values = {name: str(value) for name, value in deciding(params).items()}
+        values = {name: str(value) for name, value in without_tracking(params).items()}
         for run in self.runs:
             tags = run.data.tags
             # It had one run for all changes of the later stages, and the last of them as tags.

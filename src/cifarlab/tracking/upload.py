@@ -7,6 +7,7 @@ import re
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 import pandas as pd
 
 from cifarlab import files, pipeline
+from cifarlab.digest import json_digest
 from cifarlab.params.sections import Params
 from cifarlab.runtime import timings
 from cifarlab.tracking.client import KEY, wait_for_database
@@ -38,7 +40,7 @@ class Execution:
     folder: Path = Path()
     """Where the outputs are: the working folder, or a scratch copy of a commit."""
 
-    @property
+    @cached_property
     def deciding(self) -> dict[str, str]:
         """The tags that stand for everything that decides the outputs of all stages."""
         code = pipeline.stage_code(self.folder, pipeline.STAGES)
@@ -55,14 +57,14 @@ class Execution:
         return self.deciding | origin
 
 
-def deciding(params: Params) -> Values:
+def without_tracking(params: Params) -> Values:
     """Return all parameters except those of tracking, which decide no output."""
     return {name: v for name, v in params.flat().items() if not name.startswith("tracking.")}
 
 
 def params_digest(params: Params) -> str:
     """Hash the parameters that decide an output."""
-    return hashlib.sha256(json.dumps(deciding(params), sort_keys=True).encode()).hexdigest()
+    return json_digest(without_tracking(params))
 
 
 @dataclass(frozen=True)
@@ -85,6 +87,8 @@ class Upload:
     def send_params(self, origin: dict[str, str], conditions: dict[str, str]) -> None:
         """Log the parameters, and as tags the origin of the execution and its conditions."""
         known, params = self.run.data.params, self.execution.params.flat()
+        if conditions and "environment" in self.run.data.tags.keys() - conditions.keys():
+            self.client.delete_tag(self.run_id, "environment")  # of an earlier, killed training
         new = {name: value for name, value in params.items() if name not in known}
         self._send(origin | conditions, {}, new)
 
