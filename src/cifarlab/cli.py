@@ -53,7 +53,7 @@ def check() -> None:
 @main.command(epilog="Example: cifarlab variant tiny")
 @click.argument("name")
 def variant(name: str) -> None:
-    """Run variant NAME of variants.yaml as a DVC experiment beside the workspace."""
+    """Run variant NAME of variants.yaml as a DVC experiment."""
     variants = read_yaml(files.VARIANTS, f"`git checkout {files.VARIANTS}` restores it")
     if not isinstance(variants, dict) or not isinstance(variants.get(name), dict):
         known = ", ".join(map(str, variants or ["none"]))
@@ -70,7 +70,9 @@ def variant(name: str) -> None:
 @JOBS
 @click.option("--page-only", is_flag=True, help="Write the page from the table, run nothing.")
 def study(name: str, jobs: int, page_only: bool) -> None:
-    """Run the missing points of studies/NAME.yaml and write docs/studies/NAME.md.
+    """Run what the study NAME lacks, and write its page.
+
+    The question is studies/NAME.yaml, the page docs/studies/NAME.md.
 
     Stop it whenever you like: the same command continues. Without NAME it lists the studies.
     """
@@ -81,7 +83,7 @@ def study(name: str, jobs: int, page_only: bool) -> None:
 
 @main.command(epilog="Example: cifarlab studies")
 def studies() -> None:
-    """List the studies, and which of their committed rows the present code may use."""
+    """List the studies, and how many of their rows are valid."""
     from cifarlab.studies import study as asking
 
     asking.report()
@@ -90,7 +92,10 @@ def studies() -> None:
 @main.command(epilog="Example: cifarlab search search")
 @click.argument("name", required=False, default="")
 def search(name: str) -> None:
-    """Look for the best variant within the time that studies/NAME.yaml allows."""
+    """Look for the best variant within a limit of time.
+
+    studies/NAME.yaml holds the limit and what to try.
+    """
     from cifarlab.studies import search as searches
 
     click.echo(searches.run(name))
@@ -108,9 +113,10 @@ def queue(jobs: int) -> None:
 @main.command(epilog="Example: cifarlab sync --check")
 @click.option("--check", is_flag=True, help="Only report what is missing.")
 def sync(check: bool) -> None:
-    """Log to MLflow, from files, what it misses of experiments, commits and the workspace.
+    """Log to MLflow, from files, what it misses.
 
-    Prints which run belongs to what, and the command that restores it.
+    Of experiments, commits and the workspace. Prints which run belongs to what, and the command
+    that restores it.
     """
     from cifarlab.tracking import sync as syncing
 
@@ -120,7 +126,11 @@ def sync(check: bool) -> None:
 @main.command(epilog="Example: cifarlab prune --keep notebook --best 5 --remove")
 @click.option("--keep", multiple=True, metavar="NAME", help="An experiment that stays.")
 @click.option(
-    "--best", type=click.IntRange(0), default=10, show_default=True, help="How many stay."
+    "--best",
+    type=click.IntRange(0),
+    default=10,
+    show_default=True,
+    help="How many of the most accurate stay.",
 )
 @click.option("--remove", is_flag=True, help="Remove them; otherwise they are only listed.")
 def prune(keep: tuple[str, ...], best: int, remove: bool) -> None:
@@ -136,7 +146,7 @@ def prune(keep: tuple[str, ...], best: int, remove: bool) -> None:
 @main.command(epilog="Examples: cifarlab verify HEAD; cifarlab verify my-experiment")
 @click.argument("revision", default="HEAD")
 def verify(revision: str) -> None:
-    """Train an experiment or a commit again in a scratch copy and compare every byte."""
+    """Train a commit or experiment again, compare every byte."""
     from cifarlab import verify as verification
 
     verification.verify(revision)
@@ -153,7 +163,7 @@ def ui(port: int) -> None:
 
 @main.command(epilog="Example: cifarlab page")
 def page() -> None:
-    """Make the pages of `dvc plots` open offline, in this checkout only."""
+    """Make the pages of `dvc plots` of this checkout open offline."""
     import vl_convert
     from dvc_render.html import PAGE_HTML
 
