@@ -1,6 +1,7 @@
 """`python` and `dvc` of the fork server behave like the real programs."""
 
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -160,3 +161,20 @@ def test_the_end_of_the_server_kills_its_children(tmp_path: Path) -> None:
         wait_for_end(child)
         assert process.wait(60) == -signal.SIGKILL
         os.kill(sleeper, signal.SIGKILL)
+
+
+def test_python_may_lie_in_a_folder_of_any_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    python = tmp_path / "a $(b) 'c\" d/python"
+    python.parent.mkdir()
+    python.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} "$@"\n')
+    python.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(python))
+    server = ForkServer(tmp_path, [])
+    code = "import os, sys; print(os.getppid(), sys.argv)"
+    command = [server.python, "-c", code, "a b"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert server.process
+    assert done.stdout == f"{server.process.pid} ['-c', 'a b']\n", done.stderr
+    server.close()

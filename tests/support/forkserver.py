@@ -27,6 +27,7 @@ import os
 import resource
 import runpy
 import selectors
+import shlex
 import signal
 import socket
 import subprocess
@@ -110,8 +111,11 @@ class ForkServer:
         real = Path(sys.executable).parent
         values = f"SOCKET = {str(self.socket)!r}\nREAL = {str(real)!r}\nBARE = {BARE!r}\n"
         program = Path(__file__).with_name("shim.py").read_text("utf-8")
+        # The kernel would cut the path of an interpreter at a space. So sh reads the first line and
+        # starts Python, which takes the first two lines for a string.
+        start = f"#!/bin/sh\n'''exec' {shlex.quote(sys.executable)} -IS \"$0\" \"$@\"\n' '''\n"
         for name in ("python", "python3", "dvc"):
-            (self.folder / name).write_text(f"#!{sys.executable} -IS\n{values}{program}", "utf-8")
+            (self.folder / name).write_text(f"{start}{values}{program}", "utf-8")
             (self.folder / name).chmod(0o755)
         if hasattr(os, "pidfd_open"):
             self.start()

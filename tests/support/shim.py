@@ -1,7 +1,7 @@
 """Ask the fork server to run this command; if there is none, run the real program.
 
-The fork server copies this file into a folder on PATH as `python` and `dvc`. Above it puts a
-line that starts Python without site packages, and the values of SOCKET, REAL and BARE. The file
+The fork server copies this file into a folder on PATH as `python` and `dvc`. Above it puts lines
+that start Python without site packages, and the values of SOCKET, REAL and BARE. The file
 must start in milliseconds, so it imports only modules that are built into Python.
 """
 
