@@ -2,6 +2,7 @@
 
 import copy
 import shutil
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,10 @@ torch.set_num_threads(1)
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    for number in (signal.SIGINT, signal.SIGHUP):  # nohup and & let the tests ignore them
+        if signal.getsignal(number) == signal.SIG_IGN:
+            ctrl_c = number == signal.SIGINT
+            signal.signal(number, signal.default_int_handler if ctrl_c else signal.SIG_DFL)
     config.pluginmanager.register(cpu_seconds)
 
 

@@ -23,6 +23,7 @@ from cifarlab.errors import UserError, first_line, without_secrets
 from cifarlab.params.sections import Params
 
 STAGES = ("train", "evaluate", "plot")  # all but download, in the order in which they run
+YAML = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the one in C is ten times faster
 RESULT = ("download", "train", "evaluate")  # those that make what a study compares
 
 
@@ -236,7 +237,7 @@ def parse_lock(lock: str) -> dict[str, Locked]:
     """
     try:
         locked = {}
-        for stage, entry in yaml.safe_load(lock)["stages"].items():
+        for stage, entry in yaml.load(lock, YAML)["stages"].items():
             outs = [out for out in entry["outs"] if "nfiles" not in out]
             md5, size = ({out["path"]: out[key] for out in outs} for key in ("md5", "size"))
             locked[stage] = Locked(md5, size)
@@ -277,7 +278,7 @@ def lock_digest(lock: str) -> str:
 
     Runs that were logged before each file had a digest have it as the tag `dvc.lock`.
     """
-    entries = {stage: yaml.safe_load(lock)["stages"].get(stage) for stage in RESULT}
+    entries = {stage: yaml.load(lock, YAML)["stages"].get(stage) for stage in RESULT}
     return json_digest(entries)
 
 
@@ -406,4 +407,4 @@ def _outs(stage: str, folder: Path) -> list[Path]:
 
 
 def _stages(folder: Path) -> Any:
-    return yaml.safe_load((folder / files.DVC_YAML).read_text("utf-8"))["stages"]
+    return yaml.load((folder / files.DVC_YAML).read_text("utf-8"), YAML)["stages"]

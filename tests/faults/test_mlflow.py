@@ -476,8 +476,9 @@ def locked(path: Path) -> Iterator[None]:
         process.stdin.close()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("no_model")
-@pytest.mark.parametrize("new", [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("new", [True, False])
 def test_a_store_that_another_process_has_locked(lab: Lab, new: bool) -> None:
     lab.forget()
     if not new:
@@ -526,15 +527,9 @@ def fill(folder: Path, room: int = 0) -> None:
     os.truncate(folder / "filler", (folder / "filler").stat().st_size - room)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("no_model")
-@pytest.mark.parametrize(
-    "what",
-    [
-        pytest.param("no tables fit", marks=pytest.mark.slow),
-        pytest.param("the tables fit", marks=pytest.mark.slow),
-        "mlartifacts",
-    ],
-)
+@pytest.mark.parametrize("what", ["no tables fit", "the tables fit", "mlartifacts"])
 def test_a_full_disk_of_the_store(
     lab: Lab, disk: Callable[..., None], tmp_path: Path, what: str
 ) -> None:
@@ -612,6 +607,7 @@ def test_a_full_disk_for_the_checkpoint_does_not_stop_the_training(
     assert lab.digests() == lab.reference
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("no_model")
 def test_a_store_that_is_deleted_or_damaged_between_stages(lab: Lab) -> None:
     lab.forget()
@@ -634,7 +630,8 @@ def test_a_store_that_is_deleted_or_damaged_between_stages(lab: Lab) -> None:
     lab.is_whole()
 
 
-@pytest.mark.parametrize("action", ["pass", pytest.param("401", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("action", ["pass", "401"])
 def test_no_password_lands_anywhere(
     lab: Lab, proxy: Proxy, mlflow_server: Server, monkeypatch: pytest.MonkeyPatch, action: str
 ) -> None:

@@ -114,6 +114,7 @@ def matplotlibrc(path: Path) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_the_settings_of_matplotlib_change_no_picture(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

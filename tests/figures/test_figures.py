@@ -103,7 +103,13 @@ def params() -> Params:
     return params.model_copy(update={"plot": params.plot.model_copy(update={"dpi": DPI})})
 
 
-@pytest.fixture(scope="module", params=SCENARIOS)
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param(name, marks=pytest.mark.slow) if name == "hundred long names" else name
+        for name in SCENARIOS
+    ],
+)
 def run(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, params: Params
 ) -> Iterator[Run]:

@@ -178,6 +178,7 @@ def test_a_changed_model_trains_once_and_downloads_nothing(finished: Project) ->
     assert "Stage 'train' is cached" in output
 
 
+@pytest.mark.slow
 def test_a_temporary_experiment_reaches_the_same_store(finished: Project) -> None:
     finished.dvc("exp", "run", "--temp", "--name", "temp", "-S", "model.activation=relu")
     runs = finished.runs()
@@ -190,6 +191,7 @@ def test_a_temporary_experiment_reaches_the_same_store(finished: Project) -> Non
     assert run.data.tags["weights.sha256"] != runs[""].data.tags["weights.sha256"]
 
 
+@pytest.mark.slow
 def test_forcing_the_same_training_logs_nothing_twice(finished: Project) -> None:
     before = finished.runs()[""]
     lock = (finished.folder / "dvc.lock").read_bytes()

@@ -24,7 +24,7 @@ from tests.support.forkserver import ForkServer
 REPO = Path(__file__).resolve().parents[2]
 SMALL = {
     "data": {"name": "digits"},
-    "model": {"layers": 2, "widths": [8, 16], "global_pool": "max"},
+    "model": {"stem": "none", "layers": 2, "widths": [8, 16], "global_pool": "max"},
     "train": {"epochs": 3, "batch_size": 64, "threads": 1},
     "plot": {"samples": 8, "mistakes": 4, "dpi": 60},
 }

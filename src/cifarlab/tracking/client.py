@@ -210,6 +210,8 @@ def serve(port: int) -> None:
     print(f"open {page} (Ctrl-C stops the server)", flush=True)
     command = [sys.executable, "-m", "mlflow", "ui", "--host", "127.0.0.1", "--port", str(port)]
     store = _sqlite(files.mlflow_database())
+    # Its six processes for jobs, which only language models need, would take seconds to start.
+    os.environ.setdefault("MLFLOW_SERVER_ENABLE_JOB_EXECUTION", "false")
     os.execv(sys.executable, [*command, "--workers", "1", "--backend-store-uri", store])
 
 
