@@ -24,13 +24,13 @@ DEMO := -S data.name=digits -S 'model.widths=[16,32,64]' -S train.epochs=8 \
 	-S train.batch_size=32 -S train.flip=none
 PYTEST := python -m pytest --numprocesses auto --dist worksteal --max-worker-restart 0
 
-.PHONY: help setup demo repro notebook tiny strong bench bench-quick bench-scaling same-bytes test \
+.PHONY: help setup demo repro notebook tiny strong photos bench bench-quick bench-scaling same-bytes test \
 	test-all lint audit format ui study studies confusion search backprop queue sync verify \
 	results lock
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z -]+:.*## / {printf "  make %-22s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z -]+:.*## / {printf "  make %-29s %s\n", $$1, $$2}' Makefile
 
 setup: $(LAUNCHER) $(PAGE)  ## make .venv from requirements.txt (every target does this)
 	@echo "ready: source $(VENV)/bin/activate"
@@ -72,7 +72,7 @@ demo: setup  ## offline, minutes: two variants on handwritten digits, compared
 repro: setup  ## run what params.yaml asks for (dvc repro)
 	dvc repro
 
-notebook tiny strong: setup  ## a variant of variants.yaml, as an experiment beside the workspace
+notebook tiny strong photos: setup  ## a variant of variants.yaml, as an experiment beside the workspace
 	cifarlab variant $@
 
 ui: setup  ## compare runs in MLflow; prints the address (PORT=…)

@@ -12,6 +12,7 @@ import torch
 import yaml
 
 from cifarlab.data.dataset import Dataset
+from cifarlab.data.layout import Problem
 from cifarlab.data.readers import prepare
 from cifarlab.errors import UserError
 from cifarlab.params.load import load_params
@@ -192,21 +193,30 @@ def archive_server(monkeypatch: pytest.MonkeyPatch) -> Iterator[ArchiveServer]:
         yield server
 
 
+Read = Callable[..., tuple[Dataset, list[Problem]]]
+
+
 @pytest.fixture
-def get(tmp_path: Path) -> Callable[..., Dataset]:
-    """Return a function: get("cifar10", source, …, sha256=…) reads images; `cache` is its cache."""
+def read(tmp_path: Path) -> Read:
+    """Return a function: read("folder", source, …, labels=…) returns images and problems.
 
-    def get(name: str, *sources: Any, sha256: str | None = None, image_size: int = 32) -> Dataset:
-        params = DataParams(
-            name=name,  # type: ignore[arg-type]
-            sources=[str(source) for source in sources],
-            sha256=sha256,
-            image_size=image_size,
-            validation=0.1,
-        )
-        return prepare(params, tmp_path, tmp_path / "cache", tmp_path / "images")
+    `cache` is its cache.
+    """
+    defaults = {"folder": "images", "labels": None, "test": 0.2, "sha256": None}
+    defaults |= {"image_size": 32, "validation": 0.1}
 
-    return get
+    def read(name: str, *sources: Any, **more: Any) -> tuple[Dataset, list[Problem]]:
+        given = {"name": name, "sources": [str(source) for source in sources]}
+        params = DataParams(**defaults | given | more)
+        return prepare(params, tmp_path, tmp_path / "cache", tmp_path / "data")
+
+    return read
+
+
+@pytest.fixture
+def get(read: Read) -> Callable[..., Dataset]:
+    """Return a function like `read` that returns the images only."""
+    return lambda *args, **kwargs: read(*args, **kwargs)[0]
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 REPO = Path(__file__).resolve().parent.parent
+PAGES = ("architecture", "data", "performance", "reliability", "use")
 ROW = re.compile(r"^\|.*\|$", re.MULTILINE)
 
 
@@ -24,7 +25,7 @@ def test_every_promise_has_its_test(row: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "page", ["README.md", "docs/architecture.md", "docs/performance.md", "docs/reliability.md"]
+    "page", ["README.md", "images/README.md", *(f"docs/{page}.md" for page in PAGES)]
 )
 def test_links_lead_to_existing_files(page: str) -> None:
     path = REPO / page

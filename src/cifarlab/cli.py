@@ -58,8 +58,11 @@ def variant(name: str) -> None:
     if not isinstance(variants, dict) or not isinstance(variants.get(name), dict):
         known = ", ".join(map(str, variants or ["none"]))
         raise UserError(f"{files.VARIANTS} has no {name}; it has {known}")
-    changed(variants[name])  # a wrong value is refused before DVC makes its copy
-    options = ["--temp", "--force", "--name", name, *pipeline.set_options(variants[name])]
+    # A wrong value is refused before DVC makes its copy, which lacks images that it does not know.
+    data, changes = changed(variants[name]).data, variants[name]
+    if data.name == "folder":
+        changes = {**changes, "data.folder": str(Path(data.folder).resolve())}
+    options = ["--temp", "--force", "--name", name, *pipeline.set_options(changes)]
     # Without --quiet, twelve warnings of DVC hide the sentence of a stage that failed.
     if subprocess.run(["dvc", "exp", "run", "--quiet", *options], check=False).returncode:
         raise UserError(f"{name} failed; `dvc exp run --dry --temp` tells what is not said above")
@@ -150,6 +153,76 @@ def verify(revision: str) -> None:
     from cifarlab import verify as verification
 
     verification.verify(revision)
+
+
+MODEL = click.option(
+    "--model",
+    default="",
+    metavar="MODEL",
+    help="An experiment, the id of a run, models:/NAME@ALIAS or a file; else the workspace's.",
+)
+
+
+@main.command(
+    epilog='Examples: cifarlab predict cat.jpg "photos/*.jpg"; cifarlab predict - <cat.jpg'
+)
+@click.argument("images", nargs=-1, required=True)
+@MODEL
+@click.option("--top", type=click.IntRange(1), default=1, help="How many classes to name.")
+@click.option("--json", "form", flag_value="json", help="Write JSON.")
+@click.option("--csv", "form", flag_value="csv", help="Write CSV.")
+def predict(images: tuple[str, ...], model: str, top: int, form: str | None) -> None:
+    """Say which class each of the IMAGES belongs to.
+
+    They are paths, folders or patterns; - is standard input.
+    """
+    from cifarlab import predict as predicting
+
+    broken: list[str] = []
+    paths, network = predicting.find(images), predicting.load(model)
+    for line in predicting.shown(predicting.predict(network, paths, top, broken), form or ""):
+        click.echo(line)
+    if broken:
+        raise UserError(f"{len(broken)} images cannot be read: {'; '.join(broken[:5])}")
+
+
+@main.command(epilog="Example: cifarlab export --onnx network.onnx")
+@MODEL
+@click.option("--onnx", type=click.Path(path_type=Path), help="Write ONNX: probabilities.")
+@click.option("--torch", type=click.Path(path_type=Path), help="Write pt2 of PyTorch: logits.")
+def export(model: str, onnx: Path | None, torch: Path | None) -> None:
+    """Write the network for other programs, for any number of images."""
+    from cifarlab.nn.export import export_onnx, export_torch
+    from cifarlab.predict import load
+
+    if not (onnx or torch):
+        raise UserError("name a file: --onnx FILE or --torch FILE")
+    network = load(model)
+    for path, write in ((onnx, export_onnx), (torch, export_torch)):
+        if path:
+            write(network, path)
+            click.echo(path)
+
+
+@main.command(epilog="Example: cifarlab promote my-experiment")
+@click.argument("run")
+@click.option("--force", is_flag=True, help="Also if it is not better.")
+def promote(run: str, force: bool) -> None:
+    """Register the model of RUN, an experiment or the id of a run.
+
+    It becomes the champion if it is better on the same test images.
+    """
+    from cifarlab.tracking import registry
+
+    click.echo(registry.promote(run, force=force))
+
+
+@main.command(epilog="Example: cifarlab champion")
+def champion() -> None:
+    """Describe the champion, and how to use and restore it."""
+    from cifarlab.tracking import registry
+
+    click.echo(registry.champion())
 
 
 @main.command(epilog="Example: cifarlab ui --port 5001")

@@ -22,6 +22,7 @@ WEIGHTS = Path("models/network.safetensors")
 TRAIN_METRICS = Path("metrics/train.json")
 EVALUATION = Path("metrics/evaluate.json")
 PLOTS = Path("plots")
+PROBLEMS = PLOTS / "image_problems.csv"
 HISTORY = PLOTS / "history.csv"
 PREDICTIONS = PLOTS / "predictions.csv"
 PER_CLASS = PLOTS / "per_class.csv"
@@ -79,11 +80,16 @@ def write_json(path: Path, content: Any) -> None:
         temporary.write_text(json.dumps(rounded, indent=2, ensure_ascii=False) + "\n", "utf-8")
 
 
-def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Write rows of equal keys: floats with six decimals, None and NaN as empty cells."""
+def write_csv(
+    path: Path, rows: Sequence[Mapping[str, Any]], columns: Sequence[str] | None = None
+) -> None:
+    """Write rows of equal keys: floats with six decimals, None and NaN as empty cells.
+
+    Without rows, `columns` are the keys.
+    """
     with atomic(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(rows[0])
+        writer.writerow(columns or rows[0])
         writer.writerows(map(_cell, row.values()) for row in rows)
 
 

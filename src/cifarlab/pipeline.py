@@ -23,7 +23,6 @@ from cifarlab.errors import UserError, first_line, without_secrets
 from cifarlab.params.sections import Params
 
 STAGES = ("train", "evaluate", "plot")  # all but download, in the order in which they run
-YAML = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the one in C is ten times faster
 RESULT = ("download", "train", "evaluate")  # those that make what a study compares
 
 
@@ -179,7 +178,12 @@ def commits() -> list[Revision]:
 
 
 def read(path: Path, commit: str) -> str:
-    """Return the text of a file that Git or DVC tracks, as it is in a commit.
+    """Return the text of a file like `read_bytes`."""
+    return read_bytes(path, commit).decode("utf-8")
+
+
+def read_bytes(path: Path, commit: str) -> bytes:
+    """Return the content of a file that Git or DVC tracks, as it is in a commit.
 
     Raises
     ------
@@ -190,7 +194,7 @@ def read(path: Path, commit: str) -> str:
     from dvc.exceptions import DvcException
 
     try:
-        return str(dvc.api.read(str(path), rev=commit, encoding="utf-8"))
+        return bytes(dvc.api.read(str(path), rev=commit, mode="rb"))
     except (DvcException, OSError) as error:
         raise UserError(f"{path} of {commit[:10]} cannot be read: {first_line(error)}") from error
 
@@ -237,7 +241,7 @@ def parse_lock(lock: str) -> dict[str, Locked]:
     """
     try:
         locked = {}
-        for stage, entry in yaml.load(lock, YAML)["stages"].items():
+        for stage, entry in _yaml(lock)["stages"].items():
             outs = [out for out in entry["outs"] if "nfiles" not in out]
             md5, size = ({out["path"]: out[key] for out in outs} for key in ("md5", "size"))
             locked[stage] = Locked(md5, size)
@@ -278,7 +282,7 @@ def lock_digest(lock: str) -> str:
 
     Runs that were logged before each file had a digest have it as the tag `dvc.lock`.
     """
-    entries = {stage: yaml.load(lock, YAML)["stages"].get(stage) for stage in RESULT}
+    entries = {stage: _yaml(lock)["stages"].get(stage) for stage in RESULT}
     return json_digest(entries)
 
 
@@ -407,4 +411,9 @@ def _outs(stage: str, folder: Path) -> list[Path]:
 
 
 def _stages(folder: Path) -> Any:
-    return yaml.load((folder / files.DVC_YAML).read_text("utf-8"), YAML)["stages"]
+    return _yaml((folder / files.DVC_YAML).read_text("utf-8"))["stages"]
+
+
+def _yaml(text: str) -> Any:
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the one in C is ten times faster
+    return yaml.load(text, loader)  # noqa: S506, both are safe

@@ -151,3 +151,28 @@ def test_calibration_error_is_near_zero_only_if_confidence_is_the_probability_to
 def test_nan_is_refused() -> None:
     with pytest.raises(UserError, match=r"overflows on the test images; try a lower train\.lr"):
         evaluate(np.full((2, 4), np.nan), np.array([0, 1]), CLASSES, 15)
+
+
+@pytest.mark.parametrize("ties", [False, True])
+@pytest.mark.parametrize("classes", [2, 6, 10])
+def test_balanced_accuracy_top_5_and_auroc_equal_those_of_scikit_learn(
+    classes: int, ties: bool
+) -> None:
+    rng = np.random.default_rng(classes)
+    # The classes have very different numbers of images.
+    actual = np.concatenate([np.arange(classes), rng.geometric(0.5, 400) % classes])
+    logits = rng.normal(size=(len(actual), classes)) + np.eye(classes)[actual]
+    logits = logits.round() if ties else logits
+    probabilities = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+    metrics, _ = evaluate(probabilities, actual, [str(i) for i in range(classes)], 15)
+    predicted = probabilities.argmax(1)
+    balanced = sk.balanced_accuracy_score(actual, predicted)
+    assert metrics["balanced_accuracy"] == pytest.approx(balanced)
+    one_class = [sk.roc_auc_score(actual == c, probabilities[:, c]) for c in range(classes)]
+    assert metrics["macro_auroc"] == pytest.approx(np.mean(one_class))
+    if classes > 5:
+        labels = range(classes)
+        top5 = sk.top_k_accuracy_score(actual, probabilities, k=5, labels=labels)
+        assert metrics["top5_accuracy"] == pytest.approx(top5)
+    else:
+        assert "top5_accuracy" not in metrics

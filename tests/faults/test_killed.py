@@ -138,6 +138,7 @@ def test_killed_at_random_epochs_and_batches(
         assert sorted(steps) == [1, 2, 3, 4, 5, 6]
 
 
+@pytest.mark.slow
 def test_a_temporary_copy_that_was_killed_continues_in_the_workspace(prepared: Project) -> None:
     prepared.edit("train", epochs=3)
     copy = prepared.start(
@@ -175,6 +176,31 @@ def test_ctrl_c_ends_at_once_and_says_how_to_continue(prepared: Project) -> None
         assert prepared.runs()["interrupted"].info.status == "KILLED"
     assert re.search(r"continuing after epoch \d", stage.output)
     assert min(took) < 2, took
+
+
+@pytest.mark.slow
+def test_a_closed_terminal_ends_the_run_and_loses_nothing(finished: Project) -> None:
+    """The kernel sends SIGHUP to the programs of a terminal that is closed."""
+    command = ("dvc", "exp", "run", "--temp", "--name", "closed", "-S", "train.epochs=40")
+    terminal, inside = os.openpty()
+    process = subprocess.Popen(
+        command,
+        cwd=finished.folder,
+        env=finished.env,
+        preexec_fn=lambda: os.login_tty(inside),  # noqa: PLW1509, no thread runs here
+    )
+    os.close(inside)
+    output = b""
+    while b"epoch 3/40" not in output:
+        output += os.read(terminal, 1000)
+    os.close(terminal)
+    process.wait(60)
+    deadline = time.monotonic() + 60
+    while finished.runs()["closed"].info.status != "KILLED":
+        assert time.monotonic() < deadline
+        time.sleep(0.2)  # before it looks again
+    assert "continuing after epoch" in finished.dvc(*command[1:])
+    assert finished.runs()["closed"].info.status == "FINISHED"
 
 
 @pytest.mark.slow

@@ -354,6 +354,7 @@ def test_a_server_killed_in_the_middle_is_back_before_evaluate(
         assert lab.digests() == lab.reference
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("no_model")
 def test_a_server_that_goes_away_and_never_comes_back(lab: Lab, proxy: Proxy) -> None:
     proxy.rule = lambda _: "refuse" if lab.epochs() >= 2 else "pass"
@@ -419,6 +420,7 @@ def test_a_call_waits_seconds_not_minutes(
     assert time.monotonic() - started < CALL
 
 
+@pytest.mark.slow
 def test_lost_answers_make_no_second_run_and_no_second_model(
     lab: Lab, proxy: Proxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -32,7 +32,7 @@ def test_experiments_overlapping_without_a_database(
 ) -> None:
     seeds = range(experiments)
     project.edit("train", epochs=2)
-    project.edit("tracking", log_model=experiments == 8)
+    project.edit("tracking", log_model=False)
     project.dvc("repro", "download")
     project.run("git", "commit", "--quiet", "--all", "--message=base")
     for seed in seeds:
@@ -61,7 +61,6 @@ def test_experiments_overlapping_without_a_database(
         ]
         assert {"test_accuracy", "accuracy/9", "parameters"} <= run.data.metrics.keys()
         assert len(project.artifacts(run.info.run_id)) == 11
-        assert len(run.outputs.model_outputs if run.outputs else []) == (experiments == 8)
     # The same trainings one after the other, without DVC's run cache, give the same bytes.
     project.run("git", "checkout", "--quiet", "stages/plot.py")
     for seed in seeds if experiments == 8 else [1]:

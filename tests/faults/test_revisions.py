@@ -123,6 +123,7 @@ def test_a_store_that_was_lost_is_restored_from_files_with_every_timestamp(
     assert not list((used.folder / ".dvc/tmp").glob("scratch-*"))
 
 
+@pytest.mark.slow
 def test_an_experiment_that_dvc_restored_from_its_cache_gets_a_run(used: Project) -> None:
     assert "Running stage" not in used.dvc(
         "exp", "run", "--temp", "--name", "restored", "-S", "train.seed=1"
@@ -135,6 +136,7 @@ def test_an_experiment_that_dvc_restored_from_its_cache_gets_a_run(used: Project
         assert restored[part] == original[part]
 
 
+@pytest.mark.slow
 def test_the_run_leads_to_the_experiment_and_back(used: Project) -> None:
     output = cifarlab(used, "sync")
     run = used.runs()["other-seed"]
@@ -309,8 +311,9 @@ def test_an_unnamed_experiment_that_was_killed_late_and_repeated_has_one_run(
 
 
 def test_a_run_without_a_process_is_ended_by_sync(used: Project) -> None:
+    used.edit("train", epochs=200)
     with used.start("python", "-m", "stages.train", DVC_EXP_NAME="killed") as killed:
-        assert killed.wait_for("epoch 1/3")
+        assert killed.wait_for("epoch 1/200")
         assert "running, but" in cifarlab(used, "sync")
         killed.end(signal.SIGKILL)
     assert used.runs()["killed"].info.status == "RUNNING"
@@ -324,8 +327,9 @@ def test_a_run_without_a_process_is_ended_by_sync(used: Project) -> None:
     "number", [signal.SIGTERM, pytest.param(signal.SIGHUP, marks=pytest.mark.slow)]
 )
 def test_a_stage_that_is_told_to_stop_ends_its_run(used: Project, number: signal.Signals) -> None:
+    used.edit("train", epochs=200)
     with used.start("python", "-m", "stages.train", DVC_EXP_NAME="stopped") as stopped:
-        assert stopped.wait_for("epoch 1/3")
+        assert stopped.wait_for("epoch 1/200")
         assert stopped.end(number) == 1
     assert used.runs()["stopped"].info.status == "KILLED"
 
@@ -474,3 +478,39 @@ def test_prune_removes_experiments_from_dvc_its_cache_and_mlflow(used: Project) 
         row.endswith("logged") for row in table(used)
     )  # their outputs are still in the cache
     assert "there is no experiment typo" in cifarlab(used, "prune", "--keep", "typo", code=1)
+
+
+@pytest.mark.slow
+def test_experiments_that_are_renamed_removed_made_branches_or_pushed(
+    used: Project, tmp_path: Path
+) -> None:
+    used.dvc("exp", "branch", "other-seed", "a-branch")
+    assert any(re.search(r"commit \w+ .*was there", row) for row in table(used))
+    used.dvc("exp", "rename", "other-seed", "renamed")
+    rows = "\n".join(table(used))
+    assert re.search(r"renamed\s+dvc exp apply renamed\s+\w{32}\s+logged", rows)
+    assert all("was there" in row for row in table(used) if row.lstrip().startswith("renamed"))
+    used.dvc("exp", "remove", "renamed")
+    rows = "\n".join(table(used))
+    assert "finished, but no experiment or commit has this run" not in re.sub(
+        r".*(renamed|other-seed) of.*", "", rows
+    )
+    # To another checkout: experiment by Git, its files by a DVC remote.
+    remote, other = tmp_path / "remote.git", tmp_path / "other"
+    used.run("git", "init", "--quiet", "--bare", str(remote))
+    used.run("git", "remote", "add", "origin", str(remote))
+    used.dvc("remote", "add", "--default", "store", str(tmp_path / "store"))
+    used.run("git", "commit", "--quiet", "--all", "--message=remote")
+    used.run("git", "push", "--quiet", "origin", "main")
+    used.dvc("push", "--all-commits")
+    used.dvc("exp", "push", "origin", "with-mirror")
+    used.run("git", "clone", "--quiet", "--branch=main", str(remote), str(other))
+    project = Project(other, used.fork_server)
+    project.dvc("exp", "pull", "origin", "with-mirror")
+    project.dvc("pull")
+    rows = "\n".join(table(project))
+    assert re.search(r"with-mirror\s+dvc exp apply with-mirror\s+\w{32}\s+logged", rows)
+    before, after = (p.runs()["with-mirror"].data.metrics for p in (used, project))
+    names = {name for name in before if not name.startswith(("system/", "epoch_seconds"))}
+    assert {name: after[name] for name in names} == {name: before[name] for name in names}
+    assert all("was there" in row for row in table(project))

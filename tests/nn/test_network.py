@@ -233,6 +233,7 @@ def test_a_strided_pointwise_convolution_matches_the_one_of_torch() -> None:
         torch.testing.assert_close(*gradients)
 
 
+@pytest.mark.slow
 def test_strided_pointwise_convolutions_do_not_corrupt_memory_on_avx2(make: Make) -> None:
     """In a separate process, because glibc aborts a process with corrupted memory."""
     params = make(kernel_size=1, pool="stride", layers=4, widths=[5, 3, 4]).model_dump_json()

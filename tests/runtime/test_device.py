@@ -138,6 +138,7 @@ def test_other_variables_are_no_conditions(
     assert conditions(train_params(), torch.device("cpu")) == plain
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries have no mallopt")
 def test_kept_memory_is_reused_without_the_kernel() -> None:
     code = """if True:

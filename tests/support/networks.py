@@ -5,11 +5,12 @@ from typing import Any
 
 import numpy as np
 import torch
+import yaml
 
 from cifarlab.nn.network import Network
 from cifarlab.params.geometry import ModelParams
 from cifarlab.training.loop import Images
-from tests.conftest import PLAIN_NETWORK
+from tests.conftest import PLAIN_NETWORK, REPO
 
 SIZE = 8
 MakeNetwork = Callable[..., Network]
@@ -22,6 +23,12 @@ def coloured(n: int, seed: int = 0) -> Images:
     images = rng.integers(0, 200, (n, SIZE, SIZE, 3))
     images[np.arange(n), :, :, labels] += 50
     return Images(torch.from_numpy(images.astype(np.uint8)), torch.from_numpy(labels))
+
+
+def small_params(**changes: Any) -> ModelParams:
+    """Return the committed model section, made small, with changes."""
+    content = yaml.safe_load((REPO / "params.yaml").read_text("utf-8"))["model"]
+    return ModelParams(**content | {"layers": 2, "widths": [8, 8]} | changes)
 
 
 def colour_network(model: dict[str, Any], **changes: Any) -> Network:

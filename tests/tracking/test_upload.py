@@ -6,9 +6,12 @@ from pathlib import Path
 import mlflow
 import numpy as np
 import pytest
+import torch
 from mlflow.utils import validation
 
 from cifarlab import pipeline
+from cifarlab.nn import weights
+from cifarlab.nn.network import predict
 from cifarlab.params.sections import Params
 from cifarlab.tracking.run import StageRun, track
 from cifarlab.tracking.upload import Execution, accuracy_of
@@ -145,8 +148,6 @@ def test_more_metrics_than_fit_into_a_request_are_logged(checkout: Path, params:
 def test_the_logged_model_predicts_what_the_network_predicts(
     checkout: Path, make_params: Make
 ) -> None:
-    from cifarlab.nn import weights
-
     log("evaluate", make_params({"tracking.system_metrics": False}))
     [run] = runs_in(checkout)
     [output] = run.outputs.model_outputs
@@ -157,14 +158,19 @@ def test_the_logged_model_predicts_what_the_network_predicts(
     }
     folder = Path(model.artifact_location.removeprefix("file://"))
     assert not [path for path in folder.rglob("*") if path.suffix in (".pkl", ".pth")]
-    images = np.load(checkout / "data/test_images.npy").transpose(0, 3, 1, 2).copy()
-    import torch
-
+    images = np.load(checkout / "data/test_images.npy")
     network = weights.load(checkout / "models/network.safetensors")
-    with torch.inference_mode():
-        expected = network(torch.from_numpy(images)).numpy()
-    loaded = mlflow.pyfunc.load_model(f"models:/{output.model_id}")
-    np.testing.assert_allclose(loaded.predict(images), expected, rtol=1e-4, atol=1e-5)
+    logits = predict(network, torch.from_numpy(images), 100)
+    uri = f"models:/{output.model_id}"
+    table = mlflow.pyfunc.load_model(uri).predict(images)
+    assert list(table["class"]) == [network.classes[i] for i in logits.argmax(1)]
+    channels_first = torch.from_numpy(images).permute(0, 3, 1, 2)
+    torch.testing.assert_close(mlflow.pytorch.load_model(uri)(channels_first), logits)
+    described = mlflow.models.get_model_info(uri).metadata
+    data = json.loads((checkout / "data/dataset.json").read_text("utf-8"))
+    assert described["dataset_digest"] == data["digest"]
+    assert described["training_key"] == run.data.tags["cifarlab.key"]
+    assert run.data.tags["cifarlab.test"] == data["test_digest"]
 
 
 def test_outputs_in_another_folder_are_logged_from_there(

@@ -9,16 +9,24 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from sklearn.metrics import accuracy_score, log_loss
+from sklearn.metrics import accuracy_score, balanced_accuracy_score, log_loss
+from sklearn.utils.class_weight import compute_class_weight
 from torch import Tensor, nn
 
+from cifarlab.data.readers import digits
 from cifarlab.errors import UserError
-from cifarlab.nn.network import predict
+from cifarlab.nn.network import Network, predict
 from cifarlab.params.sections import TrainParams
 from cifarlab.runtime.device import precision, set_up
-from cifarlab.training.loop import Images, Row, fit, loss_function
+from cifarlab.training.loop import Images, Row, class_weights, fit, loss_function
 from tests.conftest import NOTEBOOK, PLAIN_NETWORK, MakeTrain
-from tests.support.networks import SIZE, MakeNetwork, colour_network, coloured
+from tests.support.networks import (
+    SIZE,
+    MakeNetwork,
+    colour_network,
+    coloured,
+    small_params,
+)
 
 pytestmark = pytest.mark.usefixtures("restored_torch")
 
@@ -48,6 +56,58 @@ def test_quadratic_loss_by_hand() -> None:
     assert loss_function("quadratic", 0.2)(logits[:1], torch.tensor([0])).item() == pytest.approx(
         0.4225
     )
+
+
+def test_class_weights_are_those_of_scikit_learn() -> None:
+    labels = np.array([0] * 10 + [1] * 5 + [2])
+    weights = class_weights(torch.from_numpy(labels), 3)
+    expected = compute_class_weight("balanced", classes=np.arange(3), y=labels)
+    np.testing.assert_allclose(weights, expected, rtol=1e-6)
+    assert float(weights[labels].mean()) == pytest.approx(1)
+    assert float(class_weights(torch.tensor([0, 0]), 2)[1]) == 1  # no image of this class
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("name", ["cross_entropy", "quadratic"])
+def test_weights_are_factors_on_the_loss_of_each_image(name: str, smoothing: float) -> None:
+    logits = torch.randn(4, 3, generator=torch.Generator().manual_seed(0))
+    labels, weights = torch.tensor([0, 1, 2, 0]), torch.tensor([0.5, 1.5, 3.0])
+    plain = loss_function(name, smoothing)
+    each = [plain(logits[i : i + 1], labels[i : i + 1]).item() for i in range(4)]
+    expected = np.mean([loss * weights[label].item() for loss, label in zip(each, labels)])  # noqa: B905
+    weighted = loss_function(name, smoothing, weights)
+    assert weighted(logits, labels).item() == pytest.approx(expected)
+    # The same with shares of classes, as after CutMix, for images of one class.
+    shares = F.one_hot(labels, 3).float()
+    assert weighted(logits, shares).item() == pytest.approx(expected)
+    ones = loss_function(name, smoothing, torch.ones(3))
+    assert ones(logits, labels).item() == pytest.approx(plain(logits, labels).item())
+
+
+def test_balanced_weights_raise_the_balanced_accuracy_of_uneven_digits(
+    train_params: MakeTrain,
+) -> None:
+    """Of the digits 5 to 9 only every tenth image is there."""
+    data = digits()
+    labels = data.labels["train"]
+    rare = np.flatnonzero(labels >= 5)
+    kept = np.sort(np.concatenate([np.flatnonzero(labels < 5), rare[::10]]))
+    images = torch.from_numpy(data.images["train"][kept][:, ::4, ::4].copy())  # the 8×8 pixels
+    train = Images(images, torch.from_numpy(labels[kept]))
+    test = torch.from_numpy(data.images["test"][:, ::4, ::4].copy())
+    found = {}
+    for weights in ("none", "balanced"):
+        for seed in range(3):
+            torch.manual_seed(seed)
+            model = small_params(stem="none", widths=[8, 16], pool_at="end")
+            network = Network(model, 8, data.classes)
+            network.measure(train.images)
+            chosen = {"epochs": 6, "class_weights": weights, "translate": 0, "flip": "none"}
+            fit(network, train_params(seed=seed, **chosen), train)
+            predicted = predict(network, test, 100).argmax(1).numpy()
+            score = balanced_accuracy_score(data.labels["test"], predicted)
+            found.setdefault(weights, []).append(score)
+    assert np.mean(found["balanced"]) > np.mean(found["none"]) + 0.03, found
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])

@@ -18,12 +18,12 @@ from _compression import DecompressReader
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import IO, Any, ClassVar, NoReturn, Self
+from typing import IO, Any, ClassVar, NamedTuple, NoReturn, Self
 
 import numpy as np
 import numpy.typing as npt
 
-from cifarlab.data.dataset import SPLITS
+from cifarlab.data.images import is_image
 from cifarlab.errors import UserError, first_line
 
 MAX_HEADER = 2**14
@@ -37,14 +37,26 @@ MAX_DICTIONARY = 2**28
 MAX_MEMBER = 2**26
 """Bytes of one file, unpacked."""
 TOO_MANY = f"more than {MAX_MEMBER >> 20} MiB"
+NO_FILE = "no file"
+LEADS_OUTSIDE = "link that leads out of the folder"
 MAX_NAME = 255
 """Characters of the name of a file or folder; file systems have the same limit."""
 MAX_OPCODES = 2**18
 """Instructions of a pickle. Each can make an object; a file of CIFAR-10 has up to 90,000."""
 
 
-Images = Iterator[tuple[str, Callable[[], io.BytesIO]]]
-"""Pairs of the name of an image and a function that reads its file."""
+class Member(NamedTuple):
+    """A file of a folder or an archive."""
+
+    name: str
+    """Its path from the top of the source, with / between the parts."""
+    read: Callable[[], io.BytesIO]
+    """Reads it. Damaged bytes can raise any exception."""
+    problem: str = ""
+    """Why it cannot be read, if that is known."""
+
+
+Members = Iterator[Member]
 
 
 class ArrayStandIn:
@@ -114,10 +126,10 @@ def unpickle(file: io.BytesIO) -> Any:
     return ArrayUnpickler(file, encoding="bytes").load()
 
 
-def image_files(source: Path) -> Images:
-    """Yield the images in train/<class>/ and test/<class>/ of a folder, zip or tar archive.
+def members(source: Path) -> Members:
+    """Yield the files of a folder, zip or tar archive.
 
-    The order of a source that has not changed is the same each time. Read each image before you
+    The order of a source that has not changed is the same each time. Read each file before you
     ask for the next one.
 
     Raises
@@ -135,29 +147,46 @@ def image_files(source: Path) -> Images:
         raise UserError(f"{source} cannot be read: {reason(error)}; replace it") from error
 
 
-def _files_in_folder(folder: Path) -> Images:
-    for parent, folders, files in os.walk(folder, onerror=_unlisted):
+def _files_in_folder(folder: Path) -> Members:
+    top, followed = folder.resolve(), set[Path]()
+    for parent, folders, files in os.walk(folder, onerror=_unlisted, followlinks=True):
+        inside = Path(parent).relative_to(folder)
+        links = [name for name in folders if Path(parent, name).is_symlink()]
+        for name in links:
+            path, target = Path(parent, name), _target(Path(parent, name))
+            problem = "" if target.is_relative_to(top) else LEADS_OUTSIDE
+            # A link to a folder around it, or two links to each other, would never end.
+            if not problem and (target in followed or path.absolute().is_relative_to(target)):
+                problem = "link to a folder that is read already"
+            if problem:
+                folders.remove(name)
+                yield Member((inside / name).as_posix(), io.BytesIO, problem)
+            followed.add(target)
         folders.sort()
-        inside = Path(parent).relative_to(folder).as_posix()
-        for name in folders:
-            matters = name in SPLITS or _is_image(f"{inside}/{name}/0.png")
-            if matters and Path(parent, name).is_symlink():
-                link = readable(f"{inside}/{name}")
-                raise UserError(f"{folder}: {link} is a link; put the folder itself there")
         for name in sorted(files):
-            if _is_image(f"{inside}/{name}"):
-                yield f"{inside}/{name}", partial(_read_file, Path(parent, name))
+            path = Path(parent, name)
+            outside = path.is_symlink() and not _target(path).is_relative_to(top)
+            yield Member(
+                (inside / name).as_posix(),
+                partial(read_file, path),
+                LEADS_OUTSIDE if outside else "" if path.is_file() else NO_FILE,
+            )
 
 
-def _read_file(path: Path) -> io.BytesIO:
+def _target(link: Path) -> Path:
+    return Path(os.path.realpath(link))  # resolve() refuses a link to itself
+
+
+def read_file(path: Path) -> io.BytesIO:
+    """Return the content of a file. ValueError: it is no regular file, or too large."""
     found = path.stat()
     if not stat.S_ISREG(found.st_mode):  # a pipe would be waited for, a device may have no end
-        raise ValueError("it is no regular file")
+        raise ValueError(NO_FILE)
     with path.open("rb") as file:
         return read_bounded(file, found.st_size)
 
 
-def _files_in_zip(source: Path) -> Images:
+def _files_in_zip(source: Path) -> Members:
     with source.open("rb") as file:
         end = zipfile._EndRecData(file)  # type: ignore[attr-defined]
     if end and end[zipfile._ECD_SIZE] > MAX_DIRECTORY:  # type: ignore[attr-defined]
@@ -173,18 +202,22 @@ def _files_in_zip(source: Path) -> Images:
             if member.flag_bits & 1:
                 raise ValueError(f"{name} is encrypted; pack it without a password")
             with archive.open(member) as file:  # compares the two headers, also of other files
-                if _is_image(name):
-                    yield name, partial(read_bounded, file, member.file_size)
+                if not name.endswith("/"):
+                    yield Member(name, partial(read_bounded, file, member.file_size))
 
 
-def _files_in_tar(source: Path) -> Images:
+def _files_in_tar(source: Path) -> Members:
     for entry, read in tar_members(source):
         for name in (entry.name, entry.linkname):  # the latter is empty unless it is a link
             _check_name(source, name)
-        if entry.isfile() and _is_image(entry.name):
-            if entry.size > MAX_MEMBER:  # before unpacking it, to reach the next one
-                raise ValueError(f"{entry.name} unpacks to {entry.size:,} bytes, {TOO_MANY}")
-            yield entry.name, read
+        # Some programs for Windows write backslashes.
+        name = entry.name.replace("\\", "/")
+        if entry.isfile() and is_image(name) and entry.size > MAX_MEMBER:
+            # before unpacking it, to reach the next one
+            raise ValueError(f"{name} unpacks to {entry.size:,} bytes, {TOO_MANY}")
+        if not entry.isdir():
+            other = "link in an archive" if entry.linkname else NO_FILE
+            yield Member(name, read, "" if entry.isfile() else other)
 
 
 class BoundedTarInfo(tarfile.TarInfo):
@@ -265,7 +298,7 @@ def tar_members(path: Path) -> Iterator[tuple[tarfile.TarInfo, Callable[[], io.B
 
 def _read_entry(tar: tarfile.TarFile, entry: tarfile.TarInfo) -> io.BytesIO:
     if not entry.isfile() or not (file := tar.extractfile(entry)):
-        raise ValueError("it is no regular file")
+        raise ValueError(NO_FILE)
     return read_bounded(file, entry.size)
 
 
@@ -298,7 +331,7 @@ def reason(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     if type(error).__name__ == "UnidentifiedImageError":  # its text shows an object of Python
-        return "it is neither PNG nor JPEG"
+        return "it is no image that Pillow can open"
     if isinstance(error, KeyError):
         return f"it has no {error}"
     if isinstance(error, AttributeError | TypeError | IndexError):
@@ -306,12 +339,6 @@ def reason(error: Exception) -> str:
     if isinstance(error, tarfile.ReadError):
         return "it is no zip or tar archive, or it is damaged"
     return readable(first_line(error))
-
-
-def _is_image(name: str) -> bool:
-    path = PurePosixPath(name)
-    in_class = any(path.match(f"{split}/*/[!.]*") for split in SPLITS)
-    return in_class and path.suffix.lower() in (".png", ".jpg", ".jpeg")
 
 
 def _check_name(source: Path, name: str) -> None:

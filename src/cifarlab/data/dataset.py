@@ -3,9 +3,9 @@
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from io import FileIO
 from pathlib import Path
 
@@ -31,27 +31,47 @@ class Dataset:
     labels : dict of int64 arrays (N,), indices into `classes`
     classes : class names
     name : for titles; for a folder or an archive this is its file name
+    validation : how many training images, the last ones, came with the data for validation
     """
 
     images: dict[str, Pixels]
     labels: dict[str, Labels]
     classes: list[str]
     name: str
+    validation: int = 0
 
-    def digest(self, files: "Mapping[str, ImageFile] | None" = None) -> str:
+    def split(self, share: float) -> tuple[Labels, Labels]:
+        """Return the indices of the images to train on and of those held out for validation.
+
+        A share of each class is held out, unless the data came with images for validation.
+        """
+        if self.validation:
+            indices = np.arange(len(self.labels["train"]))
+            return indices[: -self.validation], indices[-self.validation :]
+        return stratified_split(self.labels["train"], share)
+
+    def digest(
+        self,
+        files: "Mapping[str, ImageFile] | None" = None,
+        splits: Sequence[str] = SPLITS,
+    ) -> str:
         """Return the SHA-256 of pixels, labels and class names, in hexadecimal digits.
 
         The pixels are those of `files`, if given.
         """
         digest = hashlib.sha256(json.dumps(self.classes).encode())
-        for split in SPLITS:
+        if self.validation and "train" in splits:
+            digest.update(str(self.validation).encode())
+        for split in splits:
             array = np.ascontiguousarray(self.images[split])
             for block in files[split] if files else [array.data]:
                 digest.update(block)
             digest.update(np.ascontiguousarray(self.labels[split]).data)
         return digest.hexdigest()
 
-    def save(self, folder: Path, blocks: Iterable[tuple[str, int, Pixels]] | None = None) -> None:
+    def save(
+        self, folder: Path, blocks: Iterable[tuple[str, int, Pixels | None]] | None = None
+    ) -> None:
         """Write {train,test}_{images,labels}.npy and dataset.json into `folder`.
 
         If anything fails, the files that were there before stay.
@@ -60,7 +80,7 @@ class Dataset:
         ----------
         blocks : images that are not in memory together, instead of those of the dataset: their
             split, the number of the first one there, uint8 (height, width, 3) or (n, height,
-            width, 3), in any order
+            width, 3), in any order; None for an image that does not exist, which is left out
         """
         if blocks is None:
             blocks = ((split, 0, images) for split, images in self.images.items())
@@ -72,14 +92,29 @@ class Dataset:
                 # Without a buffer, because closing a full one raises an error without a name.
                 file = stack.enter_context(path.open("w+b", buffering=0))
                 files[split] = ImageFile(file, shape)
+            left_out: dict[str, list[int]] = {split: [] for split in SPLITS}
             for split, row, pixels in blocks:
-                files[split].write(row, pixels)
-            for split, labels in self.labels.items():
+                if pixels is None:
+                    left_out[split].append(row)
+                else:
+                    files[split].write(row, pixels)
+            kept = self._without(left_out)
+            for split, labels in kept.labels.items():
+                files[split].remove(left_out[split])
                 np.save(stack.enter_context(atomic(folder / f"{split}_labels.npy")), labels)
-            counts = {split: len(self.labels[split]) for split in SPLITS}
-            meta = {"name": self.name, "digest": self.digest(files), **counts}
+            counts = {split: len(kept.labels[split]) for split in SPLITS}
+            counts |= {"validation": kept.validation} if kept.validation else {}
+            digests = {"digest": kept.digest(files), "test_digest": kept.digest(files, ["test"])}
+            meta = {"name": self.name, **digests, **counts}
             path = stack.enter_context(atomic(folder / "dataset.json"))
             write_json(path, {**meta, "classes": self.classes})
+
+    def _without(self, rows: dict[str, list[int]]) -> "Dataset":
+        """Return the dataset without some labels."""
+        first = len(self.labels["train"]) - self.validation
+        validation = self.validation - sum(row >= first for row in rows["train"])
+        labels = {split: np.delete(self.labels[split], rows[split]) for split in SPLITS}
+        return replace(self, labels=labels, validation=validation)
 
     @classmethod
     def load(cls, folder: Path) -> "Dataset":
@@ -92,7 +127,7 @@ class Dataset:
             meta = read_json(folder / "dataset.json")
             images = {split: np.load(folder / f"{split}_images.npy", "r") for split in SPLITS}
             labels = {split: np.load(folder / f"{split}_labels.npy") for split in SPLITS}
-            return cls(images, labels, meta["classes"], meta["name"])
+            return cls(images, labels, meta["classes"], meta["name"], meta.get("validation", 0))
         except (OSError, EOFError, ValueError, KeyError, TypeError) as error:
             repair = "`dvc repro -f download` repairs it"
             raise UserError(f"{folder}/ is missing or damaged ({error}); {repair}") from error
@@ -106,9 +141,14 @@ class ImageFile:
     """
 
     def __init__(self, file: FileIO, shape: tuple[int, ...]) -> None:
-        header = {"descr": "|u1", "fortran_order": False, "shape": shape}
-        np.lib.format.write_array_header_1_0(file, header)
-        self.file, self.start, self.size = file, file.tell(), math.prod(shape[1:])
+        self.file, self.shape, self.size = file, shape, math.prod(shape[1:])
+        self._write_header()
+        self.start = file.tell()
+
+    def _write_header(self) -> None:
+        self.file.seek(0)  # it has the same length for any number of images
+        header = {"descr": "|u1", "fortran_order": False, "shape": self.shape}
+        np.lib.format.write_array_header_1_0(self.file, header)
 
     def write(self, row: int, pixels: Pixels) -> None:
         """Write images, the first of which has the number `row`. OSError: it names the file."""
@@ -119,6 +159,19 @@ class ImageFile:
                 left = left[self.file.write(left) :]
         except OSError as error:  # it names no file
             raise OSError(error.errno, error.strerror, str(self.file.name)) from error
+
+    def remove(self, rows: list[int]) -> None:
+        """Close the gaps that some images leave."""
+        if not rows:
+            return
+        kept = np.delete(np.arange(self.shape[0]), rows)
+        for new, old in enumerate(kept.tolist()):
+            if new != old:
+                self.file.seek(self.start + old * self.size)
+                self.write(new, np.frombuffer(self.file.read(self.size), np.uint8))
+        self.shape = (len(kept), *self.shape[1:])
+        self.file.truncate(self.start + len(kept) * self.size)
+        self._write_header()
 
     def __iter__(self) -> Iterator[bytes]:
         self.file.seek(self.start)

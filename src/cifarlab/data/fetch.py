@@ -4,8 +4,10 @@ import hashlib
 from pathlib import Path, PurePosixPath
 from urllib.parse import unquote, urlsplit
 
+from cifarlab.data.archives import members
+from cifarlab.data.images import is_image
 from cifarlab.errors import UserError, first_line
-from cifarlab.params.sections import DataParams, is_remote
+from cifarlab.params.sections import DEFAULT_FOLDER, DataParams, is_remote
 
 ATTEMPTS = 3
 """How often all sources are tried, if one of them is a download."""
@@ -37,6 +39,29 @@ def fetch(params: DataParams, root: Path, cache: Path) -> Path:
     reasons = "; ".join(dict.fromkeys(failures))
     copy = "use a copy: dvc exp run -S 'data.sources=[/path/to/archive]', or try `make demo`"
     raise UserError(f"no source of {params.name} could be used ({reasons}); {copy}")
+
+
+def find_images(params: DataParams, root: Path, cache: Path) -> Path:
+    """Return data.folder or, if that is the default and holds no images, what `fetch` finds.
+
+    UserError: there is no such folder, or the main checkout has the images, but not this copy.
+    """
+    folder = Path(params.folder).expanduser()
+    if params.folder != DEFAULT_FOLDER or _holds_images(folder):
+        if not folder.exists():
+            raise UserError(f"data.folder = {folder} does not exist")
+        return folder
+    if Path.cwd() != root and _holds_images(root / folder):
+        way_out = f"set data.folder={root / folder}, or leave out --temp and --queue"
+        raise UserError(f"DVC's temporary copy of the checkout lacks {folder}/; {way_out}")
+    found = fetch(params, root, cache)
+    if not found.is_relative_to(cache):
+        print(f"DVC does not notice when {found} changes; data.folder={found} tells it to look")
+    return found
+
+
+def _holds_images(folder: Path) -> bool:
+    return folder.is_dir() and any(is_image(member.name) for member in members(folder))
 
 
 def _local(source: str, sha256: str | None, root: Path) -> Path:

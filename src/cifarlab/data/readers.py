@@ -1,43 +1,43 @@
 """Read images: CIFAR-10's archive, a folder or archive of images, scikit-learn's digits."""
 
+import hashlib
 import io
 import sys
-import unicodedata
 import warnings
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from functools import partial
-from itertools import chain, pairwise
+from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 import numpy as np
 
-from cifarlab.data import archives
-from cifarlab.data.archives import image_files, readable, reason
+from cifarlab.data import archives, layout
+from cifarlab.data.archives import Member, members, readable, reason
 from cifarlab.data.dataset import SPLITS, Dataset, Labels, Pixels, stratified_split
-from cifarlab.data.fetch import fetch
+from cifarlab.data.fetch import fetch, find_images
+from cifarlab.data.images import EXTRA, MAX_IMAGE, count_pixels, decode, formats, is_image
+from cifarlab.data.layout import UNREADABLE, Place, Problem
 from cifarlab.errors import UserError
 from cifarlab.params.sections import DataParams
 
 MAX_PIXELS = 2**32
 """Bytes of the pixels of all images together."""
-MAX_IMAGE = 50_000_000
-"""Pixels of one image, and of the images that are decoded at the same time."""
-LARGE_JPEG = 16_000_000
-"""Pixels of a JPEG image that is decoded at a smaller size."""
 BATCH = 128
 """Images that are decoded at the same time."""
-MAX_TEXT = 2**22
-"""Characters of the texts in one PNG image, unpacked."""
 MAX_NAMES = 2**29
-"""Bytes of memory for the names of all images."""
-FORMATS = ("PNG", "JPEG")
+"""Bytes of memory for the names of all files."""
+REFUSE_ABOVE = 0.1
+"""Share of the images that cannot be read above which something else must be wrong."""
 CIFAR10_FILES = {"train": [f"data_batch_{i}" for i in range(1, 6)], "test": ["test_batch"]}
 
 
-def prepare(params: DataParams, root: Path, cache: Path, folder: Path) -> Dataset:
-    """Write the images that `params` describes into a folder, and return them.
+def prepare(
+    params: DataParams, root: Path, cache: Path, folder: Path
+) -> tuple[Dataset, list[Problem]]:
+    """Write the images that `params` describes into a folder.
 
     Parameters
     ----------
@@ -45,18 +45,23 @@ def prepare(params: DataParams, root: Path, cache: Path, folder: Path) -> Datase
     cache : folder that keeps verified downloads
     folder : for the files of the dataset
 
+    Returns
+    -------
+    The images, and the files of a folder or archive that are not used or deserve a look.
+
     Raises
     ------
     UserError
         No source could be used, a checksum differs, or the content is not what is expected.
     """
+    problems: list[Problem] = []
     if params.name == "digits":
         digits().save(folder)
     elif params.name == "cifar10":
         read_cifar10(fetch(params, root, cache)).save(folder)
     else:
-        write_folder(fetch(params, root, cache), params.image_size, folder)
-    return Dataset.load(folder)
+        problems = write_folder(find_images(params, root, cache), params, folder)
+    return Dataset.load(folder), problems
 
 
 def read_cifar10(archive: Path) -> Dataset:
@@ -100,144 +105,254 @@ def _cifar10_batch(name: str, read: Callable[[], io.BytesIO]) -> tuple[Pixels, L
     return pixels.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1), np.fromiter(labels, np.int64)
 
 
-def write_folder(source: Path, image_size: int, folder: Path) -> None:
-    """Write the images in train/<class>/ and test/<class>/ of a directory, tar or zip archive.
+def write_folder(source: Path, params: DataParams, folder: Path) -> list[Problem]:
+    """Write the images of a directory, tar or zip archive, whatever its layout is.
 
-    The images are PNG or JPEG of any size. The source is read twice: first the names, so that the
-    order of the files makes no difference, then the images, of which only some are in memory.
+    The source is read several times: first the names, so that the order of the files makes no
+    difference, at the end the images, of which only some are in memory.
+
+    Returns
+    -------
+    Files that are not used, and test images that are training images, too.
 
     Raises
     ------
     UserError
-        An image or the archive is damaged, the splits have different classes, or there are too
-        many images.
+        The archive is damaged, too many images are, the splits have different classes, or there
+        are too many images.
     """
-    keys = _list(source, image_size)
-    found = {split: [key for key in keys if key[0] == split] for split in SPLITS}
-    names = {split: {label: None for _, label, *_ in found[split]} for split in SPLITS}
-    if not keys:
-        raise UserError(f"{source} holds no PNG or JPEG images in train/<class>/ and test/<class>/")
-    for label in sorted(names["train"].keys() ^ names["test"].keys()):
-        split = SPLITS[label in names["train"]]
-        needed = "train/<class>/ and test/<class>/ need the same classes"
-        raise UserError(f"{source} holds no PNG or JPEG images in {split}/{label}/; {needed}")
-    if len(classes := list(names["train"])) < 2:
-        raise UserError(f"{source} holds one class only, {classes[0]}; at least two are needed")
-    number = {label: i for i, label in enumerate(classes)}
-    labels = {
-        split: np.array([number[key[1]] for key in found[split]], np.int64) for split in SPLITS
-    }
-    rows = {key[3]: (split, row) for split in SPLITS for row, key in enumerate(found[split])}
-    images = dict.fromkeys(SPLITS, np.empty((0, image_size, image_size, 3), np.uint8))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Pillow's, of metadata and large images
-        blocks = _decode_all(source, image_size, rows)
-        Dataset(images, labels, classes, source.name.split(".")[0]).save(folder, blocks)
+    names, problems = _list(source, params.image_size)
+    if params.labels:
+        places, others = layout.by_table(names, *_table(source, params.labels))
+    else:
+        places, others = layout.by_folders(names)
+    problems += others
+    shown = layout.checked_classes((place.label for place in places.values()), str(source))
+    places = {n: place._replace(label=shown[place.label]) for n, place in places.items()}
+    if not places:
+        layouts = "train/<class>/ and test/<class>/, or in <class>/"
+        found = layout.summary(problems)
+        raise UserError(f"{source} holds no images in {layouts}{found}; see docs/data.md")
+    places = _with_test(source, places, params.test)
+    _check_classes(source, places)
+    unreadable = [problem for problem in problems if problem.kind == UNREADABLE]
+    reading = Reading(source, params.image_size, places, {*names}, unreadable)
+    reading.save(folder)
+    return [problem for problem in problems if problem not in unreadable] + reading.problems
 
 
-def _list(source: Path, image_size: int) -> list[tuple[str, str, str, str]]:
-    """Return split, class, file name and whole name of all images, sorted.
+def _list(source: Path, image_size: int) -> tuple[list[str], list[Problem]]:
+    """Return the names of all files, and those that cannot be read.
 
-    UserError: two of them cannot be told apart, or there are too many.
+    UserError: there are too many, or two have the same name.
     """
-    keys: list[tuple[str, str, str, str]] = []
-    classes: dict[str, str] = {}
-    size = 0
-    for name, _ in image_files(source):
-        split, label, file = PurePosixPath(name).parts[-3:]
-        shown = readable(label)
-        twin = classes.setdefault(unicodedata.normalize("NFC", shown), label)
-        if twin != label:
-            raise UserError(f"{source}: the classes {twin!a} and {label!a} look equal; rename one")
-        keys.append((split, shown, file, name))
-        size += sys.getsizeof(name) + 300  # the tables made of it need more
-        if size > MAX_NAMES or len(keys) * 3 * image_size**2 > MAX_PIXELS:
+    names: dict[str, None] = {}
+    problems: list[Problem] = []
+    size = images = 0
+    for member in members(source):
+        size += sys.getsizeof(member.name) + 600  # the tables made of it need more
+        images += is_image(member.name)
+        if size > MAX_NAMES or images * 3 * image_size**2 > MAX_PIXELS:
             most = f"{MAX_PIXELS >> 30} GiB or {MAX_NAMES >> 20} MiB of names"
             raise UserError(f"{source} holds over {most}; lower data.image_size or use fewer")
-    keys.sort()
-    for one, other in pairwise(keys):
-        if one[:3] == other[:3]:
-            twice = readable("/".join(one[:3]))
-            raise UserError(f"{source} holds two images called {twice}; remove one")
-    return keys
+        if member.problem:
+            image = is_image(member.name)
+            found = (UNREADABLE, member.problem) if image else (member.problem,)
+            problems.append(Problem(member.name, *found))
+        elif member.name in names and is_image(member.name):
+            twice = readable(member.name)
+            raise UserError(f"{source} holds two files called {twice}; remove one")
+        else:
+            names[member.name] = None
+    return list(names), problems
 
 
-def _decode_all(
-    source: Path, size: int, rows: dict[str, tuple[str, int]]
-) -> Iterator[tuple[str, int, Pixels]]:
-    """Yield split, number and pixels (size, size, 3) of all images, in the order of the source.
-
-    `rows` has split and number for the name of each image. UserError: an image cannot be read, or
-    there are others than in `rows`.
-    """
-    from tqdm import tqdm
-
-    changed = f"{source} has changed while it was read; type the same command again"
-    bar = tqdm(None, f"reading {source.name}", len(rows), unit=" images", disable=None)
-    with ThreadPoolExecutor() as pool, bar:
-        for batch in _batches(source):
-            pixels = pool.map(partial(_decode, source, size), batch)
-            for (name, _), decoded in zip(batch, pixels, strict=True):
-                if name not in rows:
-                    raise UserError(changed)
-                yield *rows.pop(name), decoded
-                bar.update()
-    if rows:
-        raise UserError(changed)
-
-
-def _batches(source: Path) -> Iterator[list[tuple[str, io.BytesIO]]]:
-    """Yield names and files of images, grouped so that decoding a group takes little memory.
-
-    UserError: the header of an image is damaged, or it is too large.
-    """
-    from PIL import Image, PngImagePlugin
-
-    PngImagePlugin.MAX_TEXT_MEMORY = MAX_TEXT  # by default 64 MiB
-    batch: list[tuple[str, io.BytesIO]] = []
-    pixels = size = 0
-    for name, read in image_files(source):
-        with _named(source, name), Image.open(file := read(), formats=FORMATS) as image:
-            if (more := image.width * image.height) > MAX_IMAGE:
-                limit = f"more than {MAX_IMAGE // 10**6} million pixels"
-                raise ValueError(f"{image.width:,}×{image.height:,} are {limit}")
-        pixels, size = pixels + more, size + file.getbuffer().nbytes
-        if len(batch) == BATCH or pixels > MAX_IMAGE or size > archives.MAX_MEMBER:
-            yield batch
-            batch, pixels, size = [], more, file.getbuffer().nbytes
-        batch.append((name, file))
-    yield batch
-
-
-@contextmanager
-def _named(source: Path, name: str) -> Iterator[None]:
-    """Turn the exceptions of a damaged image, which can be any, into one sentence."""
+def _table(source: Path, name: str) -> tuple[str, str]:
+    """Return the text of the table of labels inside or beside the source, and its file name."""
+    beside = [path / name for path in (source, source.parent) if (path / name).is_file()]
+    if beside:
+        content = archives.read_file(beside[0]).getvalue()
+    else:
+        inside = (m for m in members(source) if PurePosixPath(m.name).name == name)
+        if not (found := next((member.read().getvalue() for member in inside), b"")):
+            raise UserError(f"there is no data.labels = {name} in {source} or beside it")
+        content = found
     try:
-        yield
-    except Exception as error:
-        why = f"is not a readable image ({reason(error)})"
-        raise UserError(f"{source}: {readable(name)} {why}; repair, shrink or remove it") from error
+        return content.decode("utf-8-sig"), PurePosixPath(name).name
+    except UnicodeDecodeError as error:
+        raise UserError(f"{name} is not UTF-8; save it as CSV in UTF-8") from error
 
 
-def _decode(source: Path, size: int, item: tuple[str, io.BytesIO]) -> Pixels:
-    """Return an image as RGB, its middle square resized to (size, size, 3)."""
-    from PIL import Image, ImageOps
+def _with_test(source: Path, places: dict[str, Place], share: float) -> dict[str, Place]:
+    """Return the places with a part for testing, and print where it comes from."""
+    splits = {place.split for place in places.values()}
+    if "test" in splits:
+        return {n: p if p.split else p._replace(split="train") for n, p in places.items()}
+    if "validation" in splits:
+        print("there is no test/: its validation images are the test images")
+        return {
+            name: place._replace(split="test" if place.split == "validation" else "train")
+            for name, place in places.items()
+        }
+    if not share:
+        raise UserError(f"{source} has no test images, and data.test = 0 holds out none; raise it")
+    print(f"there is no test/: of each class, the share data.test = {share:g} is for testing")
+    # By content, so that neither order nor names matter, and equal images stay together.
+    digests = {m.name: _sha256(m) for m in members(source) if m.name in places}
+    if digests.keys() != places.keys():
+        raise UserError(_changed(source))
+    classes: dict[str, list[str]] = {}
+    for name in sorted(places, key=lambda name: (digests[name], places[name])):
+        classes.setdefault(places[name].label, []).append(name)
+    test = {n for of_class in classes.values() for n in of_class[: round(share * len(of_class))]}
+    return {n: p._replace(split="test" if n in test else "train") for n, p in places.items()}
 
-    name, file = item
-    # It is opened again, because unpacked texts and profiles in its header can take much memory.
-    with _named(source, name), Image.open(file, formats=FORMATS) as image:
-        if image.width * image.height > LARGE_JPEG:
-            # JPEG can be decoded at a half, a quarter or an eighth of its size. The pixels then
-            # differ a little, so smaller images are decoded in full.
-            image.draft(None, (2 * size, 2 * size))
-        ImageOps.exif_transpose(image, in_place=True)
-        rgb: Image.Image = image
-        if image.mode.startswith("I;16"):
-            # For 16 bits, convert() would turn everything but the darkest grey into white.
-            rgb = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-        rgb = rgb if rgb.mode == "RGB" else rgb.convert("RGB")
-        square = ImageOps.fit(rgb, (size, size))
-    return np.asarray(square)
+
+def _check_classes(source: Path, places: dict[str, Place]) -> None:
+    """Refuse fewer than two classes, classes that differ between the splits, and equal names."""
+    classes = {split: {p.label for p in places.values() if p.split == split} for split in SPLITS}
+    if len(classes["train"] | classes["test"]) < 2:
+        [only] = classes["train"] | classes["test"]
+        raise UserError(f"{source} holds one class only, {only}; at least two are needed")
+    for label in sorted(classes["train"] ^ classes["test"]):
+        split = SPLITS[label in classes["train"]]
+        needed = "train/<class>/ and test/<class>/ need the same classes"
+        raise UserError(f"{source} holds no images in {split}/{label}/; {needed}")
+    for place in places.values():
+        if place.label not in classes["train"]:
+            raise UserError(f"{source} holds no images in train/{place.label}/")
+    if len({*places.values()}) < len(places):
+        place, _ = Counter(places.values()).most_common(1)[0]
+        twice = readable("/".join(place))
+        raise UserError(f"{source} holds two images called {twice}; remove one")
+
+
+@dataclass
+class Reading:
+    """The images of a source while they are read."""
+
+    source: Path
+    size: int
+    places: dict[str, Place]
+    names: set[str]
+    """All files of the source."""
+    problems: list[Problem]
+    """Images that cannot be read."""
+    digests: dict[str, dict[bytes, str]] = field(default_factory=lambda: {s: {} for s in SPLITS})
+    """Of the pixels of each split, and the name of an image that has them."""
+
+    def save(self, folder: Path) -> None:
+        """Write the dataset. Validation images are the last ones of the training images."""
+        # A place sorts as split, label and file, so validation comes behind train.
+        order = sorted(self.places, key=lambda name: self.places[name])
+        classes = sorted({place.label for place in self.places.values()})
+        number = {label: i for i, label in enumerate(classes)}
+        parts = {"train": ("train", "validation"), "test": ("test",)}
+        found = {
+            split: [n for part in parts[split] for n in order if self.places[n].split == part]
+            for split in SPLITS
+        }
+        labels = {
+            split: np.array([number[self.places[name].label] for name in found[split]], np.int64)
+            for split in SPLITS
+        }
+        rows = {name: (split, row) for split in SPLITS for row, name in enumerate(found[split])}
+        validation = sum(place.split == "validation" for place in self.places.values())
+        images = dict.fromkeys(SPLITS, np.empty((0, self.size, self.size, 3), np.uint8))
+        name = self.source.resolve().name.split(".")[0]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow's, of metadata and large images
+            Dataset(images, labels, classes, name, validation).save(folder, self._decoded(rows))
+
+    def _decoded(
+        self, rows: dict[str, tuple[str, int]]
+    ) -> Iterator[tuple[str, int, Pixels | None]]:
+        """Yield split, number and pixels (size, size, 3) of all images, in the order of the source.
+
+        `rows` has split and number for the name of each image. None stands for an image that cannot
+        be read. UserError: that are too many, or images have gone.
+        """
+        from tqdm import tqdm
+
+        left = dict(rows)
+        bar = tqdm(None, f"reading {self.source.name}", len(rows), unit=" images", disable=None)
+        with ThreadPoolExecutor() as pool, bar:
+            for batch in self._batches(rows):
+                for (name, _), pixels in zip(batch, pool.map(self._decode, batch), strict=True):
+                    split, row = left.pop(name)
+                    if isinstance(pixels, Problem):
+                        self.problems.append(pixels)
+                    else:
+                        digest = hashlib.blake2b(pixels.data, digest_size=16).digest()
+                        known = self.digests[split].get(digest, name)
+                        self.digests[split][digest] = min(name, known)
+                    yield split, row, None if isinstance(pixels, Problem) else pixels
+                    bar.update()
+        if left:
+            raise UserError(_changed(self.source))
+        self._judge()
+
+    def _batches(self, rows: Mapping[str, Any]) -> Iterator[list[tuple[str, io.BytesIO | Problem]]]:
+        """Yield names and files of images, grouped so that decoding a group takes little memory."""
+        batch: list[tuple[str, io.BytesIO | Problem]] = []
+        pixels = size = 0
+        for member in members(self.source):
+            if member.name not in self.names and not member.problem:
+                raise UserError(_changed(self.source))
+            if member.name not in rows:
+                continue
+            item: io.BytesIO | Problem = io.BytesIO()
+            more = length = 0
+            try:
+                item = file = member.read()
+                more, length = count_pixels(file), file.getbuffer().nbytes
+            except Exception as error:  # damaged bytes can raise any exception
+                item = _unreadable(member.name, error)
+            pixels, size = pixels + more, size + length
+            if len(batch) == BATCH or pixels > MAX_IMAGE or size > archives.MAX_MEMBER:
+                yield batch
+                batch, pixels, size = [], more, length
+            batch.append((member.name, item))
+        yield batch
+
+    def _decode(self, item: tuple[str, io.BytesIO | Problem]) -> Pixels | Problem:
+        name, file = item
+        try:
+            return file if isinstance(file, Problem) else decode(file, self.size)
+        except Exception as error:  # damaged bytes can raise any exception
+            return _unreadable(name, error)
+
+    def _judge(self) -> None:
+        """Refuse a source of which too much cannot be read, and note images in both splits."""
+        bad = {problem.file for problem in self.problems}
+        images = len(bad | self.places.keys())
+        if len(bad) > REFUSE_ABOVE * images:
+            first = min(self.problems)
+            example = f"{readable(first.file)} is not a readable image ({first.detail})"
+            count = f"{len(bad):,} of {images:,} images cannot be read"
+            raise UserError(f"{self.source}: {count}; {example}; repair, shrink or remove them")
+        _check_classes(self.source, {n: p for n, p in self.places.items() if n not in bad})
+        for digest in self.digests["train"].keys() & self.digests["test"].keys():
+            test, train = self.digests["test"][digest], self.digests["train"][digest]
+            self.problems.append(Problem(test, layout.IN_BOTH, train))
+        self.problems.sort()
+
+
+def _unreadable(name: str, error: Exception) -> Problem:
+    suffix = PurePosixPath(name).suffix.lower()
+    needed = f"; {EXTRA[suffix]} opens {suffix}" if suffix in EXTRA.keys() - formats() else ""
+    return Problem(name, UNREADABLE, f"{reason(error)}{needed}")
+
+
+def _sha256(member: Member) -> bytes:
+    try:
+        return hashlib.sha256(member.read().getbuffer()).digest()
+    except Exception:  # it cannot be read, which is noticed later
+        return b""
+
+
+def _changed(source: Path) -> str:
+    return f"{source} has changed while it was read; type the same command again"
 
 
 def digits() -> Dataset:

@@ -39,13 +39,34 @@ def expected_calibration_error(probabilities: Floats, actual: Labels, bins: int)
     return float(np.abs(gaps).sum() / len(actual))
 
 
+def macro_auroc(probabilities: Floats, actual: Labels) -> float:
+    """Return the mean area under the ROC curve of each class against the rest.
+
+    It is the share of pairs of an image of the class and another image in which the former has the
+    higher probability of the class; a tie counts half (Hanley & McNeil 1982). Classes without
+    images, or with all of them, are left out.
+    """
+    areas = []
+    for label, scores in enumerate(probabilities.T):
+        positive = actual == label
+        one, rest = int(positive.sum()), int((~positive).sum())
+        if one and rest:
+            _, places, counts = np.unique(scores, return_inverse=True, return_counts=True)
+            ranks = (np.cumsum(counts) - (counts - 1) / 2)[places]  # the mean of equal ones
+            areas.append((ranks[positive].sum() - one * (one + 1) / 2) / (one * rest))
+    return float(np.mean(areas)) if areas else 0.5
+
+
 def evaluate(
     probabilities: Floats, actual: Labels, classes: list[str], bins: int
 ) -> tuple[dict[str, Any], dict[str, Table]]:
     """Return the metrics and the tables predictions, per_class and confusion.
 
-    The loss is the mean cross-entropy in nats, whatever the network was trained on, so that runs
-    can be compared. As in scikit-learn, a class that is never predicted has precision 0.
+    balanced_accuracy is the mean accuracy of the classes, however many images they have.
+    top5_accuracy is the share of images whose class is among the five most probable ones; with
+    five classes or fewer there is none. The loss is the mean cross-entropy in nats, whatever the
+    network was trained on, so that runs can be compared. As in scikit-learn, a class that is never
+    predicted has precision 0.
 
     Raises
     ------
@@ -65,11 +86,16 @@ def evaluate(
     names = np.asarray(classes)
     metrics = {
         "accuracy": float(hits.sum() / len(actual)),
+        "balanced_accuracy": float(recall[images > 0].mean()),
         "loss": float(-np.log(np.maximum(likelihood, np.finfo(np.float64).tiny)).mean()),
         "macro_f1": float(f1.mean()),
+        "macro_auroc": macro_auroc(probabilities, actual),
         "calibration_error": expected_calibration_error(probabilities, actual, bins),
         "accuracy_per_class": dict(zip(classes, recall.tolist(), strict=True)),
     }
+    if len(classes) > 5:
+        five = np.argsort(probabilities, 1, kind="stable")[:, -5:]
+        metrics["top5_accuracy"] = float((five == actual[:, None]).any(1).mean())
     highest, counts = probabilities.max(1), dict(zip(classes, confusion.T, strict=True))
     rates = {"accuracy": recall, "precision": precision, "f1": f1, "images": images}
     tables = {

@@ -16,7 +16,7 @@ from matplotlib.ticker import PercentFormatter
 from torch import Tensor
 
 from cifarlab.data.augment import augment, draw
-from cifarlab.data.dataset import Dataset, stratified_split
+from cifarlab.data.dataset import Dataset
 from cifarlab.figures import style
 from cifarlab.files import read_json
 from cifarlab.params.sections import Params
@@ -137,7 +137,7 @@ def per_class_bars(table: pd.DataFrame, accuracy: float) -> Figure:
 def training_images(data: Dataset, params: Params) -> Figure:
     """Draw a random sample of training images as the network gets them: augmented."""
     train, generator = params.train, torch.Generator().manual_seed(params.train.seed)
-    kept, _ = stratified_split(data.labels["train"], params.data.validation)
+    kept, _ = data.split(params.data.validation)
     chosen = kept[torch.randperm(len(kept), generator=generator)[: params.plot.samples].numpy()]
     draws = draw(len(chosen), train.seed, 1, flip=train.flip, translate=train.translate)
     images = augment(torch.from_numpy(data.images["train"][chosen]), draws)

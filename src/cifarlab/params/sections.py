@@ -8,6 +8,8 @@ from pydantic import Field, model_validator
 from cifarlab.errors import without_secrets
 from cifarlab.params.geometry import ModelParams, Positive, Section, Share
 
+DEFAULT_FOLDER = "images"
+"""It comes with the project, and holds no images."""
 Count = Annotated[int, Field(ge=1, le=1_000_000)]
 
 
@@ -20,6 +22,13 @@ class DataParams(Section):
     """Where the images come from."""
 
     name: Literal["cifar10", "folder", "digits"]
+    folder: Annotated[str, Field(min_length=1)]
+    """A folder or archive of images, which DVC watches. Relative paths start where the pipeline
+    runs. Only name: folder reads it."""
+    labels: Annotated[str, Field(min_length=1)] | None
+    """A table inside or beside the folder with the columns file, label and perhaps split."""
+    test: Share
+    """Share of a folder's images for testing, where it has no test/."""
     sources: list[str]
     """URLs (https, http, file) or paths, tried in this order. Relative paths start at the main
     checkout."""
@@ -28,10 +37,15 @@ class DataParams(Section):
     image_size: Annotated[int, Field(ge=1, le=512)]
     """Height and width in pixels."""
     validation: Share
-    """Share of the training images held out for validation, the same in every class."""
+    """Share of the training images held out for validation, the same in every class, unless the
+    folder has its own."""
 
     @model_validator(mode="after")
     def _keys_fit_together(self) -> "DataParams":
+        if self.name != "folder" and (self.folder != DEFAULT_FOLDER or self.labels):
+            key = "labels" if self.labels else "folder"
+            wrong = f"data.{key} = {getattr(self, key)}: data.name = {self.name} does not read it"
+            raise ValueError(f"{wrong}; set data.name=folder")
         if self.name != "folder" and self.image_size != 32:
             raise ValueError(f"data.image_size = {self.image_size}: {self.name} images are 32×32")
         if any(source != without_secrets(source) for source in self.sources):
@@ -73,6 +87,9 @@ class TrainParams(Section):
     loss: Literal["cross_entropy", "quadratic"]
     """quadratic: ½ Σ (softmax(z) - y)² over the classes."""
     label_smoothing: Share
+    class_weights: Literal["none", "balanced"]
+    """balanced: in the loss, every class counts as much as every other, however many images it
+    has."""
     flip: Literal["none", "random", "alternating"]
     """Mirror images left to right. random: each with probability ½. alternating: each image is
     mirrored in every second epoch (Jordan 2024, airbench)."""

@@ -22,7 +22,7 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 from cifarlab import files, pipeline
 from cifarlab.errors import UserError, first_line
 from cifarlab.params.load import changed
-from cifarlab.params.sections import Params
+from cifarlab.params.sections import DEFAULT_FOLDER, Params
 from cifarlab.studies.question import Parameters, Study, slug
 from cifarlab.tracking.studies import timing_of
 
@@ -30,7 +30,7 @@ ORIGIN = ["experiment", "code", "key"]  # what identifies a row
 TEXT = dict.fromkeys([*ORIGIN, "commit", "run"], str)  # a digest may consist of digits only
 # Pictures, tracking and the number of images tested at a time decide no result. The data are
 # compared by the name of the data set, because the same images can come from several places.
-DATA_SET = ("data.name", "data.sources", "data.sha256")
+DATA_SET = ("data.name", "data.folder", "data.sources", "data.sha256")
 UNDECIDING = ("plot.", "tracking.", "evaluate.batch_size", *DATA_SET)
 
 
@@ -177,7 +177,12 @@ def read_tables(name: str) -> Tables:
     for path, identity in zip(_paths(name), (ORIGIN, [*ORIGIN, "epoch"]), strict=True):
         try:
             empty = DataFrame(columns=[*identity, "commit", "data"])
-            table = pd.read_csv(path, dtype=TEXT) if path.exists() else empty
+            # A variant may be called None.
+            table = (
+                pd.read_csv(path, dtype=TEXT, keep_default_na=False, na_values=[""])
+                if path.exists()
+                else empty
+            )
             tables.append(table.drop_duplicates(identity, keep="last", ignore_index=True))
         except (ValueError, KeyError) as error:  # for example the marks of a merge conflict
             reason = f"is damaged or lacks columns ({first_line(error)})"
@@ -203,8 +208,10 @@ def chosen(name: str, points: list[Point], *, any_origin: bool = False) -> Table
 
 def data_set(parameters: Parameters) -> str:
     """Return the name of the data set: of a folder or archive, its name without suffixes."""
-    name, sources = parameters["data.name"], parameters["data.sources"]
-    return Path(sources[0]).name.split(".")[0] if name == "folder" else str(name)
+    if parameters["data.name"] != "folder":
+        return str(parameters["data.name"])
+    folder, sources = parameters["data.folder"], parameters["data.sources"]
+    return Path(folder if folder != DEFAULT_FOLDER else sources[0]).name.split(".")[0]
 
 
 def record(name: str, study: Study, points: list[Point]) -> Tables:

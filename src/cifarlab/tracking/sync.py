@@ -39,7 +39,7 @@ def sync(*, check: bool = False) -> None:
             continue
         run_id = ""
         try:
-            wanted = _tags(revision)
+            wanted = tags_of(revision)
             if not revision.name and any(wanted.items() <= other.items() for other in unnamed):
                 continue
             unnamed += [] if revision.name else [wanted]
@@ -66,7 +66,7 @@ def run_of(revision: Revision) -> str:
         MLflow cannot be read or written, or DVC's cache lacks files.
     """
     mirror = Mirror()
-    return mirror.complete(revision, _tags(revision), check=False)[0]
+    return mirror.complete(revision, tags_of(revision), check=False)[0]
 
 
 class Mirror:
@@ -121,8 +121,9 @@ class Mirror:
             return any(files)
 
         wanted = {}
-        for stage in pipeline.parse_lock(pipeline.read_text(files.DVC_LOCK, revision)).values():
-            for path, size in stage.size.items():
+        locked = pipeline.parse_lock(pipeline.read_text(files.DVC_LOCK, revision))
+        for stage in locked.keys() & pipeline.STAGES:
+            for path, size in locked[stage].size.items():
                 if folder := ARTIFACTS.get(PurePosixPath(path).suffix):
                     wanted[f"{folder}/{PurePosixPath(path).name}"] = size
         found, params = tracking.Deadline(60).wait(sizes), _params(revision)
@@ -178,7 +179,7 @@ class Mirror:
                 raise UserError(f"MLflow failed ({first_line(error)[:200]})") from error
 
 
-def _tags(revision: Revision) -> Tags:
+def tags_of(revision: Revision) -> Tags:
     """Return the tags of a run that shows a revision: its tables, figures and parameters.
 
     The run of an experiment also has its name and its baseline. For a commit or the workspace any

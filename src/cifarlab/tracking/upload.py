@@ -4,11 +4,11 @@ import hashlib
 import json
 import posixpath
 import re
+import tempfile
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from cifarlab.tracking.client import KEY, wait_for_database
 
 ARTIFACTS = {".csv": "tables", ".png": "figures"}  # MLflow's folder for each kind of file
 PARAMS, CODE = "cifarlab.params", "cifarlab.code"  # tags with digests of what decides the outputs
+TEST_DIGEST = "cifarlab.test"  # the tag with the digest of the test images and their classes
 MAX_BATCH = 1000  # metrics in one request
 Values = dict[str, Any]
 
@@ -163,7 +164,9 @@ class Upload:
         from cifarlab.data.dataset import Dataset
 
         data, params = Dataset.load(self._path(files.DATA)), self.execution.params.data
-        sources = ["sklearn.datasets.load_digits"] if params.name == "digits" else params.sources
+        folder = [params.folder] if params.name == "folder" else []
+        sources = [*folder, *params.sources]
+        sources = ["sklearn.datasets.load_digits"] if params.name == "digits" else sources
         source, images = CodeDatasetSource({"sources": sources}), data.images["train"]
         # MLflow takes 36 characters. Its own digest would cover only the first 10,000 values.
         names = {"name": data.name, "digest": data.digest()[:32]}
@@ -173,14 +176,22 @@ class Upload:
 
     def _send_evaluation(self) -> None:
         # MLflow's log_table would write the same file, but append if the stage runs again.
-        table = pd.read_csv(self._path(files.CONFUSION)).to_json(orient="split", index=False)
+        # A class may be called 7 or NA.
+        label = "actual/predicted"
+        confusion = pd.read_csv(
+            self._path(files.CONFUSION), dtype={label: str}, keep_default_na=False
+        )
+        table = confusion.to_json(orient="split", index=False)
         self.client.log_text(self.run_id, table, "confusion_matrix.json")
         shown = json.dumps([{"path": "confusion_matrix.json", "type": "table"}])
         found = files.read_json(self._path(files.EVALUATION))
         classes = found.pop("accuracy_per_class")
         metrics = {f"test_{name}": value for name, value in found.items()}
         metrics |= {accuracy_of(label): value for label, value in classes.items()}
-        self._send({"mlflow.loggedArtifacts": shown}, metrics, {})
+        data = files.read_json(self._path(files.DATA / "dataset.json"))
+        # Data of an older version has no such digest.
+        tested = {TEST_DIGEST: data["test_digest"]} if "test_digest" in data else {}
+        self._send({"mlflow.loggedArtifacts": shown, **tested}, metrics, {})
 
     def _send_model(self) -> None:
         """Log the network with its test metrics; finish what an earlier try left incomplete."""
@@ -206,21 +217,21 @@ class Upload:
             client.log_outputs(run_id, [LoggedModelOutput(name, 0)])
 
     def _export(self, model_id: str) -> None:
-        """Write the network as a `pt2` graph, which contains no pickle."""
-        import mlflow
+        """Write the network as an MLflow model, which contains no pickle."""
+        from mlflow.entities import LoggedModelStatus
+        from mlflow.models import Model
 
-        from cifarlab.data.dataset import Dataset
-        from cifarlab.nn import weights
+        from cifarlab.tracking.model import write
 
-        images = Dataset.load(self._path(files.DATA)).images["test"]
-        mlflow.pytorch.log_model(
-            weights.load(self._path(files.WEIGHTS)),
-            model_id=model_id,
-            # With a batch of one, the exported graph would accept no other batch size.
-            input_example=images[:2].transpose(0, 3, 1, 2).copy(),
-            serialization_format="pt2",
-            pip_requirements=[f"torch=={version('torch')}"],
-        )
+        data = files.read_json(self._path(files.DATA / "dataset.json"))
+        known = {"training_key": self.execution.key, "dataset_digest": data["digest"]}
+        known |= {"classes": data["classes"]}
+        ids = {"run_id": self.run_id, "model_id": model_id, "model_uuid": model_id}
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name) / "model"
+            write(folder, self._path(files.WEIGHTS), Model(**ids, metadata=known))
+            self.client.log_model_artifacts(model_id, str(folder))
+        self.client.finalize_logged_model(model_id, LoggedModelStatus.READY)
 
 
 def accuracy_of(label: str) -> str:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cifarlab.data.augment import Draws, augment, cutmix, draw
-from cifarlab.data.dataset import Dataset, stratified_split
+from cifarlab.data.dataset import Dataset
 from cifarlab.errors import UserError
 from cifarlab.nn.diagnostics import diagnose
 from cifarlab.nn.network import Network, predict
@@ -56,7 +56,7 @@ def prepare(
     UserError
         Fewer than two images are left to train on.
     """
-    kept, held_out = stratified_split(data.labels["train"], params.data.validation)
+    kept, held_out = data.split(params.data.validation)
     if len(kept) < 2:
         left = f"data.validation = {params.data.validation} leaves {len(kept)} images to train on"
         raise UserError(f"{left}, too few for a batch; lower it")
@@ -130,7 +130,9 @@ class Trainer:
         self.batch_size = min(params.batch_size, len(data.labels))
         self.steps = len(data.labels) // self.batch_size
         self.mix = cutmix(params.cutmix, len(net.classes))
-        self.loss_of = loss_function(params.loss, params.label_smoothing)
+        weights = class_weights(data.labels, len(net.classes))
+        balance = weights if params.class_weights == "balanced" else None
+        self.loss_of = loss_function(params.loss, params.label_smoothing, balance)
         self.optimizers = make_optimizers(net, params, params.epochs * self.steps, dtype)
         parts = enumerate(chain(*self.optimizers))
         self.parts: dict[str, Any] = {"network": net} | {str(i): part for i, part in parts}
@@ -226,19 +228,42 @@ def check_finite(network: Network, row: Row, params: TrainParams) -> None:
     raise UserError(f"the training {reason}; try a train.lr below {params.lr:g}{muon}")
 
 
-def loss_function(name: str, label_smoothing: float = 0.0) -> Callable[[Tensor, Tensor], Tensor]:
+def loss_function(
+    name: str, label_smoothing: float = 0.0, weights: Tensor | None = None
+) -> Callable[[Tensor, Tensor], Tensor]:
     """Return the mean loss of logits (N, classes) and targets.
 
     Targets are labels, int64 (N,), or the share of each class, float (N, classes). cross_entropy
     is in nats. quadratic is ½ Σ (softmax(z) - y)² over the classes, with y smoothed likewise.
+
+    Parameters
+    ----------
+    weights : float (classes,), factors on the loss of each image; without them, all are 1
     """
+    reduction = "mean" if weights is None else "none"
 
     def loss(logits: Tensor, targets: Tensor) -> Tensor:
         if name == "cross_entropy":
-            return F.cross_entropy(logits, targets, label_smoothing=label_smoothing)
-        classes = logits.shape[1]
-        target = targets if targets.ndim == 2 else F.one_hot(targets, classes)
-        target = target * (1 - label_smoothing) + label_smoothing / classes
-        return (logits.softmax(1) - target).square().sum(1).mean() / 2
+            losses = F.cross_entropy(
+                logits, targets, reduction=reduction, label_smoothing=label_smoothing
+            )
+        else:
+            classes = logits.shape[1]
+            target = targets if targets.ndim == 2 else F.one_hot(targets, classes)
+            target = target * (1 - label_smoothing) + label_smoothing / classes
+            losses = (logits.softmax(1) - target).square().sum(1)
+            losses = (losses.mean() if weights is None else losses) / 2
+        if weights is None:
+            return losses
+        return (losses * (targets @ weights if targets.ndim == 2 else weights[targets])).mean()
 
     return loss
+
+
+def class_weights(labels: Tensor, classes: int) -> Tensor:
+    """Return for each class images / (classes · images of the class), float (classes,).
+
+    The mean over the images is 1. It is "balanced" in scikit-learn (King & Zeng 2001).
+    """
+    images = torch.bincount(labels, minlength=classes).clamp(min=1)
+    return len(labels) / (classes * images.float())

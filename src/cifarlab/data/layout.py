@@ -1,0 +1,230 @@
+"""Which images belong to which class and split, from their paths or from a table of labels."""
+
+import csv
+import io
+import re
+import unicodedata
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import PurePosixPath
+from typing import NamedTuple
+
+from cifarlab.data.archives import readable
+from cifarlab.data.images import is_image
+from cifarlab.errors import UserError
+
+SPLIT_NAMES = {"train": "train", "training": "train", "test": "test", "testing": "test"}
+SPLIT_NAMES |= dict.fromkeys(("val", "valid", "validation"), "validation")
+COLUMNS = {"file": "file", "filename": "file", "image": "file", "path": "file"}
+COLUMNS |= {"label": "label", "class": "label", "split": "split"}
+HIDDEN = {"__MACOSX", "Thumbs.db", "desktop.ini"}  # what macOS and Windows leave behind
+# Control characters, ends of lines, and characters that change the direction of a text.
+UNSAFE = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
+UNREADABLE, IN_BOTH = "unreadable", "also a training image"
+
+
+class Problem(NamedTuple):
+    """A file that is not used, or that deserves a look."""
+
+    file: str
+    kind: str
+    detail: str = ""
+
+
+class Place(NamedTuple):
+    """Where an image belongs."""
+
+    split: str
+    """train, validation or test; empty if the source does not say."""
+    label: str
+    file: str
+    """Its path inside the class."""
+
+
+Layout = tuple[dict[str, Place], list[Problem]]
+"""The place of each image by its name, and the files that are no images or have no place."""
+
+
+def by_folders(names: Iterable[str]) -> Layout:
+    """Place images in train/<class>/, validation/<class>/ and test/<class>/, or in <class>/.
+
+    Folders around all of these, and folders inside of a class, make no difference; neither does
+    the case of the names of the splits.
+    """
+    images, problems = _images(names)
+    parts = {name: PurePosixPath(name).parts for name in images}
+    split_at = {name: _split_at(path) for name, path in parts.items()}
+    splits = {parts[name][at].lower() for name, at in split_at.items() if at is not None}
+    divided = any(SPLIT_NAMES[split] == "train" for split in splits)
+    rest: dict[str, tuple[str, ...]] = {}
+    for name, path in parts.items():
+        if not divided:
+            rest[name] = path
+        elif (at := split_at[name]) is not None:
+            rest[name] = path[at + 1 :]
+        else:
+            problems.append(Problem(name, f"outside of {_join(splits)}"))
+    rest = _without_top(rest)
+    problems += [Problem(n, "in no class folder") for n, path in rest.items() if len(path) < 2]
+    places = {}
+    for name, (label, *file) in rest.items():
+        if file:
+            at = split_at[name] if divided else None
+            split = "" if at is None else SPLIT_NAMES[parts[name][at].lower()]
+            places[name] = Place(split, label, "/".join(file))
+    return _same_case(places), problems
+
+
+def by_table(names: Iterable[str], text: str, table: str) -> Layout:
+    """Place images as a table says that has the columns file, label and, where it has one, split.
+
+    A file is named by its path from the top of the source, with or without the folders around all
+    images, or by its name alone, with or without suffix, if only one image has that name.
+
+    Raises
+    ------
+    UserError
+        The table has no such columns, a wrong split, two labels for a file, or a tenth of its
+        files is missing.
+    """
+    images, problems = _images(name for name in names if PurePosixPath(name).name != table)
+    paths = {name: PurePosixPath(name) for name in images}
+    inner = {
+        n: "/".join(p) for n, p in _without_top({n: p.parts for n, p in paths.items()}).items()
+    }
+    found: dict[str, list[str]] = {}
+    for name, path in paths.items():
+        for key in {str(path), inner.get(name, ""), path.name, path.stem}:
+            found.setdefault(key, []).append(name)
+    places: dict[str, Place] = {}
+    rows = _rows(text, table)
+    for line, row in rows:
+        file, label, split = (row.get(column, "") for column in ("file", "label", "split"))
+        if split and split.lower() not in SPLIT_NAMES:
+            known = _join(SPLIT_NAMES)
+            raise UserError(
+                f"{table}, line {line}: the split {readable(split)!r} is none of {known}"
+            )
+        known_as = found.get(str(PurePosixPath(file.replace("\\", "/"))), [])
+        if len(known_as) != 1 or not label:
+            why = "has no label" if not label else "stands" if known_as else "is missing"
+            why = f"{why} more than once" if known_as and label else why
+            problems.append(Problem(f"{table}, line {line}: {file}", f"in {table}, but {why}"))
+            continue
+        place = Place(SPLIT_NAMES.get(split.lower(), ""), label, file)
+        if places.setdefault(known_as[0], place)[:2] != place[:2]:
+            raise UserError(f"{table}, line {line}: {readable(file)} has another label above")
+    if 10 * (len(rows) - len(places)) > len(rows):
+        example = next(problem.file for problem in problems if problem.file.startswith(table))
+        count = f"{len(places)} of {len(rows)} files in {table} are there"
+        raise UserError(f"{count}; look at {readable(example)}")
+    missing = f"not in {table}"
+    return places, problems + [Problem(name, missing) for name in images if name not in places]
+
+
+def checked_classes(labels: Iterable[str], source: str) -> dict[str, str]:
+    """Return how each label is shown. Labels that are the same text in Unicode become one class.
+
+    Raises
+    ------
+    UserError
+        A label holds characters that cannot be seen, or two labels look equal.
+    """
+    shown: dict[str, str] = {}
+    classes: dict[str, str] = {}
+    for label in sorted({*labels}):
+        normal = unicodedata.normalize("NFC", label)
+        if found := UNSAFE.search(label):
+            hidden = f"the character U+{ord(found[0]):04X}, which cannot be seen"
+            raise UserError(f"{source}: the class {label!a} holds {hidden}; rename it")
+        shown[label] = readable(normal)
+        if (twin := classes.setdefault(shown[label], normal)) != normal:
+            raise UserError(f"{source}: the classes {twin!a} and {label!a} look equal; rename one")
+    return shown
+
+
+def summary(problems: Sequence[Problem]) -> str:
+    """Describe the problems in a part of a sentence; empty if there are none.
+
+    For example "; skipped 12: 9 .txt, 3 unreadable (cat/a.jpg, …)".
+    """
+    skipped = [problem for problem in problems if problem.kind != IN_BOTH]
+    kinds = Counter(problem.kind for problem in skipped)
+    shown = []
+    for kind, count in kinds.most_common():
+        first = next(readable(problem.file) for problem in skipped if problem.kind == kind)
+        more = ", …" if count > 1 else ""
+        shown.append(f"{count:,} {kind}" + ("" if kind.startswith(".") else f" ({first}{more})"))
+    text = f"; skipped {len(skipped):,}: {', '.join(shown)}" if skipped else ""
+    if twice := [problem for problem in problems if problem.kind == IN_BOTH]:
+        example = f"{readable(twice[0].file)} = {readable(twice[0].detail)}"
+        text += f"; {len(twice):,} test images are also training images ({example})"
+    return text
+
+
+def _images(names: Iterable[str]) -> tuple[list[str], list[Problem]]:
+    """Return what should be images, and the other files."""
+    images, problems = [], []
+    for name in names:
+        path = PurePosixPath(name)
+        if any(part.startswith(".") or part in HIDDEN for part in path.parts):
+            problems.append(Problem(name, "hidden"))
+        elif is_image(name):
+            images.append(name)
+        else:
+            suffix = readable(path.suffix.lower()[:20])
+            problems.append(Problem(name, suffix if len(suffix) > 1 else "without a suffix"))
+    return images, problems
+
+
+def _split_at(path: tuple[str, ...]) -> int | None:
+    """Return which part of a path is a split with a class and a file below it.
+
+    A class may be called train.
+    """
+    return next((i for i, part in enumerate(path[:-2]) if part.lower() in SPLIT_NAMES), None)
+
+
+def _without_top(paths: Mapping[str, tuple[str, ...]]) -> dict[str, tuple[str, ...]]:
+    """Remove the folders that hold all images, as long as there are folders below."""
+    while paths:
+        tops = {path[0] for path in paths.values() if len(path) > 1}
+        if len(tops) != 1 or not any(len(path) > 2 for path in paths.values()):
+            break
+        paths = {name: path[len(path) > 1 :] for name, path in paths.items()}
+    return dict(paths)
+
+
+def _same_case(places: dict[str, Place]) -> dict[str, Place]:
+    """Give a class in validation/ and test/ the case that its name has in train/."""
+    train = {place.label for place in places.values() if place.split == "train"}
+    spelled = {label.casefold(): label for label in train}
+    if len(spelled) < len(train):  # the case distinguishes classes, such as a and A
+        return places
+    return {
+        name: place._replace(label=spelled.get(place.label.casefold(), place.label))
+        for name, place in places.items()
+    }
+
+
+def _rows(text: str, table: str) -> list[tuple[int, dict[str, str]]]:
+    """Return the rows of a table with commas, semicolons or tabs, and their numbers of line."""
+    head = text.partition("\n")[0]
+    file = io.StringIO(text, newline="")
+    reader = csv.DictReader(file, delimiter=max("\t;,", key=head.count))
+    try:
+        names = {name: COLUMNS.get(name.strip().lower(), "") for name in reader.fieldnames or []}
+        if not {"file", "label"} <= {*names.values()}:
+            columns = readable(", ".join(names)) or "none"
+            needed = "needs the columns file and label, and may have split"
+            raise UserError(f"{table} {needed}; it has {columns}")
+        return [
+            (reader.line_num, {names.get(k, ""): str(v or "").strip() for k, v in row.items()})
+            for row in reader
+        ]
+    except csv.Error as error:
+        raise UserError(f"{table}, line {reader.line_num}: {error}") from error
+
+
+def _join(names: Iterable[str]) -> str:
+    return ", ".join(sorted(f"{name}/" for name in names))

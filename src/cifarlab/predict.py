@@ -1,0 +1,159 @@
+"""Use a trained network: the classes of new images, and files for other programs."""
+
+import csv
+import glob
+import io
+import json
+import re
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from cifarlab import files, pipeline
+from cifarlab.data.archives import MAX_MEMBER, read_file, readable, reason
+from cifarlab.data.dataset import Pixels
+from cifarlab.data.images import count_pixels, decode, is_image
+from cifarlab.errors import UserError
+from cifarlab.nn import weights
+from cifarlab.nn.network import Network
+
+BATCH = 100
+STDIN = "-"
+COLUMNS = ("class", "probability")
+
+
+class Prediction(NamedTuple):
+    """What a network says about an image."""
+
+    image: str
+    """The path, or "-" for standard input."""
+    classes: list[str]
+    """The most probable ones, the best first."""
+    probabilities: list[float]
+
+
+def load(model: str) -> Network:
+    """Return a trained network.
+
+    Parameters
+    ----------
+    model : a .safetensors file, a DVC experiment or commit, the id of an MLflow run, or
+        models:/NAME@ALIAS; empty for the network in the workspace
+
+    Raises
+    ------
+    UserError
+        There is no such network.
+    """
+    if not model or Path(model).is_file():
+        return weights.load(Path(model) if model else files.WEIGHTS)
+    with tempfile.TemporaryDirectory() as name:
+        path = Path(name) / files.WEIGHTS.name
+        if model.startswith("models:/") or re.fullmatch("[0-9a-f]{32}", model):
+            from cifarlab.tracking.registry import download_network
+
+            path = download_network(model, Path(name))
+        else:
+            commit = pipeline.find_commit(model)
+            path.write_bytes(pipeline.read_bytes(files.WEIGHTS, commit))
+        return weights.load(path)
+
+
+def find(names: Sequence[str]) -> list[str]:
+    """Return the images that paths, folders and patterns such as "photos/*.jpg" stand for.
+
+    Raises
+    ------
+    UserError
+        One of them stands for nothing.
+    """
+    found: list[str] = []
+    for name in names:
+        path = Path(name).expanduser()
+        if name == STDIN or path.is_file():
+            found.append(name if name == STDIN else str(path))
+            continue
+        pattern = f"{glob.escape(name)}/**" if path.is_dir() else str(path)
+        inside = map(Path, glob.glob(pattern, recursive=True))  # noqa: PTH207, absolute ones, too
+        images = sorted(str(image) for image in inside if is_image(image.name) and image.is_file())
+        if not images:
+            raise UserError(f"{readable(name)}: there is no such image, and no folder of images")
+        found += images
+    return found
+
+
+def predict(
+    network: Network, images: Sequence[str], top: int, broken: list[str]
+) -> Iterator[Prediction]:
+    """Classify images of any size, format and mode, resized as in training.
+
+    Parameters
+    ----------
+    images : paths, or "-" for an image on standard input
+    top : how many classes to name
+    broken : gets a sentence for each image that cannot be read
+    """
+    import torch
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    network = network.to(device).eval()
+    with ThreadPoolExecutor() as pool:
+        for start in range(0, len(images), BATCH):
+            names = images[start : start + BATCH]
+            decoded = list(pool.map(partial(_decode, size=network.image_size), names))
+            broken += [sentence for sentence in decoded if isinstance(sentence, str)]
+            kept = [(n, p) for n, p in zip(names, decoded, strict=True) if not isinstance(p, str)]
+            if not kept:
+                continue
+            pixels = np.stack([image for _, image in kept])
+            batch = torch.from_numpy(pixels).permute(0, 3, 1, 2).to(device)
+            with torch.inference_mode():
+                probabilities = network(batch).double().softmax(1).cpu().numpy()
+            best = np.argsort(-probabilities, 1, kind="stable")[:, :top]
+            for (name, _), row, order in zip(kept, probabilities, best, strict=True):
+                yield Prediction(name, [network.classes[i] for i in order], row[order].tolist())
+
+
+def shown(predictions: Iterator[Prediction], form: str) -> Iterator[str]:
+    """Yield predictions as lines of a table, of "csv", or as a list in "json"."""
+    if form == "json":
+        yield json.dumps([_record(found) for found in predictions], ensure_ascii=False, indent=2)
+        return
+    line = io.StringIO()
+    writer = csv.writer(line, lineterminator="")
+    for number, found in enumerate(predictions):
+        pairs = list(zip(found.classes, found.probabilities, strict=True))
+        if form != "csv":
+            yield "  ".join([readable(found.image), *(f"{label} {p:.1%}" for label, p in pairs)])
+            continue
+        if number == 0:
+            more = (f"{name}_{i}" for i in range(2, len(pairs) + 1) for name in COLUMNS)
+            yield ",".join(["image", *COLUMNS, *more])
+        line.seek(line.truncate(0))
+        writer.writerow([found.image, *(v for label, p in pairs for v in (label, f"{p:.6f}"))])
+        yield line.getvalue()
+
+
+def _record(found: Prediction) -> dict[str, Any]:
+    pairs = zip(found.classes, found.probabilities, strict=True)
+    top = [{"class": label, "probability": round(p, 6)} for label, p in pairs]
+    return {"image": readable(found.image), **top[0], "top": top}
+
+
+def _decode(name: str, size: int) -> Pixels | str:
+    """Return the pixels of an image, or why there are none."""
+    try:
+        if name == STDIN:
+            file = io.BytesIO(sys.stdin.buffer.read(MAX_MEMBER))
+        else:
+            file = read_file(Path(name))
+        count_pixels(file)
+        return decode(file, size)
+    except Exception as error:  # damaged bytes can raise any exception
+        return f"{readable(name)}: {reason(error)}"

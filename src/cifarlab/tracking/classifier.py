@@ -1,0 +1,59 @@
+"""The code of a logged model. MLflow copies this file into the model: it imports nothing of ours.
+
+Raw images in, names of classes and their probabilities out.
+"""
+
+from typing import Any
+
+import mlflow
+import numpy as np
+import pandas as pd
+import torch
+from PIL import Image, ImageOps
+
+BATCH = 100
+
+
+class ImageClassifier(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
+    """Resizes images as in training and classifies them."""
+
+    def load_context(self, context: Any) -> None:
+        """Load the network, an exported graph without pickle. It is in evaluation mode."""
+        self.network = torch.export.load(context.artifacts["network"]).module()
+
+    # MLflow would take hints of types for a schema.
+    def predict(self, context, model_input, params=None):  # type: ignore[no-untyped-def]
+        """Return a row for each image.
+
+        Parameters
+        ----------
+        model_input : uint8 (N, height, width, 3), RGB, of any height and width
+
+        Returns
+        -------
+        The columns class, probability (of this class), and probability/<class> for every class.
+        """
+        config = context.model_config
+        classes, size = config["classes"], config["image_size"]
+        images = np.asarray(model_input, np.uint8)
+        if images.ndim != 4 or images.shape[3] != 3:
+            raise ValueError(f"images must be (N, height, width, 3), not {images.shape}")
+        squares = [
+            image
+            if image.shape[:2] == (size, size)
+            else np.asarray(ImageOps.fit(Image.fromarray(image), (size, size)))
+            for image in images
+        ]
+        found = np.empty((0, len(classes)))
+        for start in range(0, len(squares), BATCH):
+            batch = torch.from_numpy(np.stack(squares[start : start + BATCH])).permute(0, 3, 1, 2)
+            with torch.no_grad():
+                logits = self.network(batch.contiguous())
+            found = np.concatenate([found, logits.double().softmax(1).numpy()])
+        table = pd.DataFrame(found, columns=[f"probability/{name}" for name in classes])
+        table.insert(0, "class", [classes[number] for number in found.argmax(1)])
+        table.insert(1, "probability", found.max(1))
+        return table
+
+
+mlflow.models.set_model(ImageClassifier())

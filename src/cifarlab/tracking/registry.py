@@ -1,0 +1,148 @@
+"""Logged models: finding one, and the champion among the registered versions."""
+
+import tempfile
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from scipy.stats import binomtest
+
+from cifarlab import files, pipeline
+from cifarlab.errors import UserError, first_line
+from cifarlab.params.load import load_params
+from cifarlab.tracking.client import connect
+from cifarlab.tracking.sync import tags_of
+from cifarlab.tracking.upload import TEST_DIGEST
+
+CHAMPION = "champion"
+LEVEL = 0.05  # two-sided; above it, the difference may be chance
+
+
+def download_network(uri: str, folder: Path) -> Path:
+    """Download network.safetensors of a logged or registered model.
+
+    Parameters
+    ----------
+    uri : the id of a run, or models:/NAME@ALIAS, models:/NAME/VERSION, models:/MODEL_ID
+
+    Raises
+    ------
+    UserError
+        There is no such model, or the run has none.
+    """
+    import mlflow
+    from mlflow.exceptions import MlflowException
+
+    client = connect()
+    try:
+        if "/" not in uri:
+            uri = f"models:/{_model_of(client.get_run(uri))}"
+        return Path(mlflow.artifacts.download_artifacts(uri, dst_path=str(folder))).joinpath(
+            "artifacts", files.WEIGHTS.name
+        )
+    except MlflowException as error:
+        raise UserError(f"{uri} cannot be read from MLflow: {first_line(error)}") from error
+
+
+def promote(name: str, *, force: bool) -> str:
+    """Register the model of a run or experiment; make it the champion if it is better.
+
+    Better means: it gets more of the same test images right, and McNemar's exact test on the
+    images that only one of the two gets right is below LEVEL (McNemar 1947).
+
+    Raises
+    ------
+    UserError
+        There is no such run, or it has no model.
+    """
+    client, registered = connect(), load_params().tracking.experiment
+    run = _find_run(client, name)
+    model = _model_of(run)
+    champion = _champion(client, registered)
+    known = client.search_model_versions(f"name = '{registered}'")
+    version = next((v for v in known if v.source.endswith(model)), None)
+    if not version:
+        if champion is None and not known:
+            client.create_registered_model(registered)
+        version = client.create_model_version(
+            registered, f"models:/{model}", run.info.run_id, model_id=model
+        )
+    label = f"version {version.version} of {registered}, {run.info.run_name}"
+    if champion is None:
+        client.set_registered_model_alias(registered, CHAMPION, version.version)
+        return f"{label}, is the first champion"
+    if champion.version == version.version:
+        return f"{label}, is the champion already"
+    better, reason = _compare(client, client.get_run(champion.run_id), run)
+    if not better and not force:
+        return f"{label}, does not become the champion: {reason}"
+    client.set_registered_model_alias(registered, CHAMPION, version.version)
+    forced = "" if better else ", by --force"
+    return f"{label}, is the champion now{forced}: {reason}"
+
+
+def champion() -> str:
+    """Describe the champion and say how DVC restores it. UserError: there is none."""
+    client, registered = connect(), load_params().tracking.experiment
+    if (version := _champion(client, registered)) is None:
+        raise UserError(f"{registered} has no champion; `cifarlab promote RUN` makes one")
+    run = client.get_run(version.run_id)
+    accuracy = run.data.metrics.get("test_accuracy", float("nan"))
+    revisions = chain(pipeline.experiments(), pipeline.commits())
+    found = (r.restore for r in revisions if tags_of(r).items() <= run.data.tags.items())
+    return (
+        f"{registered} version {version.version}: {run.info.run_name}, "
+        f"test accuracy {accuracy:.2%}, run {version.run_id}\n"
+        f"use it:     cifarlab predict --model models:/{registered}@{CHAMPION} IMAGE\n"
+        f"restore it: {next(found, 'it is in no experiment or commit any more')}"
+    )
+
+
+def _champion(client: Any, registered: str) -> Any:
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return client.get_model_version_by_alias(registered, CHAMPION)
+    except MlflowException:  # no such model, or no such alias
+        return None
+
+
+def _find_run(client: Any, name: str) -> Any:
+    """Return the run with this id, or the newest one of a DVC experiment."""
+    experiment = client.get_experiment_by_name(load_params().tracking.experiment)
+    if experiment:
+        runs = client.search_runs([experiment.experiment_id])
+        for run in runs:  # the newest first
+            if name in (run.info.run_id, run.data.tags.get("dvc.exp.name")):
+                return run
+    raise UserError(
+        f"{name} is neither a run nor an experiment in MLflow; `cifarlab sync` logs them"
+    )
+
+
+def _model_of(run: Any) -> str:
+    """Return the id of the model of a run. UserError: it has none."""
+    outputs = run.outputs.model_outputs if run.outputs else []
+    if not outputs:
+        way_out = "set tracking.log_model: true and run `dvc repro -f evaluate`"
+        raise UserError(f"the run {run.info.run_name} ({run.info.run_id}) has no model; {way_out}")
+    return str(outputs[-1].model_id)
+
+
+def _compare(client: Any, old: Any, new: Any) -> tuple[bool, str]:
+    """Tell whether the second run is better, and why."""
+    digests = [run.data.tags.get(TEST_DIGEST) for run in (old, new)]
+    if not all(digests) or digests[0] != digests[1]:
+        return False, "the two were not tested on the same images"
+    right = []
+    with tempfile.TemporaryDirectory() as folder:
+        for run in (old, new):
+            path = client.download_artifacts(run.info.run_id, "tables/predictions.csv", folder)
+            table = pd.read_csv(path, dtype=str, keep_default_na=False)
+            right.append(table.actual == table.predicted)
+    lost, won = int((right[0] & ~right[1]).sum()), int((~right[0] & right[1]).sum())
+    p = float(binomtest(won, won + lost).pvalue) if won + lost else 1.0
+    counts = f"of {len(right[0]):,} test images, {won} only the new one gets right and {lost} only"
+    text = f"{counts} the champion (McNemar's exact test: p = {p:.2g})"
+    return won > lost and p < LEVEL, text

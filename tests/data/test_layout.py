@@ -1,0 +1,332 @@
+"""What people have: folders and archives of many layouts, and tables of labels."""
+
+import io
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from cifarlab.data import layout
+from cifarlab.data.dataset import Dataset
+from cifarlab.data.layout import Problem
+from tests.support.archives import tar, zipped
+from tests.support.pictures import CATS, picture, pictures, under, write
+
+Read = Callable[..., tuple[Dataset, list[Problem]]]
+Get = Callable[..., Dataset]
+
+
+MORE = {name.replace(".png", "-2.png"): picture(100 + i) for i, name in enumerate(CATS)}
+THIRD = {name.replace(".png", "-3.png"): picture(200 + i) for i, name in enumerate(CATS)}
+
+
+@pytest.mark.parametrize(
+    ("files", "train", "test", "validation"),
+    [
+        pytest.param(under("train", CATS) | under("test", MORE), 20, 20, 0, id="train and test"),
+        pytest.param(under("Train", CATS) | under("TEST", MORE), 20, 20, 0, id="capital letters"),
+        pytest.param(under("train", CATS) | under("val", MORE), 20, 20, 0, id="train and val"),
+        pytest.param(under("train", CATS) | under("valid", MORE), 20, 20, 0, id="train and valid"),
+        pytest.param(
+            under("training", CATS) | under("Validation", MORE), 20, 20, 0, id="other words"
+        ),
+        pytest.param(
+            under("train", CATS) | under("test", MORE) | under("val", THIRD), 40, 20, 20, id="three"
+        ),
+        pytest.param(under("train", CATS), 16, 4, 0, id="train only"),
+        pytest.param(CATS, 16, 4, 0, id="classes at the top"),
+        pytest.param(under("photos", CATS), 16, 4, 0, id="a folder around the classes"),
+        pytest.param(under("a/b", CATS), 16, 4, 0, id="two folders around the classes"),
+        pytest.param(
+            under("a", under("train", CATS) | under("test", MORE)), 20, 20, 0, id="around splits"
+        ),
+        pytest.param(
+            under("a/train", CATS) | under("b/test", MORE), 20, 20, 0, id="splits in two folders"
+        ),
+        pytest.param(under("train/animals", CATS), 16, 4, 0, id="a folder inside of the split"),
+        pytest.param(
+            {name.replace("/", "/2024/may/"): data for name, data in CATS.items()},
+            *(16, 4, 0),
+            id="folders inside of the classes",
+        ),
+        pytest.param(CATS | pictures(10, "train"), 24, 6, 0, id="a class that is called train"),
+        pytest.param(
+            under("train", CATS)
+            | {name.replace("cat", "Cat"): data for name, data in under("test", MORE).items()},
+            *(20, 20, 0),
+            id="a class in another case",
+        ),
+    ],
+)
+@pytest.mark.parametrize("kind", ["folder", "zip", "backslashes", "tar.gz"])
+def test_every_layout_is_read(
+    tmp_path: Path,
+    get: Get,
+    capsys: pytest.CaptureFixture[str],
+    kind: str,
+    files: dict[str, bytes],
+    train: int,
+    test: int,
+    validation: int,
+) -> None:
+    if kind == "folder":
+        source = write(tmp_path / "mine", files)
+    elif kind == "tar.gz":
+        source = tar(tmp_path / "mine.tar.gz", files)
+    else:
+        names = {n.replace("/", "\\") if kind == "backslashes" else n: d for n, d in files.items()}
+        source = zipped(tmp_path / "mine.zip", names)
+    data = get("folder", source, test=0.2)
+    assert data.classes[:2] == ["cat", "dog"]
+    assert (len(data.labels["train"]), len(data.labels["test"])) == (train, test)
+    assert data.validation == validation
+    divided = np.bincount(data.labels["test"])
+    assert len({*divided.tolist()}) == 1  # every class has the same number
+    output = capsys.readouterr().out
+    assert ("data.test = 0.2" in output) == (test in (4, 6))
+    if validation:
+        kept, held_out = data.split(0.1)
+        greens = {tuple(image[0, 0]) for image in data.images["train"][held_out]}
+        assert greens == {tuple(colour(200 + i)) for i in range(20)}
+        assert len(kept) == 20
+
+
+def colour(number: int) -> tuple[int, int, int]:
+    return number * 37 % 256, number * 11 % 256, number % 256
+
+
+def test_the_test_images_depend_on_names_and_contents_only(tmp_path: Path, get: Get) -> None:
+    folder = write(tmp_path / "mine", CATS)
+    data = get("folder", folder)
+    backwards = dict(reversed(CATS.items()))
+    assert get("folder", tar(tmp_path / "mine.tar", backwards)).digest() == data.digest()
+    renamed = {f"{name[:-4]}-new.png": content for name, content in CATS.items()}
+    again = get("folder", write(tmp_path / "renamed", renamed))
+    for split in ("train", "test"):
+        sets = [{image.tobytes() for image in d.images[split]} for d in (data, again)]
+        assert sets[0] == sets[1]
+    # One image more leaves nearly all of them where they were.
+    (folder / "cat/new.png").write_bytes(picture(99))
+    more = get("folder", folder)
+    before, after = ({image.tobytes() for image in d.images["test"]} for d in (data, more))
+    assert len(before & after) >= 3
+
+
+def test_without_a_share_a_test_part_is_needed(tmp_path: Path, refused: Callable[..., str]) -> None:
+    folder = write(tmp_path / "mine", CATS)
+    assert "data.test = 0 holds out none" in refused("folder", folder, test=0)
+    few = write(tmp_path / "few", pictures(2, "cat", "dog"))
+    assert "holds no images in test/cat/" in refused("folder", few, test=0.2)
+
+
+# Formats
+
+
+@pytest.mark.parametrize(
+    ("kind", "mode"),
+    [
+        *(("PNG", mode) for mode in ("1", "L", "LA", "P", "RGB", "RGBA", "I;16")),
+        *(("TIFF", mode) for mode in ("RGB", "CMYK", "LAB", "I;16", "I", "F", "YCbCr")),
+        *(("GIF", mode) for mode in ("P", "L")),
+        *(("JPEG", mode) for mode in ("L", "RGB", "CMYK")),
+        *((kind, "RGB") for kind in ("WEBP", "BMP", "AVIF", "TGA", "PPM", "JPEG2000", "PCX")),
+    ],
+)
+def test_every_format_and_mode_is_read(tmp_path: Path, get: Get, kind: str, mode: str) -> None:
+    grey = Image.new("RGB", (40, 24), (200, 200, 200))
+    if mode in ("I;16", "I"):
+        image = Image.fromarray(np.full((24, 40), 200 * 257, np.uint16)).convert(mode)
+    elif mode == "F":
+        image = Image.fromarray(np.full((24, 40), 200 / 255, np.float32))
+    elif mode == "LAB":
+        image = Image.new("LAB", (40, 24), (205, 128, 128))  # L* = 80.6, as grey of 200
+    else:
+        no_dots = {"dither": Image.Dither.NONE, "palette": Image.Palette.ADAPTIVE}
+        image = grey.convert(mode, **no_dots)
+    file = io.BytesIO()
+    image.save(file, kind)
+    suffix = {"JPEG": "jpg", "TIFF": "tif", "JPEG2000": "jp2"}.get(kind, kind.lower())
+    files = under("train", CATS) | under("test", MORE)
+    files[f"train/cat/a.{suffix}"] = file.getvalue()
+    data = get("folder", write(tmp_path / "mine", files))
+    last_cat = data.images["train"][10].reshape(-1, 3).astype(int)
+    expected = 255 if mode == "1" else 200
+    assert np.abs(last_cat - expected).max() <= 3
+
+
+def test_of_an_animation_the_first_picture_is_read(tmp_path: Path, get: Get) -> None:
+    first, second = (Image.new("RGB", (32, 32), (level,) * 3) for level in (40, 200))
+    file = io.BytesIO()
+    first.save(file, "GIF", save_all=True, append_images=[second])
+    files = under("train", CATS) | under("test", MORE) | {"train/cat/a.gif": file.getvalue()}
+    data = get("folder", write(tmp_path / "mine", files))
+    assert any((image == 40).all() for image in data.images["train"])
+    assert not any((image == 200).all() for image in data.images["train"])
+
+
+# What is not read
+
+
+def test_nothing_is_dropped_in_silence(tmp_path: Path, read: Read) -> None:
+    files = under("photos/train", CATS) | under("photos/test", MORE) | {
+        "photos/readme.txt": b"",
+        "photos/train/cat/notes.TXT": b"",
+        "photos/train/cat/LICENSE": b"",
+        "photos/train/cat/.DS_Store": b"",
+        "__MACOSX/photos/train/cat/._0.png": b"\0\5\26\7",
+        "photos/preview.jpg": picture(0, "JPEG"),
+        "photos/train/title.png": picture(0),
+        "photos/train/cat/broken.png": picture(1)[:-30],
+        "photos/train/dog/empty.png": b"",
+    }  # fmt: skip
+    data, problems = read("folder", zipped(tmp_path / "mine.zip", files))
+    assert len(data.labels["train"]) == len(data.images["train"]) == 20
+    summary = layout.summary(problems)
+    assert summary.startswith("; skipped 9: ")
+    for part in (
+        "2 .txt",
+        "1 without a suffix (photos/train/cat/LICENSE)",
+        "2 hidden (photos/train/cat/.DS_Store, …)",
+        "2 outside of test/, train/ (photos/preview.jpg, …)",
+        "2 unreadable (photos/train/cat/broken.png, …)",
+    ):
+        assert part in summary
+    without = {name: content for name, content in files.items() if "broken" not in name}
+    del without["photos/train/dog/empty.png"]
+    clean, _ = read("folder", zipped(tmp_path / "mine.zip", without))
+    assert clean.digest() == data.digest()
+
+
+def test_more_than_a_tenth_of_damaged_images_is_refused(
+    tmp_path: Path, read: Read, refused: Callable[..., str]
+) -> None:
+    folder = write(tmp_path / "mine", under("train", CATS) | under("test", MORE))
+    for i in range(4):
+        (folder / f"train/cat/{i}.png").write_bytes(b"")
+    _, problems = read("folder", folder)
+    assert layout.summary(problems) == "; skipped 4: 4 unreadable (train/cat/0.png, …)"
+    (folder / "train/cat/4.png").write_bytes(b"")
+    sentence = refused("folder", folder)
+    assert "5 of 40 images cannot be read; train/cat/0.png is not a readable image" in sentence
+
+
+def test_a_class_without_readable_images_is_refused(
+    tmp_path: Path, refused: Callable[..., str]
+) -> None:
+    files = under("train", CATS) | under("test", MORE) | {"test/fish/0.png": b""}
+    files["train/fish/0.png"] = picture(1)
+    folder = write(tmp_path / "mine", files)
+    assert "holds no images in test/fish/" in refused("folder", folder)
+
+
+def test_an_image_in_train_and_test_is_reported(tmp_path: Path, read: Read) -> None:
+    files = under("train", CATS) | under("test", MORE)
+    files["test/cat/same.png"] = files["train/cat/3.png"]
+    with Image.open(io.BytesIO(files["train/dog/4.png"])) as image:
+        file = io.BytesIO()
+        image.save(file, "BMP")  # the same pixels in other bytes
+    files["test/dog/same.bmp"] = file.getvalue()
+    data, problems = read("folder", write(tmp_path / "mine", files))
+    assert len(data.labels["test"]) == 22
+    assert problems == [
+        Problem("test/cat/same.png", layout.IN_BOTH, "train/cat/3.png"),
+        Problem("test/dog/same.bmp", layout.IN_BOTH, "train/dog/4.png"),
+    ]
+    assert layout.summary(problems) == (
+        "; 2 test images are also training images (test/cat/same.png = train/cat/3.png)"
+    )
+
+
+# Tables of labels
+
+FLAT = {f"img/{name.replace('/', '-')}": content for name, content in CATS.items()}
+ROWS = [(name, name.split("/")[1][:3]) for name in FLAT]
+
+
+def table(rows: list[tuple[str, ...]], separator: str = ",", head: str = "file,label") -> bytes:
+    lines = [head.replace(",", separator), *(separator.join(row) for row in rows)]
+    return ("\n".join(lines) + "\n").encode()
+
+
+@pytest.mark.parametrize(
+    ("content", "name"),
+    [
+        pytest.param(table(ROWS), "labels.csv", id="csv"),
+        pytest.param(table(ROWS, "\t"), "labels.tsv", id="tsv"),
+        pytest.param(table(ROWS, ";"), "labels.csv", id="semicolons"),
+        pytest.param(b"\xef\xbb\xbf" + table(ROWS), "labels.csv", id="byte order mark"),
+        pytest.param(table(ROWS, head="Filename,Class"), "labels.csv", id="other heads"),
+        pytest.param(table([(n[4:], c) for n, c in ROWS]), "labels.csv", id="names from inside"),
+        pytest.param(table([(n[4:-4], c) for n, c in ROWS]), "labels.csv", id="without suffix"),
+        pytest.param(
+            table([(n.replace("/", "\\"), c) for n, c in ROWS]), "labels.csv", id="backslashes"
+        ),
+    ],
+)
+@pytest.mark.parametrize("place", ["in the folder", "beside the folder", "in a zip", "beside it"])
+def test_a_table_says_the_labels(
+    tmp_path: Path, read: Read, content: bytes, name: str, place: str
+) -> None:
+    files = FLAT | ({name: content} if place.startswith("in ") else {})
+    beside = tmp_path / name
+    if not place.startswith("in "):
+        beside.write_bytes(content)
+    if "folder" in place:
+        source = write(tmp_path / "mine", files)
+    else:
+        source = zipped(tmp_path / "mine.zip", files)
+    data, problems = read("folder", source, labels=name)
+    assert data.classes == ["cat", "dog"]
+    assert (len(data.labels["train"]), len(data.labels["test"])) == (16, 4)
+    assert problems == []
+
+
+def test_a_table_may_name_the_splits(tmp_path: Path, read: Read) -> None:
+    rows = [(name, label, "Test" if "9" in name else "train") for name, label in ROWS[1:]]
+    rows.append(("img/nowhere.png", "cat", "train"))
+    folder = write(tmp_path / "mine", FLAT | {"t.csv": table(rows, head="file,label,split")})
+    data, problems = read("folder", folder, labels="t.csv")
+    assert (len(data.labels["train"]), len(data.labels["test"])) == (17, 2)
+    assert [problem.kind for problem in problems] == ["in t.csv, but is missing", "not in t.csv"]
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        (table(ROWS, head="a,b"), "t.csv needs the columns file and label, and may have split"),
+        (table([(n, "x", "holdout") for n, _ in ROWS], head="file,label,split"), "'holdout'"),
+        (table([(f"x{n}", c) for n, c in ROWS]), "0 of 20 files in t.csv are there; look at"),
+        (table([*ROWS, (ROWS[0][0], "dog")]), "line 22: img/cat-0.png has another label above"),
+        (b"\xff\xfe", "t.csv is not UTF-8"),
+        (b"", "t.csv needs the columns"),
+        (b'file,label\n"' + b"x" * 200_000, "field larger than field limit"),
+    ],
+)
+def test_a_wrong_table_is_refused(
+    tmp_path: Path, refused: Callable[..., str], content: bytes, sentence: str
+) -> None:
+    folder = write(tmp_path / "mine", FLAT | {"t.csv": content})
+    assert sentence in refused("folder", folder, labels="t.csv")
+    assert "there is no data.labels = u.csv" in refused("folder", folder, labels="u.csv")
+
+
+@pytest.mark.parametrize("label", ["NA", "null", "nan", "7", "C+", "C#"])
+def test_names_of_classes_stay_as_they_are(tmp_path: Path, get: Get, label: str) -> None:
+    files = {name.replace("dog", label): content for name, content in CATS.items()}
+    assert get("folder", write(tmp_path / "mine", files)).classes == sorted(["cat", label])
+
+
+def test_the_folder_of_the_project_is_read_if_it_holds_images(
+    tmp_path: Path, get: Get, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    archive = zipped(tmp_path / "mine.zip", CATS)
+    write(tmp_path / "images", {"README.md": b""})
+    assert get("folder", archive).name == "mine"
+    write(tmp_path / "images", CATS)
+    assert get("folder", archive).name == "images"
+    shutil.move(tmp_path / "images", tmp_path / "photos")
+    assert get("folder", archive, folder=str(tmp_path / "photos")).name == "photos"

@@ -1,0 +1,134 @@
+"""`cifarlab predict` and `cifarlab export`, on a network in a file."""
+
+import csv
+import io
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner, Result
+from PIL import Image, ImageOps
+
+from cifarlab.cli import main
+from cifarlab.nn import weights
+from cifarlab.nn.network import Network
+from tests.support.networks import small_params
+
+CLASSES = ["NA", "cat, dog", "Käfer"]
+Predict = Callable[..., Result]
+
+
+@pytest.fixture
+def network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Network:
+    torch.manual_seed(0)
+    network = Network(small_params(), 32, CLASSES).eval()
+    weights.save(network, tmp_path / "models/network.safetensors")
+    monkeypatch.chdir(tmp_path)
+    return network
+
+
+@pytest.fixture
+def predict(network: Network) -> Predict:
+    def predict(*arguments: str, **options: object) -> Result:
+        return CliRunner().invoke(main, ["predict", *arguments], **options)  # type: ignore[arg-type]
+
+    return predict
+
+
+def image(seed: int, size: tuple[int, int] = (48, 36)) -> Image.Image:
+    rng = np.random.default_rng(seed)
+    return Image.fromarray(rng.integers(0, 256, (*size[::-1], 3), np.uint8))
+
+
+def expected(network: Network, picture: Image.Image) -> list[float]:
+    square = np.asarray(ImageOps.fit(picture.convert("RGB"), (32, 32)))
+    with torch.no_grad():
+        logits = network(torch.from_numpy(square.copy())[None].permute(0, 3, 1, 2))
+    return [float(p) for p in logits.softmax(1)[0]]
+
+
+def test_any_image_is_classified_like_in_evaluation(predict: Predict, network: Network) -> None:
+    for i, (name, mode) in enumerate([("a.png", "RGBA"), ("b.tif", "L"), ("c.webp", "RGB")]):
+        image(i).convert(mode).save(name, **({"lossless": True} if "webp" in name else {}))
+    done = predict("a.png", "b.tif", "c.webp", "--json", "--top", "3")
+    assert done.exit_code == 0
+    for found, name in zip(json.loads(done.stdout), ["a.png", "b.tif", "c.webp"], strict=True):
+        assert found["image"] == name
+        with Image.open(name) as picture:
+            probabilities = expected(network, picture)
+        given = {row["class"]: row["probability"] for row in found["top"]}
+        assert [given[label] for label in CLASSES] == pytest.approx(probabilities, abs=2e-6)
+        assert found["class"] == CLASSES[int(np.argmax(probabilities))]
+        ordered = [row["probability"] for row in found["top"]]
+        assert ordered == sorted(ordered, reverse=True)
+
+
+def test_folders_patterns_and_standard_input(predict: Predict) -> None:
+    for name in ("in/[1]/a.png", "in/b.jpg", "in/c.txt", "x1.png", "x2.png", "é è.png"):
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        image(0).save(name, "PNG")
+    names = [line.split("  ")[0] for line in predict("in", "x*.png", "é è.png").stdout.splitlines()]
+    assert names == ["in/[1]/a.png", "in/b.jpg", "x1.png", "x2.png", "é è.png"]
+    inside = [line.split("  ")[0] for line in predict("in/[1]").stdout.splitlines()]
+    assert inside == ["in/[1]/a.png"]
+    done = predict("-", input=Path("x1.png").read_bytes())
+    assert done.stdout.startswith("-  ")
+
+
+def test_csv_has_a_head_and_quotes_names(predict: Predict) -> None:
+    image(0).save("a, b.png")
+    rows = list(csv.reader(io.StringIO(predict("a, b.png", "--csv", "--top", "2").stdout)))
+    assert rows[0] == ["image", "class", "probability", "class_2", "probability_2"]
+    assert rows[1][0] == "a, b.png"
+    assert {rows[1][1], rows[1][3]} <= {*CLASSES}
+    assert len(rows) == 2
+
+
+def test_a_broken_image_is_named_and_the_others_are_classified(predict: Predict) -> None:
+    image(0).save("good.png")
+    Path("bad.png").write_bytes(Path("good.png").read_bytes()[:-500])
+    done = predict("bad.png", "good.png")
+    assert done.exit_code == 1
+    first, second = done.output.splitlines()
+    assert first.startswith("good.png  ")
+    assert second.startswith("error: 1 images cannot be read: bad.png: ")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["nothing.png"], "nothing.png: there is no such image, and no folder of images"),
+        (["*.gif"], "*.gif: there is no such image"),
+        (["a.png", "--model", "text.txt"], "text.txt holds no network of this version"),
+    ],
+)
+def test_wrong_arguments_end_in_one_sentence(
+    predict: Predict, arguments: list[str], sentence: str
+) -> None:
+    image(0).save("a.png")
+    Path("text.txt").write_text("x")
+    done = predict(*arguments)
+    assert done.exit_code == 1
+    assert done.output.startswith(f"error: {sentence}")
+    assert done.output.count("\n") == 1
+
+
+def test_without_a_network_predict_says_so(predict: Predict) -> None:
+    image(0).save("a.png")
+    Path("models/network.safetensors").unlink()
+    done = predict("a.png")
+    assert done.exit_code == 1
+    assert "models/network.safetensors holds no network" in done.output
+
+
+@pytest.mark.slow
+def test_export_writes_both_formats(network: Network) -> None:
+    done = CliRunner().invoke(main, ["export", "--onnx", "a.onnx", "--torch", "b.pt2"])
+    assert done.exit_code == 0, done.output
+    images = torch.randint(0, 256, (1, 3, 32, 32), dtype=torch.uint8)
+    assert torch.equal(torch.export.load("b.pt2").module()(images), network(images))
+    assert Path("a.onnx").stat().st_size > 1000
+    assert "name a file" in CliRunner().invoke(main, ["export"]).output

@@ -1,0 +1,113 @@
+"""The champion changes only for a network that is better on the same images."""
+
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import mlflow
+import numpy as np
+import pytest
+from mlflow.entities import LoggedModelOutput
+from scipy.stats import binom
+from statsmodels.stats.contingency_tables import mcnemar
+
+from cifarlab.errors import UserError
+from cifarlab.params.load import load_params
+from cifarlab.tracking import registry
+from cifarlab.tracking.upload import TEST_DIGEST
+from tests.conftest import REPO
+from tests.tracking.conftest import client_of
+
+Add = Callable[..., str]
+NAME = "cifarlab"
+
+
+@pytest.fixture
+def add(checkout: Path) -> Add:
+    """Return a function that adds the run of an experiment: add("name", right=[True, …])."""
+    (checkout / "params.yaml").write_text((REPO / "params.yaml").read_text("utf-8"), "utf-8")
+    for command in (["init", "--quiet"], ["commit", "--quiet", "--allow-empty", "--message=x"]):
+        author = ["-c", "user.name=a", "-c", "user.email=a@example.org"]
+        subprocess.run(["git", *author, *command], check=True)
+    subprocess.run(["dvc", "init", "--quiet", "--force"], check=True)
+    client = client_of(checkout)
+    experiment = client.create_experiment(NAME)
+    assert load_params().tracking.experiment == NAME
+
+    def add(name: str, right: list[bool], digest: str = "same", model: bool = True) -> str:
+        run = client.create_run(experiment, run_name=name, tags={"dvc.exp.name": name})
+        run_id: str = run.info.run_id
+        client.set_tag(run_id, TEST_DIGEST, digest)
+        client.log_metric(run_id, "test_accuracy", float(np.mean(right)))
+        rows = [f"NA,{'NA' if hit else 'null'},0.5" for hit in right]
+        text = "\n".join(["actual,predicted,confidence", *rows])
+        client.log_text(run_id, text, "tables/predictions.csv")
+        if model:
+            logged = client.create_logged_model(experiment, "model", run_id)
+            client.log_outputs(run_id, [LoggedModelOutput(logged.model_id, 0)])
+        return run_id
+
+    return add
+
+
+def champion_of(folder: Path) -> str:
+    return str(client_of(folder).get_model_version_by_alias(NAME, "champion").run_id)
+
+
+def test_only_a_better_network_becomes_the_champion(checkout: Path, add: Add) -> None:
+    first = add("first", [True] * 60 + [False] * 40)
+    assert "is the first champion" in registry.promote("first", force=False)
+    assert "is the champion already" in registry.promote(first, force=False)
+    # Ten more right, none lost: p = 2 / 2¹⁰.
+    better = add("better", [True] * 70 + [False] * 30)
+    sentence = registry.promote(better, force=False)
+    p = 2 * binom.cdf(0, 10, 0.5)
+    assert "of 100 test images, 10 only the new one gets right and 0 only the champion" in sentence
+    assert f"p = {p:.2g}" in sentence
+    assert champion_of(checkout) == better
+    # Five more right and one lost may be chance.
+    right = [False] + [True] * 74 + [False] * 25
+    slightly = add("slightly", right)
+    expected = mcnemar([[69, 1], [5, 25]], exact=True).pvalue
+    sentence = registry.promote("slightly", force=False)
+    assert "does not become the champion" in sentence
+    assert f"p = {expected:.2g}" in sentence
+    assert champion_of(checkout) == better
+    assert "is the champion now, by --force" in registry.promote("slightly", force=True)
+    assert champion_of(checkout) == slightly
+    versions = client_of(checkout).search_model_versions(f"name = '{NAME}'")
+    assert sorted(int(version.version) for version in versions) == [1, 2, 3]
+    text = registry.champion()
+    assert f"test accuracy 74.00%, run {slightly}" in text
+    assert f"models:/{NAME}@champion" in text
+
+
+def test_a_worse_network_does_not_become_the_champion(checkout: Path, add: Add) -> None:
+    first = add("first", [True] * 60 + [False] * 40)
+    registry.promote("first", force=False)
+    add("worse", [True] * 40 + [False] * 60)
+    assert "0 only the new one gets right and 20 only" in registry.promote("worse", force=False)
+    assert champion_of(checkout) == first
+
+
+def test_other_test_images_cannot_be_compared(checkout: Path, add: Add) -> None:
+    first = add("first", [True, False])
+    registry.promote("first", force=False)
+    add("other", [True] * 100, digest="other")
+    sentence = registry.promote("other", force=False)
+    assert sentence.endswith("the two were not tested on the same images")
+    assert champion_of(checkout) == first
+
+
+@pytest.mark.usefixtures("checkout")
+def test_what_cannot_be_promoted_is_said(add: Add) -> None:
+    add("bare", [True], model=False)
+    with pytest.raises(UserError, match="has no model; set tracking"):
+        registry.promote("bare", force=False)
+    with pytest.raises(UserError, match="is neither a run nor an experiment in MLflow"):
+        registry.promote("typo", force=False)
+    with pytest.raises(UserError, match="has no champion"):
+        registry.champion()
+    with pytest.raises(UserError, match="cannot be read from MLflow"):
+        registry.download_network("models:/cifarlab@champion", Path())
+    mlflow.set_tracking_uri(None)
