@@ -68,6 +68,7 @@ demo: setup  ## offline, minutes: two variants on handwritten digits, compared
 	@echo "  dvc exp show --only-changed                  every experiment in one table"
 	@echo "  dvc exp run -S data.name=digits -S train.flip=none -S model.activation=relu"
 	@echo "  dvc repro                                    the whole pipeline on CIFAR-10"
+	@echo "  make photos                                  a network for your images in images/"
 
 repro: setup  ## run what params.yaml asks for (dvc repro)
 	dvc repro

@@ -94,7 +94,7 @@ def test_a_broken_image_is_named_and_the_others_are_classified(predict: Predict)
     assert done.exit_code == 1
     first, second = done.output.splitlines()
     assert first.startswith("good.png  ")
-    assert second.startswith("error: 1 images cannot be read: bad.png: ")
+    assert second.startswith("error: 1 of 2 images cannot be read: bad.png: ")
 
 
 @pytest.mark.parametrize(

@@ -183,7 +183,8 @@ def predict(images: tuple[str, ...], model: str, top: int, form: str | None) -> 
     for line in predicting.shown(predicting.predict(network, paths, top, broken), form or ""):
         click.echo(line)
     if broken:
-        raise UserError(f"{len(broken)} images cannot be read: {'; '.join(broken[:5])}")
+        count = f"{len(broken)} of {len(paths)} images cannot be read"
+        raise UserError(f"{count}: {'; '.join(broken[:5])}")
 
 
 @main.command(epilog="Example: cifarlab export --onnx network.onnx")

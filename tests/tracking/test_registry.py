@@ -99,6 +99,15 @@ def test_other_test_images_cannot_be_compared(checkout: Path, add: Add) -> None:
     assert champion_of(checkout) == first
 
 
+@pytest.mark.usefixtures("add")
+def test_a_server_that_is_down_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    for action in (registry.champion, lambda: registry.promote("first", force=False)):
+        with pytest.raises(UserError, match=r"MLflow cannot give (champion|first): "):
+            action()
+
+
 @pytest.mark.usefixtures("checkout")
 def test_what_cannot_be_promoted_is_said(add: Add) -> None:
     add("bare", [True], model=False)
@@ -108,6 +117,6 @@ def test_what_cannot_be_promoted_is_said(add: Add) -> None:
         registry.promote("typo", force=False)
     with pytest.raises(UserError, match="has no champion"):
         registry.champion()
-    with pytest.raises(UserError, match="cannot be read from MLflow"):
+    with pytest.raises(UserError, match="MLflow cannot give models:/cifarlab@champion"):
         registry.download_network("models:/cifarlab@champion", Path())
     mlflow.set_tracking_uri(None)

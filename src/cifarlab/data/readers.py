@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import chain
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -138,7 +139,7 @@ def write_folder(source: Path, params: DataParams, folder: Path) -> list[Problem
     unreadable = [problem for problem in problems if problem.kind == UNREADABLE]
     reading = Reading(source, params.image_size, places, {*names}, unreadable)
     reading.save(folder)
-    return [problem for problem in problems if problem not in unreadable] + reading.problems
+    return [problem for problem in problems if problem.kind != UNREADABLE] + reading.problems
 
 
 def _list(source: Path, image_size: int) -> tuple[list[str], list[Problem]]:
@@ -156,9 +157,9 @@ def _list(source: Path, image_size: int) -> tuple[list[str], list[Problem]]:
             most = f"{MAX_PIXELS >> 30} GiB or {MAX_NAMES >> 20} MiB of names"
             raise UserError(f"{source} holds over {most}; lower data.image_size or use fewer")
         if member.problem:
-            image = is_image(member.name)
-            found = (UNREADABLE, member.problem) if image else (member.problem,)
-            problems.append(Problem(member.name, *found))
+            name, why = member.name, member.problem
+            image = is_image(name)
+            problems.append(Problem(name, UNREADABLE, why) if image else Problem(name, why))
         elif member.name in names and is_image(member.name):
             twice = readable(member.name)
             raise UserError(f"{source} holds two files called {twice}; remove one")
@@ -170,15 +171,12 @@ def _list(source: Path, image_size: int) -> tuple[list[str], list[Problem]]:
 def _table(source: Path, name: str) -> tuple[str, str]:
     """Return the text of the table of labels inside or beside the source, and its file name."""
     beside = [path / name for path in (source, source.parent) if (path / name).is_file()]
-    if beside:
-        content = archives.read_file(beside[0]).getvalue()
-    else:
-        inside = (m for m in members(source) if PurePosixPath(m.name).name == name)
-        if not (found := next((member.read().getvalue() for member in inside), b"")):
-            raise UserError(f"there is no data.labels = {name} in {source} or beside it")
-        content = found
+    inside = (member.read for member in members(source) if f"/{member.name}".endswith(f"/{name}"))
+    read = partial(archives.read_file, beside[0]) if beside else next(inside, None)
+    if not read:
+        raise UserError(f"there is no data.labels = {name} in {source} or beside it")
     try:
-        return content.decode("utf-8-sig"), PurePosixPath(name).name
+        return read().getvalue().decode("utf-8-sig"), PurePosixPath(name).name
     except UnicodeDecodeError as error:
         raise UserError(f"{name} is not UTF-8; save it as CSV in UTF-8") from error
 
@@ -190,10 +188,8 @@ def _with_test(source: Path, places: dict[str, Place], share: float) -> dict[str
         return {n: p if p.split else p._replace(split="train") for n, p in places.items()}
     if "validation" in splits:
         print("there is no test/: its validation images are the test images")
-        return {
-            name: place._replace(split="test" if place.split == "validation" else "train")
-            for name, place in places.items()
-        }
+        becomes = {"validation": "test"}
+        return {n: p._replace(split=becomes.get(p.split, "train")) for n, p in places.items()}
     if not share:
         raise UserError(f"{source} has no test images, and data.test = 0 holds out none; raise it")
     print(f"there is no test/: of each class, the share data.test = {share:g} is for testing")

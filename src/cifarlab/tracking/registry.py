@@ -1,6 +1,8 @@
 """Logged models: finding one, and the champion among the registered versions."""
 
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -32,17 +34,13 @@ def download_network(uri: str, folder: Path) -> Path:
         There is no such model, or the run has none.
     """
     import mlflow
-    from mlflow.exceptions import MlflowException
 
-    client = connect()
-    try:
+    with _in_a_sentence(uri):
+        client = connect()
         if "/" not in uri:
             uri = f"models:/{_model_of(client.get_run(uri))}"
-        return Path(mlflow.artifacts.download_artifacts(uri, dst_path=str(folder))).joinpath(
-            "artifacts", files.WEIGHTS.name
-        )
-    except MlflowException as error:
-        raise UserError(f"{uri} cannot be read from MLflow: {first_line(error)}") from error
+        model = Path(mlflow.artifacts.download_artifacts(uri, dst_path=str(folder)))
+        return model / "artifacts" / files.WEIGHTS.name
 
 
 def promote(name: str, *, force: bool) -> str:
@@ -56,47 +54,62 @@ def promote(name: str, *, force: bool) -> str:
     UserError
         There is no such run, or it has no model.
     """
-    client, registered = connect(), load_params().tracking.experiment
-    run = _find_run(client, name)
-    model = _model_of(run)
-    champion = _champion(client, registered)
-    known = client.search_model_versions(f"name = '{registered}'")
-    version = next((v for v in known if v.source.endswith(model)), None)
-    if not version:
-        if champion is None and not known:
-            client.create_registered_model(registered)
-        version = client.create_model_version(
-            registered, f"models:/{model}", run.info.run_id, model_id=model
-        )
-    label = f"version {version.version} of {registered}, {run.info.run_name}"
-    if champion is None:
+    with _in_a_sentence(name):
+        client, registered = connect(), load_params().tracking.experiment
+        run = _find_run(client, name)
+        model = _model_of(run)
+        champion = _champion(client, registered)
+        known = client.search_model_versions(f"name = '{registered}'")
+        version = next((v for v in known if v.source.endswith(model)), None)
+        if not version:
+            if champion is None and not known:
+                client.create_registered_model(registered)
+            version = client.create_model_version(
+                registered, f"models:/{model}", run.info.run_id, model_id=model
+            )
+        label = f"version {version.version} of {registered}, {run.info.run_name}"
+        if champion is None:
+            client.set_registered_model_alias(registered, CHAMPION, version.version)
+            return f"{label}, is the first champion"
+        if champion.version == version.version:
+            return f"{label}, is the champion already"
+        better, reason = _compare(client, client.get_run(champion.run_id), run)
+        if not better and not force:
+            return f"{label}, does not become the champion: {reason}"
         client.set_registered_model_alias(registered, CHAMPION, version.version)
-        return f"{label}, is the first champion"
-    if champion.version == version.version:
-        return f"{label}, is the champion already"
-    better, reason = _compare(client, client.get_run(champion.run_id), run)
-    if not better and not force:
-        return f"{label}, does not become the champion: {reason}"
-    client.set_registered_model_alias(registered, CHAMPION, version.version)
-    forced = "" if better else ", by --force"
-    return f"{label}, is the champion now{forced}: {reason}"
+        forced = "" if better else ", by --force"
+        return f"{label}, is the champion now{forced}: {reason}"
 
 
 def champion() -> str:
     """Describe the champion and say how DVC restores it. UserError: there is none."""
-    client, registered = connect(), load_params().tracking.experiment
-    if (version := _champion(client, registered)) is None:
-        raise UserError(f"{registered} has no champion; `cifarlab promote RUN` makes one")
-    run = client.get_run(version.run_id)
-    accuracy = run.data.metrics.get("test_accuracy", float("nan"))
-    revisions = chain(pipeline.experiments(), pipeline.commits())
-    found = (r.restore for r in revisions if tags_of(r).items() <= run.data.tags.items())
-    return (
-        f"{registered} version {version.version}: {run.info.run_name}, "
-        f"test accuracy {accuracy:.2%}, run {version.run_id}\n"
-        f"use it:     cifarlab predict --model models:/{registered}@{CHAMPION} IMAGE\n"
-        f"restore it: {next(found, 'it is in no experiment or commit any more')}"
-    )
+    with _in_a_sentence(CHAMPION):
+        client, registered = connect(), load_params().tracking.experiment
+        if (version := _champion(client, registered)) is None:
+            raise UserError(f"{registered} has no champion; `cifarlab promote RUN` makes one")
+        run = client.get_run(version.run_id)
+        accuracy = run.data.metrics.get("test_accuracy", float("nan"))
+        revisions = chain(pipeline.experiments(), pipeline.commits())
+        found = (r.restore for r in revisions if tags_of(r).items() <= run.data.tags.items())
+        return (
+            f"{registered} version {version.version}: {run.info.run_name}, "
+            f"test accuracy {accuracy:.2%}, run {version.run_id}\n"
+            f"use it:     cifarlab predict --model models:/{registered}@{CHAMPION} IMAGE\n"
+            f"restore it: {next(found, 'it is in no experiment or commit any more')}"
+        )
+
+
+@contextmanager
+def _in_a_sentence(name: str) -> Iterator[None]:
+    """Turn what MLflow, its database and its server raise into one sentence."""
+    from mlflow.exceptions import MlflowException
+    from requests import RequestException
+    from sqlalchemy.exc import SQLAlchemyError
+
+    try:
+        yield
+    except (MlflowException, SQLAlchemyError, RequestException) as error:
+        raise UserError(f"MLflow cannot give {name}: {first_line(error)[:200]}") from error
 
 
 def _champion(client: Any, registered: str) -> Any:
@@ -104,8 +117,11 @@ def _champion(client: Any, registered: str) -> Any:
 
     try:
         return client.get_model_version_by_alias(registered, CHAMPION)
-    except MlflowException:  # no such model, or no such alias
-        return None
+    except MlflowException as error:
+        # No such model, or no such alias.
+        if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+            return None
+        raise
 
 
 def _find_run(client: Any, name: str) -> Any:
