@@ -155,12 +155,16 @@ def test_a_link_says_nothing_about_the_points_that_were_left_out() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "sources", "expected"),
+    ("name", "folder", "sources", "expected"),
     [
-        ("cifar10", ["https://example.org/a.tar.gz"], "cifar10"),
-        ("folder", ["/images/cifar10-jpeg.tar.xz"], "cifar10-jpeg"),
-        ("digits", [], "digits"),
+        ("cifar10", "images", ["https://example.org/a.tar.gz"], "cifar10"),
+        ("folder", "images", ["/images/cifar10-jpeg.tar.xz"], "cifar10-jpeg"),
+        ("folder", "/home/me/pets.zip", ["https://example.org/a.tar.gz"], "pets"),
+        ("digits", "images", [], "digits"),
     ],
 )
-def test_the_name_of_the_data_set(name: str, sources: list[str], expected: str) -> None:
-    assert data_set({"data.name": name, "data.sources": sources}) == expected
+def test_the_name_of_the_data_set(
+    name: str, folder: str, sources: list[str], expected: str
+) -> None:
+    values = {"data.name": name, "data.folder": folder, "data.sources": sources}
+    assert data_set(values) == expected
