@@ -11,6 +11,7 @@ from PIL import Image
 
 from cifarlab.data import layout
 from cifarlab.data.dataset import Dataset
+from cifarlab.data.images import formats
 from cifarlab.data.layout import Problem
 from tests.support.archives import tar, zipped
 from tests.support.pictures import CATS, picture, pictures, under, write
@@ -330,3 +331,13 @@ def test_the_folder_of_the_project_is_read_if_it_holds_images(
     assert get("folder", archive).name == "images"
     shutil.move(tmp_path / "images", tmp_path / "photos")
     assert get("folder", archive, folder=str(tmp_path / "photos")).name == "photos"
+
+
+def test_a_format_that_pillow_cannot_open_is_named_with_what_opens_it(
+    tmp_path: Path, read: Read
+) -> None:
+    files = under("train", CATS) | under("test", MORE) | {"train/cat/phone.heic": b"\0" * 40}
+    _, [problem] = read("folder", write(tmp_path / "mine", files))
+    assert problem[:2] == ("train/cat/phone.heic", "unreadable")
+    if ".heic" not in formats():
+        assert problem.detail.endswith("; pillow-heif opens .heic")

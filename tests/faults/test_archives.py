@@ -794,6 +794,7 @@ def with_texts(count: int, after: bool) -> bytes:
     return texts_and_header[:33] + pixels + texts_and_header[33:] + whole[end:] if after else whole
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("after", [False, True], ids=["before the pixels", "after the pixels"])
 def test_texts_in_images_take_little_memory(tmp_path: Path, after: bool) -> None:
     images = pets(tmp_path / "pets")

@@ -310,6 +310,7 @@ def test_an_unnamed_experiment_that_was_killed_late_and_repeated_has_one_run(
     assert all("was there" in row for row in table(used))
 
 
+@pytest.mark.slow
 def test_a_run_without_a_process_is_ended_by_sync(used: Project) -> None:
     used.edit("train", epochs=200)
     with used.start("python", "-m", "stages.train", DVC_EXP_NAME="killed") as killed:
@@ -343,16 +344,8 @@ def test_an_experiment_in_the_workspace_has_one_run_after_the_store_was_lost(use
     assert used.runs().keys() == {"", "other-seed", "with-mirror", "here"}
 
 
-@pytest.mark.parametrize(
-    "what",
-    [
-        "everything",
-        *(
-            pytest.param(w, marks=pytest.mark.slow)
-            for w in ("a figure", "half a table", "the model")
-        ),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("what", ["everything", "a figure", "half a table", "the model"])
 def test_artifacts_that_were_lost_are_logged_again(used: Project, what: str) -> None:
     whole = {name: content(used, run)["artifacts"] for name, run in used.runs().items()}
     folder = used.folder / "mlartifacts"
