@@ -329,7 +329,7 @@ def test_the_command_of_a_stage_finds_its_code(tmp_path: Path, stage: str) -> No
 def test_dvc_runs_a_stage_whatever_is_set_for_python(project: Project) -> None:
     output = project.dvc("repro", "download", **SETTINGS)
     assert projects.stages_run(output) == ["download"]
-    assert "digits: 1,438 training" in output
+    assert "digits: read 1,797 images of 10 classes (1,438 to train" in output
 
 
 def outputs(project: Project) -> dict[str, bytes]:
