@@ -23,10 +23,9 @@ def results(project: Project, name: str) -> dict[str, object]:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize(
-    ("experiments", "workers"), [(2, 2), pytest.param(8, 4, marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize(("experiments", "workers"), [(2, 2), (8, 4)])
 def test_experiments_overlapping_without_a_database(
     project: Project, experiments: int, workers: int
 ) -> None:

@@ -44,6 +44,8 @@ SCENARIOS: dict[str, dict[str, Any]] = {
     "names of columns": {"classes": ["actual", "class", "predicted"], "errors": 3},
 }
 
+LONG = ("hundred long names", "numbers", "names of columns", "two long names")
+
 
 class Run:
     """What the stages write for a run on synthetic images, and the figures as they were saved.
@@ -106,8 +108,7 @@ def params() -> Params:
 @pytest.fixture(
     scope="module",
     params=[
-        pytest.param(name, marks=pytest.mark.slow) if name == "hundred long names" else name
-        for name in SCENARIOS
+        pytest.param(name, marks=pytest.mark.slow) if name in LONG else name for name in SCENARIOS
     ],
 )
 def run(
