@@ -54,6 +54,7 @@ def find_images(params: DataParams, root: Path, cache: Path) -> Path:
     if Path.cwd() != root and _holds_images(root / folder):
         way_out = f"set data.folder={root / folder}, or leave out --temp and --queue"
         raise UserError(f"DVC's temporary copy of the checkout lacks {folder}/; {way_out}")
+    print(f"{folder}/ holds no images, so data.sources is read")
     found = fetch(params, root, cache)
     if not found.is_relative_to(cache):
         print(f"DVC does not notice when {found} changes; data.folder={found} tells it to look")

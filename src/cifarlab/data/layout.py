@@ -107,9 +107,9 @@ def by_table(names: Iterable[str], text: str, table: str) -> Layout:
             )
         known_as = found.get(str(PurePosixPath(file.replace("\\", "/"))), [])
         if len(known_as) != 1 or not label:
-            why = "has no label" if not label else "stands" if known_as else "is missing"
-            why = f"{why} more than once" if known_as and label else why
-            problems.append(Problem(f"{table}, line {line}: {file}", f"in {table}, but {why}"))
+            why = "is ambiguous" if known_as else "is missing"
+            why = f"in {table}, but {why if label else 'has no label'}"
+            problems.append(Problem(f"{table}, line {line}: {file}", why))
             continue
         place = Place(SPLIT_NAMES.get(split.lower(), ""), label, file)
         if places.setdefault(known_as[0], place)[:2] != place[:2]:

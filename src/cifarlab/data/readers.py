@@ -188,8 +188,7 @@ def _with_test(source: Path, places: dict[str, Place], share: float) -> dict[str
         return {n: p if p.split else p._replace(split="train") for n, p in places.items()}
     if "validation" in splits:
         print("there is no test/: its validation images are the test images")
-        becomes = {"validation": "test"}
-        return {n: p._replace(split=becomes.get(p.split, "train")) for n, p in places.items()}
+        return {n: p._replace(split=SPLITS[p.split == "validation"]) for n, p in places.items()}
     if not share:
         raise UserError(f"{source} has no test images, and data.test = 0 holds out none; raise it")
     print(f"there is no test/: of each class, the share data.test = {share:g} is for testing")

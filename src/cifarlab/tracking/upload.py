@@ -224,8 +224,8 @@ class Upload:
         from cifarlab.tracking.model import write
 
         data = files.read_json(self._path(files.DATA / "dataset.json"))
-        known = {"training_key": self.execution.key, "dataset_digest": data["digest"]}
-        known |= {"classes": data["classes"]}
+        known = {"classes": data["classes"], "dataset_digest": data["digest"]}
+        known["training_key"] = self.execution.key
         ids = {"run_id": self.run_id, "model_id": model_id, "model_uuid": model_id}
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name) / "model"

@@ -130,9 +130,9 @@ class Trainer:
         self.batch_size = min(params.batch_size, len(data.labels))
         self.steps = len(data.labels) // self.batch_size
         self.mix = cutmix(params.cutmix, len(net.classes))
-        weights = class_weights(data.labels, len(net.classes))
-        balance = weights if params.class_weights == "balanced" else None
-        self.loss_of = loss_function(params.loss, params.label_smoothing, balance)
+        balanced = params.class_weights == "balanced"
+        weights = class_weights(data.labels, len(net.classes)) if balanced else None
+        self.loss_of = loss_function(params.loss, params.label_smoothing, weights)
         self.optimizers = make_optimizers(net, params, params.epochs * self.steps, dtype)
         parts = enumerate(chain(*self.optimizers))
         self.parts: dict[str, Any] = {"network": net} | {str(i): part for i, part in parts}
@@ -265,5 +265,6 @@ def class_weights(labels: Tensor, classes: int) -> Tensor:
 
     The mean over the images is 1. It is "balanced" in scikit-learn (King & Zeng 2001).
     """
-    images = torch.bincount(labels, minlength=classes).clamp(min=1)
-    return len(labels) / (classes * images.float())
+    # On the CPU, because on CUDA counting need not be deterministic.
+    images = torch.bincount(labels.cpu(), minlength=classes).clamp(min=1)
+    return (len(labels) / (classes * images.float())).to(labels.device)
