@@ -476,7 +476,9 @@ def memory_of(name: str, path: Path, image_size: int = 32) -> tuple[str, int]:
     )
     assert done.returncode == 0, done.stderr
     assert not done.stderr
-    message, grown = done.stdout.splitlines()
+    *notes, message, grown = done.stdout.splitlines()
+    from_sources = "images/ holds no images, so data.sources is read"
+    assert notes == ([from_sources] if name == "folder" else [])
     return message, int(grown)
 
 
