@@ -57,6 +57,16 @@ def pytest_configure(config: pytest.Config) -> None:
     config.pluginmanager.register(cpu_seconds)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with what may take longest, so that no core waits for it at the end."""
+
+    def limit(item: pytest.Item) -> float:
+        marker = item.get_closest_marker("timeout")
+        return marker.args[0] if marker else 300  # the limit in pyproject.toml
+
+    items.sort(key=limit, reverse=True)
+
+
 @pytest.fixture
 def content() -> dict[str, Any]:
     """The committed params.yaml as plain dictionaries that a test may change."""

@@ -235,6 +235,19 @@ def copy(project: Project, parent: Path) -> Project:
     return copied
 
 
+def move_into_a_repository(project: Project) -> Project:
+    """Make a checkout a subfolder of another Git repository, with a new history."""
+    outer = project.folder.parent / "outer"
+    inner = Project(outer / "inner", project.fork_server)
+    shutil.rmtree(project.folder / ".git")
+    outer.mkdir()
+    project.folder.rename(inner.folder)
+    inner.run("git", "init", "--quiet", "--initial-branch=main", str(outer))
+    inner.run("git", "add", "--all")
+    inner.run("git", "commit", "--quiet", "--message=a project in a subfolder")
+    return inner
+
+
 Template = tuple[Project, dict[str, Any]]
 
 
