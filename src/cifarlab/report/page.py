@@ -86,18 +86,14 @@ def compare(first: Run, second: Run) -> Values:
 
 def _examples(run: Run, one: pd.DataFrame, other: pd.DataFrame) -> list[Pictures]:
     """Return images that only one of two gets right; those first at which the other is surest."""
-    found, right = [], (statistics.right(one), statistics.right(other))
-    for winner, loser, table in ((0, 1, other), (1, 0, one)):
-        rows = table[right[winner] & ~right[loser]]
+    found = []
+    for winner, loser in ((one, other), (other, one)):
+        rows = loser[statistics.right(winner) & ~statistics.right(loser)]
         rows = rows.sort_values("confidence", ascending=False, kind="stable").head(EXAMPLES)
-        said = [
-            [
-                f"{n}: {p} {c:.0%}"
-                for p, c in t.loc[rows.index, ["predicted", "confidence"]].to_numpy()
-            ]
-            for n, t in ((1, one), (2, other))
-        ]
-        captions = [list(lines) for lines in zip(rows.actual, *said, strict=True)]
+        captions = []
+        for i in rows.index:
+            said = [f"{t.predicted[i]} ({t.confidence[i]:.0%})" for t in (one, other)]
+            captions.append([str(rows.actual[i]), f"1 says {said[0]}", f"2 says {said[1]}"])
         found.append(run.pictures(rows, captions))
     return found
 
@@ -108,8 +104,8 @@ def _chart(quantity: str, runs: Sequence[Run]) -> dict[str, Any] | None:
     for color, run in enumerate(runs):
         mixed = ", images mixed by CutMix" if run.params.get("train.cutmix") else ""
         for split, label in (("val", "validation"), ("train", f"training{mixed}")):
-            if run.history is not None:
-                values = run.history.set_index("epoch")[f"{split}_{quantity}"]
+            if run.history is not None and f"{split}_{quantity}" in run.history:
+                values = run.history[f"{split}_{quantity}"]
                 name = f"{run.revision.label}: {label}" if len(runs) > 1 else label
                 lines.append((name, color, split == "train", values[np.isfinite(values)]))
     lines = [line for line in lines if len(line[-1])]

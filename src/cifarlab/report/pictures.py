@@ -12,7 +12,7 @@ from matplotlib.ticker import MaxNLocator
 from PIL import Image
 from safetensors.numpy import load
 
-LARGEST = 64  # pixels; larger images are made smaller, so that the page stays small
+LARGEST = 48  # pixels; larger images are made smaller, so that the page stays small
 FILTERS, IN_A_ROW = 96, 12
 
 

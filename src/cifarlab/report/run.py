@@ -1,6 +1,7 @@
 """Reading what the page shows of one run. What is missing becomes a sentence on the page."""
 
 import json
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -87,12 +88,16 @@ def load(revision: Revision, tracked: Sequence[Any]) -> Run:
             with open_file(path) as file:
                 return BytesIO(file.read())
 
-        # A class may be called 7 or NA.
-        names = {"dtype": {"actual": str, "predicted": str}, "keep_default_na": False}
-        run.history = run.try_to("history", lambda: pd.read_csv(read(files.HISTORY)))
+        # A damaged table is refused. A class may be called 7 or NA.
+        types = {"actual": str, "predicted": str, "confidence": float}
+        run.history = run.try_to(
+            "history", lambda: pd.read_csv(read(files.HISTORY), dtype=float).set_index("epoch")
+        )
         run.predictions = run.try_to(
             "predictions",
-            lambda: pd.read_csv(read(files.PREDICTIONS), **names),  # type: ignore[call-overload]
+            lambda: pd.read_csv(
+                read(files.PREDICTIONS), usecols=[*types], dtype=types, keep_default_na=False
+            ),
         )
         weights = files.WEIGHTS
         run.filters = run.try_to("filters", lambda: pictures.filters(read(weights).getvalue()))
@@ -119,14 +124,15 @@ def flat(tree: Values, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Yield nested values under their full key."""
     for key, value in tree.items():
         name = f"{prefix}{key}"
+        if isinstance(value, str) and re.fullmatch(r"[-+]?\d+(\.\d*)?e[-+]?\d{1,3}", value):
+            value = float(value)  # noqa: PLW2901 - 1e-5 is text for PyYAML and a number for DVC
         yield from flat(value, f"{name}.") if isinstance(value, dict) else [(name, value)]
 
 
 def _read_lock(run: Run) -> None:
     """Take from dvc.lock the parameters that ran, and the MD5 of the data."""
-    for stage in yaml.safe_load(pipeline.read_text(files.DVC_LOCK, run.revision))[
-        "stages"
-    ].values():
+    lock = yaml.safe_load(pipeline.read_text(files.DVC_LOCK, run.revision))
+    for stage in lock["stages"].values():
         locked = dict(flat(stage.get("params", {}).get(str(files.PARAMS), {})))
         run.changed |= any(run.params.get(key) != value for key, value in locked.items())
         run.params |= locked
@@ -164,5 +170,5 @@ def _mistakes(run: Run) -> Pictures:
     assert run.predictions is not None
     wrong = run.predictions[~right(run.predictions)]
     wrong = wrong.sort_values("confidence", ascending=False, kind="stable").head(MISTAKES)
-    lines = [[f"{r.actual}", f"→ {r.predicted} {r.confidence:.0%}"] for r in wrong.itertuples()]
+    lines = [[f"{r.actual}", f"→ {r.predicted} ({r.confidence:.0%})"] for r in wrong.itertuples()]
     return run.pictures(wrong, lines)

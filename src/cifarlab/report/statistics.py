@@ -17,9 +17,9 @@ from cifarlab.tracking.registry import mcnemar
 def accuracy(right: Any, images: Any) -> pd.DataFrame:
     """Return the columns images, accuracy, low and high: the 95 % interval of Wilson (1927).
 
-    Without images, the others are NaN.
+    Without images, the accuracy is NaN, and the interval means nothing.
     """
-    low, high = proportion_confint(right, images, method="wilson")
+    low, high = proportion_confint(right, np.maximum(images, 1), method="wilson")
     return pd.DataFrame({"images": images, "accuracy": right / images, "low": low, "high": high})
 
 
