@@ -183,16 +183,16 @@ def test_only_the_images_that_are_asked_for_are_read(tmp_path: Path) -> None:
 def test_filters_are_drawn_with_zero_as_grey() -> None:
     weights = np.zeros((13, 3, 2, 2), np.float32)
     weights[1, 0, 0, 1] = 0.5  # red
-    weights[12, 2, 1, 0] = -3  # the opposite of blue, in the second row
+    weights[12, 2, 1, 0] = -3  # the opposite of blue
     found = pictures.filters(save({"stages.0.first.0.weight": weights}))
-    assert (found["shown"], found["count"], found["size"]) == (13, 13, 2)
-    pixels = np.asarray(decoded(found["source"])).astype(int)
-    assert pixels.shape == (6, 36, 4)
-    assert pixels[0, 3 + 1].tolist() == [255, 128, 128, 255]
-    assert pixels[3 + 1, 0].tolist() == [128, 128, 0, 255]
-    assert (pixels[2, :, 3] == 0).all()
-    assert (pixels[3:, 3:, 3] == 0).all()  # there are no more filters
-    assert not found["whitening"]
+    assert (found["size"], found["count"], found["whitening"]) == (2, 13, False)
+    tiles = [np.asarray(decoded(source)).tolist() for source in found["sources"]]
+    grey = [128, 128, 128]
+    assert tiles[0] == [[grey, grey], [grey, grey]]
+    assert tiles[1] == [[grey, [255, 128, 128]], [grey, grey]]
+    assert tiles[12] == [[grey, grey], [[128, 128, 0], grey]]
+    many = pictures.filters(save({"stem.0.weight": np.ones((200, 3, 2, 2), np.float32)}))
+    assert (len(many["sources"]), many["count"], many["whitening"]) == (96, 200, True)
 
 
 # The page
@@ -230,7 +230,7 @@ def test_names_may_hold_any_character() -> None:
         if name in attrs
     )
     # Labels: each picture, each drawing and each table says what it is.
-    assert all(attrs.get("alt") for tag, attrs in parsed.tags if tag == "img")
+    assert all("alt" in attrs for tag, attrs in parsed.tags if tag == "img")
     assert all("aria-label" in a or "aria-hidden" in a for tag, a in parsed.tags if tag == "svg")
     tags = [tag for tag, _ in parsed.tags]
     assert tags.count("table") == tags.count("caption")
@@ -333,7 +333,7 @@ def check(browser: Any, path: Path) -> None:
 @pytest.mark.usefixtures("outside")
 def test_many_classes_with_odd_names_fit_on_a_page(browser: Any) -> None:
     classes = [*ODD, *(f"class {i} {'long name ' * (i % 6)}" for i in range(105))]
-    runs = [made_up(classes, seed, predictions=guesses(classes, 4000, seed)) for seed in range(6)]
+    runs = [made_up(classes, seed, predictions=guesses(classes, 4000, seed)) for seed in range(5)]
     text = page.render(runs)
     assert matrix_of(text).count("<td") == 110**2 + 1
     path = Path("report.html")
@@ -384,8 +384,8 @@ def test_what_cannot_be_read_is_said(used: Project) -> None:
     assert line.startswith("error: nobody is not an experiment or a commit")
     [line] = report(used, "HEAD~1", code=1).splitlines()  # before anything ran
     assert "has no results in metrics/" in line
-    [line] = report(used, *"abcdefg", code=1).splitlines()
-    assert "at most 6" in line
+    [line] = report(used, *"abcdef", code=1).splitlines()
+    assert "at most 5" in line
     assert not (used.folder / "report.html").exists()
     # MLflow is down: the page is written all the same.
     lines = report(used, "other-seed", MLFLOW_TRACKING_URI="http://127.0.0.1:9").splitlines()
@@ -414,9 +414,9 @@ def test_the_run_in_the_workspace_opens_offline(used: Project, browser: Any) -> 
     report(used)
     text = Parsed((used.folder / path).read_text("utf-8")).text
     assert "have changed since this ran" in text
-    assert re.search(r"train\.seed\s*0\s", text)
+    assert re.search(r"train\.seed0\D", text)
     # A damaged table is said.
     table = used.folder / "plots/predictions.csv"
-    table.write_bytes(table.read_bytes()[:-5])
+    table.write_bytes(table.read_bytes() + b"5,9,x\n")
     report(used)
     assert "could not convert" in (used.folder / path).read_text("utf-8")

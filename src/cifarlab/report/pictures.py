@@ -13,13 +13,13 @@ from PIL import Image
 from safetensors.numpy import load
 
 LARGEST = 48  # pixels; larger images are made smaller, so that the page stays small
-FILTERS, IN_A_ROW = 96, 12
+FILTERS = 96  # the most that are shown
 
 
-def png(pixels: npt.NDArray[np.uint8], largest: int = LARGEST) -> str:
-    """Return pixels, uint8 (height, width, 3 or 4), as the address of a picture."""
+def png(pixels: npt.NDArray[np.uint8]) -> str:
+    """Return pixels, uint8 (height, width, 3), as the address of a picture."""
     image, file = Image.fromarray(pixels), io.BytesIO()
-    image.thumbnail((largest, largest))
+    image.thumbnail((LARGEST, LARGEST))
     image.save(file, "PNG", optimize=True)
     return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
 
@@ -35,23 +35,18 @@ def rows(file: BinaryIO, numbers: Sequence[int]) -> Iterator[npt.NDArray[np.uint
 
 
 def filters(weights: bytes) -> dict[str, Any]:
-    """Draw the filters of the first layer of a network.safetensors, in one picture.
+    """Draw the filters of the first layer of a network.safetensors, each as a picture.
 
-    Zero is grey. Each filter is scaled by its largest weight. The gaps are transparent.
+    Zero is grey. Each filter is scaled by its largest weight.
     """
     tensors = load(weights)
     whitening = "stem.0.weight" in tensors
     every = tensors["stem.0.weight" if whitening else "stages.0.first.0.weight"]
-    shown, size = every[:FILTERS], every.shape[-1]
+    shown = every[:FILTERS].transpose(0, 2, 3, 1)
     largest = np.abs(shown).max((1, 2, 3), keepdims=True).clip(1e-12)
-    colors = np.pad(127.5 + 127.5 * shown / largest, ((0, 0), (0, 1), (0, 1), (0, 1)))
-    colors[:, 3, :size, :size] = 255
-    tiles = np.zeros((-(-len(shown) // IN_A_ROW) * IN_A_ROW, size + 1, size + 1, 4), np.uint8)
-    tiles[: len(shown)] = np.rint(colors.transpose(0, 2, 3, 1)).astype(np.uint8)
-    grid = tiles.reshape(-1, IN_A_ROW, size + 1, size + 1, 4).transpose(0, 2, 1, 3, 4)
-    pixels = grid.reshape(-1, IN_A_ROW * (size + 1), 4)
-    sizes = {"size": size, "count": len(every), "shown": len(shown), "width": pixels.shape[1]}
-    return {"source": png(pixels, max(pixels.shape)), "whitening": whitening} | sizes
+    colors = np.rint(127.5 + 127.5 * shown / largest).astype(np.uint8)
+    sizes = {"size": every.shape[-1], "count": len(every), "whitening": whitening}
+    return {"sources": [png(color) for color in colors]} | sizes
 
 
 def chart(title: str, lines: "list[tuple[str, int, bool, pd.Series[float]]]") -> dict[str, Any]:
