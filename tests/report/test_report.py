@@ -331,11 +331,20 @@ def check(browser: Any, path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("outside")
-def test_many_classes_with_odd_names_fit_on_a_page(browser: Any) -> None:
-    classes = [*ODD, *(f"class {i} {'long name ' * (i % 6)}" for i in range(105))]
-    runs = [made_up(classes, seed, predictions=guesses(classes, 4000, seed)) for seed in range(5)]
+def test_the_largest_page_is_below_5_mb_and_fits(
+    browser: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has the most runs and classes, full matrices, long names, and noise as images."""
+    classes = [*ODD, *(f"class {i} {'long name ' * (i % 6)}" for i in range(115))]
+    noise = np.random.default_rng(0).integers(0, 256, (24, 64, 64, 3), np.uint8)
+    tiles = [(pictures.png(pixels), [classes[3], classes[10]]) for pixels in noise]
+    monkeypatch.setattr(Run, "pictures", lambda _self, rows, _captions: tiles[: len(rows)])
+    runs = [
+        made_up(classes, seed, predictions=guesses(classes, 50_000, seed), mistakes=tiles)
+        for seed in range(page.MOST)
+    ]
     text = page.render(runs)
-    assert matrix_of(text).count("<td") == 110**2 + 1
+    assert matrix_of(text).count("<td") == 120**2 + 1
     path = Path("report.html")
     path.write_text(text, "utf-8")
     check(browser, path.resolve())

@@ -17,7 +17,7 @@ from cifarlab.report import pictures, statistics
 from cifarlab.report.run import Pictures, Run, Values, load, parameters
 from cifarlab.tracking import client as tracking
 
-MOST = 5  # runs on a page; with noise for images and 120 classes it then has 4.3 MB
+MOST = 5  # runs on a page; with more it could be larger than 5 MB
 EXAMPLES = 12  # images that only one of two networks gets right
 
 

@@ -75,12 +75,13 @@ def load(revision: Revision, tracked: Sequence[Any]) -> Run:
         texts = [pipeline.read_text(p, revision) for p in (files.EVALUATION, files.TRAIN_METRICS)]
         evaluation, training = map(json.loads, texts)
         classes = list(evaluation.pop("accuracy_per_class"))
+        metrics = evaluation | training
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         advice = "run `dvc repro`, then commit dvc.lock and metrics/"
         raise UserError(f"{revision.label} has no results in metrics/; {advice}") from error
     facts = {"experiment": revision.name, "commit": revision.commit}
     facts |= {"baseline": revision.baseline} if revision.name else {}
-    run = Run(revision, evaluation | training, classes, parameters(revision), facts)
+    run = Run(revision, metrics, classes, parameters(revision), facts)
     run.try_to("lock", lambda: _read_lock(run))
     with pipeline.tree(revision) as open_file:
 
