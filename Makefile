@@ -26,7 +26,7 @@ PYTEST := python -m pytest --numprocesses auto --dist worksteal --max-worker-res
 
 .PHONY: help setup demo repro notebook tiny strong photos bench bench-quick bench-scaling same-bytes test \
 	test-all lint audit format ui study studies confusion search backprop queue sync verify \
-	results lock
+	report results lock
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -99,6 +99,10 @@ sync: setup  ## log to MLflow what it misses of experiments, commits and the wor
 
 verify: setup  ## train an experiment or a commit again and compare every byte (REV=…)
 	cifarlab verify -- "$${REV:-HEAD}"
+
+# The names are split at spaces, but the shell neither expands nor runs anything in them.
+report: setup  ## a page to show: of the workspace, or NAME="REVISION…" compared; report.html
+	set -f; cifarlab report -- $$NAME
 
 results: setup  ## keep parameters, metrics and figures of the workspace in docs/results/NAME
 	python -m bench.keep "$${NAME:-latest}"

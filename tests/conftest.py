@@ -192,6 +192,42 @@ def finished(
     shutil.rmtree(project.folder.parent, ignore_errors=True)
 
 
+@pytest.fixture(scope="session")
+def with_history(
+    reproduced: projects.Template, tmp_path_factory: pytest.TempPathFactory, fork_server: ForkServer
+) -> Project:
+    """A checkout with a commit and two experiments; tests use copies of it.
+
+    Its DVC cache lies outside of it, as if several checkouts shared the cache.
+    """
+
+    def make(folder: Path) -> dict[str, object]:
+        project = projects.copy(reproduced[0], folder.parent)
+        (folder / ".dvc/cache").rename(folder.parent / "shared")
+        project.dvc("cache", "dir", "--local", str(folder.parent / "shared"))
+        project.dvc("exp", "run", "--temp", "--name", "other-seed", "-S", "train.seed=1")
+        project.dvc(
+            "exp",
+            "run",
+            "--temp",
+            "--name",
+            "with-mirror",
+            "-S",
+            "evaluate.mirror=true",
+            "-S",
+            "tracking.log_model=true",
+        )
+        return {}
+
+    return projects.template("with-history", make, tmp_path_factory, fork_server)[0]
+
+
+@pytest.fixture
+def used(with_history: Project, tmp_path: Path) -> Project:
+    """A copy of `with_history` that a test may change."""
+    return projects.copy(with_history, tmp_path / "copy")
+
+
 # Archives and downloads (tests/support/archives.py)
 
 

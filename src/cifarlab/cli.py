@@ -155,6 +155,27 @@ def verify(revision: str) -> None:
     verification.verify(revision)
 
 
+@main.command(epilog="Examples: cifarlab report; cifarlab report HEAD my-experiment")
+@click.argument("revisions", nargs=-1)
+@click.option(
+    "--output",
+    type=click.Path(path_type=Path, dir_okay=False),
+    default="report.html",
+    show_default=True,
+    help="The file to write.",
+)
+def report(revisions: tuple[str, ...], output: Path) -> None:
+    """Write a page to show: of a run, or comparing the first of several with the others.
+
+    REVISIONS are experiments or commits; without one, it is the workspace. The page is one file
+    that opens offline. It is also logged to the MLflow run of the first revision.
+    """
+    from cifarlab.report import page as pages
+
+    for line in pages.write(revisions, output):
+        click.echo(line)
+
+
 MODEL = click.option(
     "--model",
     default="",

@@ -14,8 +14,7 @@ import yaml
 from mlflow.entities import Run
 
 from cifarlab import pipeline
-from tests.support.forkserver import ForkServer
-from tests.support.project import Project, Template, copy, template
+from tests.support.project import Project
 
 
 def cifarlab(project: Project, *arguments: str, code: int = 0, **env: str) -> str:
@@ -65,42 +64,6 @@ def content(project: Project, run: Run) -> dict[str, object]:
         "artifacts": project.artifacts(run.info.run_id),
         "models": len(run.outputs.model_outputs),
     }
-
-
-@pytest.fixture(scope="session")
-def with_history(
-    reproduced: Template, tmp_path_factory: pytest.TempPathFactory, fork_server: ForkServer
-) -> Project:
-    """A checkout with a commit and two experiments; tests use copies of it.
-
-    Its DVC cache lies outside of it, as if several checkouts shared the cache.
-    """
-
-    def make(folder: Path) -> dict[str, object]:
-        project = copy(reproduced[0], folder.parent)
-        (folder / ".dvc/cache").rename(folder.parent / "shared")
-        project.dvc("cache", "dir", "--local", str(folder.parent / "shared"))
-        project.dvc("exp", "run", "--temp", "--name", "other-seed", "-S", "train.seed=1")
-        project.dvc(
-            "exp",
-            "run",
-            "--temp",
-            "--name",
-            "with-mirror",
-            "-S",
-            "evaluate.mirror=true",
-            "-S",
-            "tracking.log_model=true",
-        )
-        return {}
-
-    return template("with-history", make, tmp_path_factory, fork_server)[0]
-
-
-@pytest.fixture
-def used(with_history: Project, tmp_path: Path) -> Project:
-    """A copy of `with_history` that a test may change."""
-    return copy(with_history, tmp_path / "copy")
 
 
 def test_a_store_that_was_lost_is_restored_from_files_with_every_timestamp(
