@@ -63,7 +63,7 @@ def progress(output: Iterable[str], lines: int) -> Iterator[str]:
 
 def pip(*arguments: str, lines: int = 1) -> None:
     """Install with the environment's pip. Its output goes to LOG, only its errors are shown."""
-    command = [VENV / "bin/python", "-m", "pip", "--no-input", "--disable-pip-version-check"]
+    command = [str(VENV / "bin/python"), "-m", "pip", "--no-input", "--disable-pip-version-check"]
     # What changes pip's output, and PYTHONPATH, with which pip would count our modules.
     hidden = ("PYTHONPATH", "PIP_QUIET", "PIP_VERBOSE", "PIP_PROGRESS_BAR")
     process = subprocess.Popen(
