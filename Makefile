@@ -29,7 +29,7 @@ PYTEST := python -m pytest --numprocesses auto --dist worksteal --max-worker-res
 
 .PHONY: help setup demo repro notebook tiny strong photos bench bench-quick bench-scaling same-bytes test \
 	test-all lint audit format ui study studies confusion search backprop queue sync verify \
-	results lock lock-check
+	results reference lock lock-check
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -153,6 +153,9 @@ audit: setup  ## known vulnerabilities of the pinned packages, if PyPI's advisor
 format: setup  ## let ruff correct what it can
 	ruff check --fix .
 	ruff format .
+
+reference: setup  ## write docs/parameters.md from params.yaml and its types
+	python -m bench.reference
 
 lock: setup  ## compile requirements.in into requirements.txt, for every platform
 	uv pip compile --quiet --universal --python-version $(lastword $(PYTHONS)) requirements.in \
