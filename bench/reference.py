@@ -67,7 +67,7 @@ def allowed(schema: dict[str, Any]) -> str:
         return "64 hexadecimal digits" if "pattern" in schema else names[kind]
     words = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
     limits = [f"{sign} {schema[word]:,.10g}" for word, sign in words.items() if word in schema]
-    return " ".join(["whole number" if kind == "integer" else "number", *limits])
+    return " ".join(["whole number" if kind == "integer" else "number", " and ".join(limits)])
 
 
 def stage(key: str, stages: dict[str, Any]) -> str:
