@@ -75,3 +75,5 @@ def test_every_command_of_a_page_works(project: Project, tmp_path: Path, page: s
         code = typed.end()
     (tmp_path / "output").write_text(typed.output)
     assert code == 0, typed.output[-4000:]
+    for status in typed.output.split("+ dvc status\n")[1:]:
+        assert status.startswith("Data and pipelines are up to date."), status[:4000]
