@@ -53,7 +53,10 @@ def test_the_run_is_in_mlflow(reproduced: Template) -> None:
     metrics = json.loads((project.folder / "metrics/evaluate.json").read_text())
     assert run.data.metrics["test_accuracy"] == metrics["accuracy"]
     assert {
-        f"accuracy/{digit}": metrics["accuracy_per_class"][digit] for digit in map(str, range(10))
+        f"accuracy/{digit}": accuracy
+        for digit, accuracy in json.loads(
+            (project.folder / "metrics/per_class.json").read_text()
+        ).items()
     }.items() <= run.data.metrics.items()
     history = pd.read_csv(project.folder / "plots/history.csv")
     for column in ("train_loss", "train_accuracy", "val_loss", "val_accuracy", "learning_rate"):

@@ -124,7 +124,7 @@ def test_an_evaluation_gives_metrics_and_the_table_of_the_confusion_matrix(
     [table] = json.loads(run.data.tags["mlflow.loggedArtifacts"])
     assert table == {"path": name, "type": "table"}
     tables = {file.path for file in client_of(checkout).list_artifacts(run.info.run_id, "tables")}
-    assert tables == {"tables/confusion.csv", "tables/history.csv"}
+    assert tables == {f"tables/{name}.csv" for name in ("confusion", "history", "per_class")}
 
 
 def test_every_class_has_its_own_metric_whatever_its_name() -> None:
@@ -137,12 +137,24 @@ def test_every_class_has_its_own_metric_whatever_its_name() -> None:
 
 
 def test_more_metrics_than_fit_into_a_request_are_logged(checkout: Path, params: Params) -> None:
-    accuracies = {f"class {number}": 0.5 for number in range(1203)}
-    evaluation = EVALUATION | {"accuracy_per_class": accuracies}
-    (checkout / "metrics/evaluate.json").write_text(json.dumps(evaluation))
+    labels = [f"class {number}" for number in range(1203)]
+    rows = "".join(f"{label},0.5\n" for label in labels)
+    (checkout / "plots/per_class.csv").write_text(f"class,accuracy\n{rows}")
     log("evaluate", params)
     [run] = runs_in(checkout)
-    assert {f"accuracy/{label}" for label in accuracies} <= run.data.metrics.keys()
+    assert {f"accuracy/{label}" for label in labels} <= run.data.metrics.keys()
+
+
+def test_an_evaluation_of_an_older_version_is_logged_as_well(
+    checkout: Path, params: Params
+) -> None:
+    """It had the accuracy of each class among its other metrics, too."""
+    old = EVALUATION | {"accuracy_per_class": {"cat": 0.5, "dog (small)": 1.0}}
+    (checkout / "metrics/evaluate.json").write_text(json.dumps(old))
+    log("evaluate", params)
+    [run] = runs_in(checkout)
+    tested = {name for name in run.data.metrics if name.startswith(("test_", "accuracy/"))}
+    assert tested == {"test_accuracy", "test_loss", "accuracy/cat", accuracy_of("dog (small)")}
 
 
 def test_the_logged_model_predicts_what_the_network_predicts(

@@ -185,8 +185,9 @@ class Upload:
         self.client.log_text(self.run_id, table, "confusion_matrix.json")
         shown = json.dumps([{"path": "confusion_matrix.json", "type": "table"}])
         found = files.read_json(self._path(files.EVALUATION))
-        classes = found.pop("accuracy_per_class")
+        found.pop("accuracy_per_class", None)  # older versions kept them in this file, too
         metrics = {f"test_{name}": value for name, value in found.items()}
+        classes = class_accuracies(self._path(files.PER_CLASS))
         metrics |= {accuracy_of(label): value for label, value in classes.items()}
         data = files.read_json(self._path(files.DATA / "dataset.json"))
         # Data of an older version has no such digest.
@@ -232,6 +233,13 @@ class Upload:
             write(folder, self._path(files.WEIGHTS), Model(**ids, metadata=known))
             self.client.log_model_artifacts(model_id, str(folder))
         self.client.finalize_logged_model(model_id, LoggedModelStatus.READY)
+
+
+def class_accuracies(table: Any) -> dict[str, float]:
+    """Return the accuracy of each class from plots/per_class.csv, a path or an open file."""
+    exact = {"keep_default_na": False, "float_precision": "round_trip"}  # a class may be called NA
+    rows = pd.read_csv(table, dtype={"class": str}, **exact)
+    return dict(zip(rows["class"], rows["accuracy"].tolist(), strict=True))
 
 
 def accuracy_of(label: str) -> str:
