@@ -53,7 +53,7 @@ def test_the_run_is_in_mlflow(reproduced: Template) -> None:
     metrics = json.loads((project.folder / "metrics/evaluate.json").read_text())
     assert run.data.metrics["test_accuracy"] == metrics["accuracy"]
     assert {
-        f"accuracy/{digit}": accuracy
+        f"per_class/{digit}": accuracy
         for digit, accuracy in json.loads(
             (project.folder / "metrics/per_class.json").read_text()
         ).items()
@@ -201,7 +201,7 @@ def test_forcing_the_same_training_logs_nothing_twice(finished: Project) -> None
     assert (finished.folder / "dvc.lock").read_bytes() == lock
     after = finished.runs()[""]
     assert after.info.run_id == before.info.run_id
-    for name in ("train_loss", "test_accuracy", "accuracy/3"):
+    for name in ("train_loss", "test_accuracy", "per_class/3"):
         points = finished.client().get_metric_history(after.info.run_id, name)
         assert len(points) == len({point.step for point in points})
     assert len(after.outputs.model_outputs) == 1

@@ -25,7 +25,7 @@ from cifarlab.params.load import changed
 from cifarlab.params.sections import DEFAULT_FOLDER, Params
 from cifarlab.studies.question import Parameters, Study, slug
 from cifarlab.tracking.studies import timing_of
-from cifarlab.tracking.upload import class_accuracies
+from cifarlab.tracking.upload import read_table
 
 ORIGIN = ["experiment", "code", "key"]  # what identifies a row
 TEXT = dict.fromkeys([*ORIGIN, "commit", "run"], str)  # a digest may consist of digits only
@@ -266,7 +266,7 @@ def finished(points: list[Point]) -> Iterator[tuple[dict[str, Any], DataFrame]]:
         identity |= {"code": code, "key": key, "variant": point.variant, "seed": point.seed}
         row = identity | json.loads(train)
         row |= {f"test_{name}": value for name, value in json.loads(evaluation).items()}
-        classes = class_accuracies(io.StringIO(per_class))
+        classes = read_table(io.StringIO(per_class), "class").set_index("class")["accuracy"]
         row |= {f"accuracy/{label}": share for label, share in classes.items()}
         yield row | timing_of(revision), pd.read_csv(io.StringIO(history)).assign(**identity)
 
