@@ -82,8 +82,12 @@ def draw_layers(path: Path, layers: DataFrame, names: list[str]) -> None:
     figure, panels = plt.subplots(*shape, figsize=size, squeeze=False, sharex=True, sharey="col")
     shown = itertools.product(names, quantities)
     for axes, (name, quantity) in zip(panels.flat, shown, strict=True):
-        means.loc[name][quantity].plot(ax=axes, colormap="viridis", marker=".", legend=False)
-        axes.tick_params(labelleft=True)  # pandas hides them where the axes are shared
+        table = means.loc[name][quantity]
+        # Not by pandas, which hides the numbers at axes that are shared.
+        axes.set_prop_cycle(color=sns.color_palette("viridis", len(table.columns)))
+        axes.plot(table.index, table.to_numpy(), marker=".", label=list(table.columns))
+        if name == names[-1]:
+            axes.set(xlabel="epoch")
         axes.locator_params("x", integer=True, min_n_ticks=1)
         if quantity == "gradient_norm":  # spans many powers of ten and can be zero
             axes.set_yscale("symlog", linthresh=1e-6)
