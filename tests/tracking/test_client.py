@@ -143,21 +143,6 @@ def test_computing_is_not_waiting() -> None:
     assert Deadline(0.5).wait(compute) == 7
 
 
-def test_pages_open_with_the_view_for_model_training(checkout: Path) -> None:
-    """Also for an experiment that an older version created; a person's choice stays."""
-    client, kind = connect(), "mlflow.experimentKind"
-    old, chosen = client.create_experiment("old"), client.create_experiment("chosen")
-    client.set_experiment_tag(chosen, kind, "classification")
-    for name, expected in (
-        ("new", "custom_model_development"),
-        ("old", "custom_model_development"),
-        ("chosen", "classification"),
-    ):
-        identifier = experiment_id(client, name)
-        assert client.get_experiment(identifier).tags[kind] == expected
-    assert (old, chosen) == (experiment_id(client, "old"), experiment_id(client, "chosen"))
-
-
 def test_a_deleted_experiment_is_restored(checkout: Path) -> None:
     client = connect()
     identifier = experiment_id(client, "cifarlab")

@@ -1,5 +1,6 @@
 """Connecting to MLflow: the store, how long a call may take, the experiment, MLflow's pages."""
 
+import json
 import logging
 import os
 import signal
@@ -21,8 +22,14 @@ from cifarlab import files
 from cifarlab.errors import UserError, first_line, without_secrets
 
 KEY = "cifarlab.key"  # the tag that every run of this project has: its training key
-# Without this tag of the experiment, MLflow's pages open with a view for language models.
-KIND = ("mlflow.experimentKind", "custom_model_development")
+# The columns of the table of runs that `cifarlab ui` opens. MLflow keeps such a view in a tag of
+# the experiment, for links that people share; by default its table has no metrics.
+METRICS, PARAMETERS = (
+    ("test_accuracy", "test_loss", "val_accuracy"),
+    ("model.layers", "train.epochs"),
+)
+COLUMNS = [*(f"metrics.`{name}`" for name in METRICS), *(f"params.`{name}`" for name in PARAMETERS)]
+VIEW = "cifarlab"
 ARTIFACTS = "mlartifacts"  # the folder beside an SQLite store that holds its artifacts
 START = 120  # seconds that the server of `cifarlab ui` may take to answer
 T = TypeVar("T")
@@ -160,8 +167,6 @@ def experiment_id(client: Any, name: str) -> str:
         if found := client.get_experiment_by_name(name):
             if found.lifecycle_stage == "deleted":  # MLflow does not free the name
                 client.restore_experiment(found.experiment_id)
-            if KIND[0] not in found.tags:  # an older version created it
-                client.set_experiment_tag(found.experiment_id, *KIND)
             return str(found.experiment_id)
         artifacts = None
         if path := database():
@@ -170,7 +175,7 @@ def experiment_id(client: Any, name: str) -> str:
             with closing(sqlite3.connect(path)) as store:
                 # With a write-ahead log, MLflow's pages can read while a stage writes.
                 store.execute("PRAGMA journal_mode=WAL")
-        return str(client.create_experiment(name, artifacts, dict([KIND])))
+        return str(client.create_experiment(name, artifacts))
 
 
 def wait_for_database() -> None:
@@ -230,7 +235,9 @@ def serve(port: int, experiment: str) -> None:
         test.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the server does
         if test.connect_ex(("127.0.0.1", port)) == 0:
             raise UserError(f"port {port} is taken; choose another: make ui PORT={port + 1}")
-    number = experiment_id(connect(), experiment)
+    number = experiment_id(client := connect(), experiment)
+    view = json.dumps({"selectedColumns": COLUMNS})
+    client.set_experiment_tag(number, f"mlflow.sharedViewState.{VIEW}", view)
     command = [sys.executable, "-m", "mlflow", "ui", "--host", "127.0.0.1", "--port", str(port)]
     # Its six processes for jobs, which only language models need, would take seconds to start.
     os.environ.setdefault("MLFLOW_SERVER_ENABLE_JOB_EXECUTION", "false")
@@ -238,7 +245,9 @@ def serve(port: int, experiment: str) -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         _wait_until_healthy(server, port)
-        page = f"http://127.0.0.1:{port}/#/experiments/{number}/runs?workflowType=machine_learning"
+        # Without the type, MLflow opens its pages for language models.
+        options = f"workflowType=machine_learning&viewStateShareKey={VIEW}"
+        page = f"http://127.0.0.1:{port}/#/experiments/{number}/runs?{options}"
         print(f"open {page} (Ctrl-C stops the server)", flush=True)
         server.wait()
     except KeyboardInterrupt:
