@@ -59,6 +59,7 @@ def take(browser: Browser, address: str, names: list[str]) -> None:
     page.get_by_text("Comparing 2 Runs from 1 Experiment").wait_for()
     page.get_by_text("per_class/").first.scroll_into_view_if_needed()
     save(page, "mlflow-compare")
+    page.set_viewport_size({"width": 900, "height": 800})
     page.goto((Path.cwd() / "dvc_plots/index.html").as_uri())
     page.wait_for_function("document.querySelectorAll('.vega-embed canvas, svg').length >= 4")
     save(page, "dvc-plots")
