@@ -29,7 +29,7 @@ PYTEST := python -m pytest --numprocesses auto --dist worksteal --max-worker-res
 
 .PHONY: help setup demo repro notebook tiny strong photos bench bench-quick bench-scaling same-bytes test \
 	test-all lint audit format ui study studies confusion search backprop queue sync verify \
-	report results reference lock lock-check
+	report results reference lock lock-check screenshots
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -71,7 +71,8 @@ demo: setup  ## offline, minutes: two variants on handwritten digits, compared
 	@echo "  make ui                                      compare the runs in MLflow"
 	@echo "  open dvc_plots/index.html                    confusion matrices and curves"
 	@echo "  source .venv/bin/activate                    then, as you like:"
-	@echo "  dvc exp show --only-changed                  every experiment in one table"
+	@echo "  dvc exp diff demo-6-layers demo-3-layers     what differs: parameters and metrics"
+	@echo "  dvc metrics diff --targets metrics/per_class.json -- demo-6-layers demo-3-layers"
 	@echo "  dvc exp run -S data.name=digits -S train.flip=none -S model.activation=relu"
 	@echo "  dvc repro                                    the whole pipeline on CIFAR-10"
 	@echo "  make photos                                  a network for your images in images/"
@@ -126,6 +127,9 @@ bench-quick: setup  ## the speeds only, in five minutes: bench/results/quick.md
 
 bench-scaling: setup  ## how time and memory grow: docs/scaling.csv, docs/scaling.png
 	python -m bench.scaling
+
+screenshots: setup  ## pictures of MLflow and dvc plots for README.md, of what the demo made
+	python -m bench.screenshots
 
 backprop: setup  ## the pages that need no training: docs/studies/backprop.md and gradient.md
 	python studies/backprop.py

@@ -114,3 +114,18 @@ def test_other_arithmetic_is_different_and_not_recorded(clone: Path) -> None:
     assert lines[0] == "identical  data"
     assert lines[3:] == ["identical  adam", "DIFFERENT: 3 variants"]
     assert not (clone / RECORD).exists()
+
+
+def test_metrics_that_moved_to_another_file_are_no_difference(tmp_path: Path) -> None:
+    both = {"metrics/evaluate.json": '{"accuracy": 0.5}', "plots/per_class.csv": "class\ncat\n"}
+    old = both | {"metrics/evaluate.json": '{"accuracy": 0.5, "accuracy_per_class": {"cat": 1}}'}
+    new = both | {"metrics/per_class.json": '{"cat": 1}'}
+    for side, files in (("old", old), ("new", new)):
+        for name, text in files.items():
+            path = tmp_path / side / "defaults" / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text)
+    one, other = (tmp_path / side / "defaults" for side in ("old", "new"))
+    assert same_bytes.difference(one, other, set()) == ""
+    (other / "plots/per_class.csv").write_text("class\ndog\n")
+    assert "per_class.csv" in same_bytes.difference(one, other, set())

@@ -253,7 +253,7 @@ def ui(port: int) -> None:
     """Compare runs in MLflow, in a browser on this machine."""
     from cifarlab.tracking.client import serve
 
-    serve(port)
+    serve(port, load_params().tracking.experiment)
 
 
 @main.command(epilog="Example: cifarlab page")

@@ -40,7 +40,7 @@ FIGURES = {
     )
 }
 TABLES = {f"tables/{name}.csv" for name in ("confusion", "history", "per_class", "predictions")}
-SHARED_ARTIFACTS = FIGURES | TABLES | {"confusion_matrix.json"}
+SHARED_ARTIFACTS = FIGURES | TABLES | {"confusion_matrix.json", "per_class.json"}
 
 
 class Command:

@@ -15,7 +15,7 @@ from cifarlab.errors import UserError, first_line
 from cifarlab.params.load import load_params
 from cifarlab.tracking.client import connect
 from cifarlab.tracking.sync import tags_of
-from cifarlab.tracking.upload import TEST_DIGEST
+from cifarlab.tracking.upload import NOTE, TEST_DIGEST
 
 CHAMPION = "champion"
 LEVEL = 0.05  # two-sided; above it, the difference may be chance
@@ -65,7 +65,11 @@ def promote(name: str, *, force: bool) -> str:
             if champion is None and not known:
                 client.create_registered_model(registered)
             version = client.create_model_version(
-                registered, f"models:/{model}", run.info.run_id, model_id=model
+                registered,
+                f"models:/{model}",
+                run.info.run_id,
+                description=run.data.tags.get(NOTE),
+                model_id=model,
             )
         label = f"version {version.version} of {registered}, {run.info.run_name}"
         if champion is None:
