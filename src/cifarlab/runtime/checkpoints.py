@@ -73,7 +73,7 @@ class Checkpoint:
         try:
             buffer = io.BytesIO()
             torch.save({"conditions": self.conditions, "state": state}, buffer)
-            # The view must end here: one in a traceback crashes Python 3.12.1 (python/cpython#111049).
+            # In a traceback, the view would crash Python 3.12.1 (python/cpython#111049).
             with buffer.getbuffer() as data, files.atomic(self.path) as temporary:
                 # With a checksum, because torch does not notice a flipped bit in a tensor.
                 temporary.write_bytes(hashlib.sha256(data).digest() + data)
