@@ -36,13 +36,13 @@ class Run:
 
     revision: Revision
     metrics: Values
-    classes: list[str]
     params: Values
     """Those that it ran with, by full key."""
     facts: dict[str, str]
     """Where it comes from, for the page."""
     tests: set[str] = field(default_factory=set)
     """Digests, each of which stands for the test images."""
+    classes: list[str] = field(default_factory=list)
     changed: bool = False
     """Whether parameters, code or data are others now than those that ran."""
     history: pd.DataFrame | None = None
@@ -74,14 +74,14 @@ def load(revision: Revision, tracked: Sequence[Any]) -> Run:
     try:
         texts = [pipeline.read_text(p, revision) for p in (files.EVALUATION, files.TRAIN_METRICS)]
         evaluation, training = map(json.loads, texts)
-        classes = list(evaluation.pop("accuracy_per_class"))
+        evaluation.pop("accuracy_per_class", None)  # older versions kept it there, too
         metrics = evaluation | training
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         advice = "run `dvc repro`, then commit dvc.lock and metrics/"
         raise UserError(f"{revision.label} has no results in metrics/; {advice}") from error
     facts = {"experiment": revision.name, "commit": revision.commit}
     facts |= {"baseline": revision.baseline} if revision.name else {}
-    run = Run(revision, metrics, classes, parameters(revision), facts)
+    run = Run(revision, metrics, parameters(revision), facts)
     run.try_to("lock", lambda: _read_lock(run))
     with pipeline.tree(revision) as open_file:
 
@@ -91,6 +91,7 @@ def load(revision: Revision, tracked: Sequence[Any]) -> Run:
 
         # A damaged table is refused. A class may be called 7 or NA.
         types = {"actual": str, "predicted": str, "confidence": float}
+        only: Values = {"usecols": ["class"], "dtype": str, "keep_default_na": False}
         run.history = run.try_to(
             "history", lambda: pd.read_csv(read(files.HISTORY), dtype=float).set_index("epoch")
         )
@@ -100,6 +101,11 @@ def load(revision: Revision, tracked: Sequence[Any]) -> Run:
                 read(files.PREDICTIONS), usecols=[*types], dtype=types, keep_default_na=False
             ),
         )
+        each = run.try_to("classes", lambda: pd.read_csv(read(files.PER_CLASS), **only))
+        if each is not None:
+            run.classes = [*each["class"]]
+        elif run.predictions is not None:
+            run.classes = sorted({*run.predictions.actual, *run.predictions.predicted})
         weights = files.WEIGHTS
         run.filters = run.try_to("filters", lambda: pictures.filters(read(weights).getvalue()))
         data = run.try_to("data", lambda: read(files.DATA / "dataset.json").getvalue())
