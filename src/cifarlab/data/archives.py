@@ -193,9 +193,7 @@ def _files_in_zip(source: Path) -> Members:
         raise ValueError(f"the list of its members is larger than {MAX_DIRECTORY >> 20} MiB")
     with zipfile.ZipFile(source) as archive:
         for member in archive.infolist():
-            _check_name(source, member.filename)
-            # Some programs for Windows write backslashes.
-            name = member.filename.replace("\\", "/")
+            name = _checked_name(source, member.filename)
             # The other compression methods of zip have no bound on the memory that they take.
             if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
                 raise ValueError(f"{name} is not packed with deflate; pack it so")
@@ -208,10 +206,8 @@ def _files_in_zip(source: Path) -> Members:
 
 def _files_in_tar(source: Path) -> Members:
     for entry, read in tar_members(source):
-        for name in (entry.name, entry.linkname):  # the latter is empty unless it is a link
-            _check_name(source, name)
-        # Some programs for Windows write backslashes.
-        name = entry.name.replace("\\", "/")
+        name = _checked_name(source, entry.name)
+        _checked_name(source, entry.linkname)  # it is empty unless it is a link
         if entry.isfile() and is_image(name) and entry.size > MAX_MEMBER:
             # before unpacking it, to reach the next one
             raise ValueError(f"{name} unpacks to {entry.size:,} bytes, {TOO_MANY}")
@@ -341,12 +337,15 @@ def reason(error: Exception) -> str:
     return readable(first_line(error))
 
 
-def _check_name(source: Path, name: str) -> None:
-    path, shown = PurePosixPath(name.replace("\\", "/")), readable(name)
+def _checked_name(source: Path, name: str) -> str:
+    """Return the name of a member with / between its parts. UserError: it is refused."""
+    unified = name.replace("\\", "/")  # some programs for Windows write backslashes
+    path, shown = PurePosixPath(unified), readable(name)
     if path.is_absolute() or ".." in path.parts:
         raise UserError(f"{source} is refused: its member {shown} points outside the archive")
     if any(len(part) > MAX_NAME for part in path.parts):
         raise UserError(f"{source}: the name {shown}… has over {MAX_NAME} characters; shorten it")
+    return unified
 
 
 def _unlisted(error: OSError) -> NoReturn:

@@ -363,8 +363,10 @@ def digits() -> Dataset:
     bundle = load_digits()
     pixels = (bundle.images * (255 / 16)).round().astype(np.uint8)
     images = np.repeat(pixels.repeat(4, axis=1).repeat(4, axis=2)[..., None], 3, axis=3)
-    train, test = stratified_split(bundle.target, 0.2)
-    labels, classes = bundle.target.astype(np.int64), list("0123456789")
-    split_images = {"train": images[train], "test": images[test]}
-    split_labels = {"train": labels[train], "test": labels[test]}
-    return Dataset(split_images, split_labels, classes, "digits")
+    parts = dict(zip(SPLITS, stratified_split(bundle.target, 0.2), strict=True))
+    return Dataset(
+        images={split: images[rows] for split, rows in parts.items()},
+        labels={split: bundle.target[rows].astype(np.int64) for split, rows in parts.items()},
+        classes=list("0123456789"),
+        name="digits",
+    )

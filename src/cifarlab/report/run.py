@@ -89,19 +89,18 @@ def load(revision: Revision, tracked: Sequence[Any]) -> Run:
             with open_file(path) as file:
                 return BytesIO(file.read())
 
-        # A damaged table is refused. A class may be called 7 or NA.
-        types = {"actual": str, "predicted": str, "confidence": float}
-        only: Values = {"usecols": ["class"], "dtype": str, "keep_default_na": False}
+        def table(path: Path, columns: dict[str, Any]) -> pd.DataFrame:
+            # A damaged table is refused. A class may be called 7 or NA.
+            return pd.read_csv(
+                read(path), usecols=list(columns), dtype=columns, keep_default_na=False
+            )
+
         run.history = run.try_to(
             "history", lambda: pd.read_csv(read(files.HISTORY), dtype=float).set_index("epoch")
         )
-        run.predictions = run.try_to(
-            "predictions",
-            lambda: pd.read_csv(
-                read(files.PREDICTIONS), usecols=[*types], dtype=types, keep_default_na=False
-            ),
-        )
-        each = run.try_to("classes", lambda: pd.read_csv(read(files.PER_CLASS), **only))
+        columns = {"actual": str, "predicted": str, "confidence": float}
+        run.predictions = run.try_to("predictions", lambda: table(files.PREDICTIONS, columns))
+        each = run.try_to("classes", lambda: table(files.PER_CLASS, {"class": str}))
         if each is not None:
             run.classes = [*each["class"]]
         elif run.predictions is not None:
