@@ -73,13 +73,13 @@ def read_cifar10(archive: Path) -> Dataset:
     batches: dict[str, tuple[Pixels, Labels]] = {}
     classes: list[str] = []
     try:
-        for entry, read in archives.tar_members(archive):
-            folder, _, name = entry.name.partition("/")
+        for member in archives.files_in_tar(archive):
+            folder, _, name = member.name.partition("/")
             if folder == "cifar-10-batches-py" and name == "batches.meta":
-                names = archives.unpickle(read())[b"label_names"]
+                names = archives.unpickle(member.read())[b"label_names"]
                 classes = [readable(label.decode()) for label in names]
             elif folder == "cifar-10-batches-py" and name in chain(*CIFAR10_FILES.values()):
-                batches[name] = _cifar10_batch(name, read)
+                batches[name] = _cifar10_batch(name, member.read)
         images, labels = {}, {}
         for split, files in CIFAR10_FILES.items():
             pixels, numbers = zip(*(batches[name] for name in files), strict=True)
@@ -247,13 +247,10 @@ class Reading:
             rows[name] = split, len(labels[split])
             labels[split].append(number[place.label])
         validation = sum(place.split == "validation" for place in self.places.values())
-        data = Dataset(
-            images=dict.fromkeys(SPLITS, np.empty((0, self.size, self.size, 3), np.uint8)),
-            labels={split: np.array(numbers, np.int64) for split, numbers in labels.items()},
-            classes=classes,
-            name=self.source.resolve().name.split(".")[0],
-            validation=validation,
-        )
+        images = dict.fromkeys(SPLITS, np.empty((0, self.size, self.size, 3), np.uint8))
+        arrays = {split: np.array(numbers, np.int64) for split, numbers in labels.items()}
+        name = self.source.resolve().name.split(".")[0]
+        data = Dataset(images, arrays, classes, name, validation)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's, of metadata and large images
             data.save(folder, self._decoded(rows))
@@ -282,20 +279,21 @@ class Reading:
         from tqdm import tqdm
 
         batch: list[tuple[str, io.BytesIO]] = []
-        pixels = size = 0
+        used = 0.0  # of the memory and threads that a group may take
         images = _again(self.source, self.names, self.places)
         what, total = f"reading {self.source.name}", len(self.places)
         for member in tqdm(images, what, total, unit=" images", disable=None):
             try:
                 file = member.read()
-                more, length = count_pixels(file), file.getbuffer().nbytes
+                pixels, length = count_pixels(file), file.getbuffer().nbytes
             except Exception as error:  # damaged bytes can raise any exception
                 self._note(member.name, error)
                 continue
-            pixels, size = pixels + more, size + length
-            if len(batch) == BATCH or pixels > MAX_IMAGE or size > archives.MAX_MEMBER:
+            share = pixels / MAX_IMAGE + length / archives.MAX_MEMBER + 1 / BATCH
+            if used + share > 1:
                 yield batch
-                batch, pixels, size = [], more, length
+                batch, used = [], 0
+            used += share
             batch.append((member.name, file))
         yield batch
 
@@ -364,9 +362,6 @@ def digits() -> Dataset:
     pixels = (bundle.images * (255 / 16)).round().astype(np.uint8)
     images = np.repeat(pixels.repeat(4, axis=1).repeat(4, axis=2)[..., None], 3, axis=3)
     parts = dict(zip(SPLITS, stratified_split(bundle.target, 0.2), strict=True))
-    return Dataset(
-        images={split: images[rows] for split, rows in parts.items()},
-        labels={split: bundle.target[rows].astype(np.int64) for split, rows in parts.items()},
-        classes=list("0123456789"),
-        name="digits",
-    )
+    split_images = {split: images[rows] for split, rows in parts.items()}
+    labels = {split: bundle.target[rows].astype(np.int64) for split, rows in parts.items()}
+    return Dataset(split_images, labels, list("0123456789"), "digits")
