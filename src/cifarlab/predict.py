@@ -134,7 +134,7 @@ def shown(predictions: Iterator[Prediction], form: str) -> Iterator[str]:
             more = (f"class_{i},probability_{i}" for i in range(2, len(pairs) + 1))
             yield ",".join(["image,class,probability", *more])
         line = io.StringIO()
-        cells = (cell for label, p in top for cell in (label, f"{p:.6f}"))
+        cells = (cell for label, p in pairs for cell in (label, f"{p:.6f}"))
         csv.writer(line, lineterminator="").writerow([image, *cells])
         yield line.getvalue()
 

@@ -161,12 +161,10 @@ def _files_in_folder(folder: Path) -> Members:
         folders.sort()
         for name in sorted(files):
             path = Path(parent, name)
-            outside = path.is_symlink() and not _target(path).is_relative_to(top)
-            yield Member(
-                (inside / name).as_posix(),
-                partial(read_file, path),
-                LEADS_OUTSIDE if outside else "" if path.is_file() else NO_FILE,
-            )
+            problem = "" if path.is_file() else NO_FILE
+            if path.is_symlink() and not _target(path).is_relative_to(top):
+                problem = LEADS_OUTSIDE
+            yield Member((inside / name).as_posix(), partial(read_file, path), problem)
 
 
 def _target(link: Path) -> Path:
@@ -300,11 +298,7 @@ def readable(name: str) -> str:
     """
     hidden = r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]"
     # Python reads the byte 0xe9 as the surrogate 0xdce9.
-    return re.sub(
-        hidden,
-        lambda found: f"\\u{ord(found[0]):04x}".replace("\\udc", "\\x"),
-        name[:MAX_NAME],
-    )
+    return re.sub(hidden, lambda c: f"\\u{ord(c[0]):04x}".replace("\\udc", "\\x"), name[:MAX_NAME])
 
 
 def reason(error: Exception) -> str:

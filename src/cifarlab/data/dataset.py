@@ -51,9 +51,7 @@ class Dataset:
         return stratified_split(self.labels["train"], share)
 
     def digest(
-        self,
-        files: "Mapping[str, ImageFile] | None" = None,
-        splits: Sequence[str] = SPLITS,
+        self, files: "Mapping[str, ImageFile] | None" = None, splits: Sequence[str] = SPLITS
     ) -> str:
         """Return the SHA-256 of pixels, labels and class names, in hexadecimal digits.
 
@@ -168,9 +166,7 @@ class ImageFile:
         return iter(lambda: self.file.read(2**20), b"")
 
 
-def stratified_split(
-    labels: npt.NDArray[np.int64], share: float
-) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+def stratified_split(labels: Labels, share: float) -> tuple[Labels, Labels]:
     """Split the indices of `labels` into (kept, held out), both ascending.
 
     The same `share` of every class is held out. The split is always the same, so that runs with

@@ -91,20 +91,19 @@ def by_table(names: Iterable[str], text: str, table: str) -> Layout:
     rows = _rows(text, table)
     for line, row in rows:
         file, label, split = (row.get(column, "") for column in ("file", "label", "split"))
+        where = f"{table}, line {line}"
         if split and split.lower() not in SPLIT_NAMES:
             known = _join(SPLIT_NAMES)
-            raise UserError(
-                f"{table}, line {line}: the split {readable(split)!r} is none of {known}"
-            )
+            raise UserError(f"{where}: the split {readable(split)!r} is none of {known}")
         known_as = found.get(str(PurePosixPath(file.replace("\\", "/"))), [])
         if len(known_as) != 1 or not label:
             why = "is ambiguous" if known_as else "is missing"
             why = f"in {table}, but {why if label else 'has no label'}"
-            problems.append(Problem(f"{table}, line {line}: {file}", why))
+            problems.append(Problem(f"{where}: {file}", why))
             continue
         place = Place(SPLIT_NAMES.get(split.lower(), ""), label, file)
         if places.setdefault(known_as[0], place)[:2] != place[:2]:
-            raise UserError(f"{table}, line {line}: {readable(file)} has another label above")
+            raise UserError(f"{where}: {readable(file)} has another label above")
     if 10 * (len(rows) - len(places)) > len(rows):
         example = next(problem.file for problem in problems if problem.file.startswith(table))
         count = f"{len(places)} of {len(rows)} files in {table} are there"

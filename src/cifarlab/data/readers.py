@@ -7,7 +7,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from itertools import chain
 from pathlib import Path, PurePosixPath
@@ -215,8 +215,8 @@ def _check_classes(source: Path, places: dict[str, Place]) -> None:
     for place in places.values():
         if place.label not in classes["train"]:
             raise UserError(f"{source} holds no images in train/{place.label}/")
-    if len({*places.values()}) < len(places):
-        place, _ = Counter(places.values()).most_common(1)[0]
+    [(place, count)] = Counter(places.values()).most_common(1)
+    if count > 1:
         twice = readable("/".join(place))
         raise UserError(f"{source} holds two images called {twice}; remove one")
 
@@ -232,8 +232,6 @@ class Reading:
     """All files of the source."""
     problems: list[Problem]
     """Images that cannot be read."""
-    digests: dict[str, dict[bytes, str]] = field(default_factory=lambda: {s: {} for s in SPLITS})
-    """Of the pixels of each split, and the name of an image that has them."""
 
     def save(self, folder: Path) -> None:
         """Write the dataset. Validation images are the last ones of the training images."""
@@ -261,6 +259,8 @@ class Reading:
         `rows` has split and number for the name of each image. What cannot be read is left out.
         UserError: that are too many, or the source has changed.
         """
+        # The digests of the pixels of each split, and the name of an image that has them.
+        digests: dict[str, dict[bytes, str]] = {split: {} for split in SPLITS}
         with ThreadPoolExecutor() as pool:
             for batch in self._batches():
                 decoded = pool.map(self._decode, *zip(*batch, strict=True))
@@ -269,10 +269,9 @@ class Reading:
                         continue
                     split, row = rows[name]
                     digest = hashlib.blake2b(pixels.data, digest_size=16).digest()
-                    known = self.digests[split].get(digest, name)
-                    self.digests[split][digest] = min(name, known)
+                    digests[split][digest] = min(name, digests[split].get(digest, name))
                     yield split, row, pixels
-        self._judge()
+        self._judge(digests["train"], digests["test"])
 
     def _batches(self) -> Iterator[list[tuple[str, io.BytesIO]]]:
         """Yield names and files of images, grouped so that decoding a group takes little memory."""
@@ -311,8 +310,11 @@ class Reading:
         needed = f"; {EXTRA[suffix]} opens {suffix}" if extra else ""
         self.problems.append(Problem(name, UNREADABLE, f"{reason(error)}{needed}"))
 
-    def _judge(self) -> None:
-        """Refuse a source of which too much cannot be read, and note images in both splits."""
+    def _judge(self, train: dict[bytes, str], test: dict[bytes, str]) -> None:
+        """Refuse a source of which too much cannot be read, and note images in both splits.
+
+        `train` and `test` have the name of an image for each digest of pixels.
+        """
         bad = {problem.file for problem in self.problems}
         images = len(bad | self.places.keys())
         if len(bad) > REFUSE_ABOVE * images:
@@ -321,9 +323,8 @@ class Reading:
             count = f"{len(bad):,} of {images:,} images cannot be read"
             raise UserError(f"{self.source}: {count}; {example}; repair, shrink or remove them")
         _check_classes(self.source, {n: p for n, p in self.places.items() if n not in bad})
-        for digest in self.digests["train"].keys() & self.digests["test"].keys():
-            test, train = self.digests["test"][digest], self.digests["train"][digest]
-            self.problems.append(Problem(test, layout.IN_BOTH, train))
+        both = train.keys() & test.keys()
+        self.problems += [Problem(test[d], layout.IN_BOTH, train[d]) for d in both]
         self.problems.sort()
 
 
