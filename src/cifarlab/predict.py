@@ -143,9 +143,7 @@ def _decode(name: str, size: int) -> Pixels | str:
     """Return the pixels of an image, or why there are none."""
     try:
         if name == STDIN:
-            file = io.BytesIO(sys.stdin.buffer.read(MAX_MEMBER))
-        else:
-            file = read_file(Path(name))
-        return decode(file, size)
+            return decode(io.BytesIO(sys.stdin.buffer.read(MAX_MEMBER)), size)
+        return decode(read_file(Path(name)), size)
     except Exception as error:  # damaged bytes can raise any exception
         return f"{readable(name)}: {reason(error)}"

@@ -146,25 +146,22 @@ def members(source: Path) -> Members:
 def _files_in_folder(folder: Path) -> Members:
     top, followed = folder.resolve(), set[Path]()
     for parent, folders, files in os.walk(folder, onerror=_unlisted, followlinks=True):
-        inside = Path(parent).relative_to(folder)
-        links = [name for name in folders if Path(parent, name).is_symlink()]
-        for name in links:
-            path, target = Path(parent, name), _target(Path(parent, name))
+        for path in [Path(parent, name) for name in folders if Path(parent, name).is_symlink()]:
+            target = _target(path)
             problem = "" if target.is_relative_to(top) else LEADS_OUTSIDE
             # A link to a folder around it, or two links to each other, would never end.
             if not problem and (target in followed or path.absolute().is_relative_to(target)):
                 problem = "link to a folder that is read already"
             if problem:
-                folders.remove(name)
-                yield Member((inside / name).as_posix(), io.BytesIO, problem)
+                folders.remove(path.name)
+                yield Member(path.relative_to(folder).as_posix(), io.BytesIO, problem)
             followed.add(target)
         folders.sort()
-        for name in sorted(files):
-            path = Path(parent, name)
+        for path in [Path(parent, name) for name in sorted(files)]:
             problem = "" if path.is_file() else NO_FILE
             if path.is_symlink() and not _target(path).is_relative_to(top):
                 problem = LEADS_OUTSIDE
-            yield Member((inside / name).as_posix(), partial(read_file, path), problem)
+            yield Member(path.relative_to(folder).as_posix(), partial(read_file, path), problem)
 
 
 def _target(link: Path) -> Path:

@@ -61,12 +61,15 @@ class Run:
             self.missing[part] = first_line(error)
             return None
 
-    def pictures(self, rows: pd.DataFrame, captions: list[list[str]]) -> Pictures:
-        """Return test images with captions; the index of `rows` has their numbers."""
+    def pictures(
+        self, rows: pd.DataFrame, most: int, caption: Callable[[Any], list[str]]
+    ) -> Pictures:
+        """Return the test images of some predictions; those of the highest confidence first."""
+        rows = rows.sort_values("confidence", ascending=False, kind="stable").head(most)
         path = files.DATA / "test_images.npy"
         with pipeline.tree(self.revision) as open_file, open_file(path) as file:
-            pixels = pictures.rows(file, rows.index.tolist())
-            return list(zip(map(pictures.png, pixels), captions, strict=True))
+            shown = map(pictures.png, pictures.rows(file, rows.index.tolist()))
+            return list(zip(shown, map(caption, rows.itertuples()), strict=True))
 
 
 def load(revision: Revision, tracked: Sequence[Any]) -> Run:
@@ -177,6 +180,5 @@ def _mistakes(run: Run) -> Pictures:
     """Return the wrong predictions of which the network was most confident."""
     assert run.predictions is not None
     wrong = run.predictions[~right(run.predictions)]
-    wrong = wrong.sort_values("confidence", ascending=False, kind="stable").head(MISTAKES)
-    lines = [[f"{r.actual}", f"→ {r.predicted} ({r.confidence:.0%})"] for r in wrong.itertuples()]
-    return run.pictures(wrong, lines)
+    said = "→ {0.predicted} ({0.confidence:.0%})"
+    return run.pictures(wrong, MISTAKES, lambda row: [row.actual, said.format(row)])
