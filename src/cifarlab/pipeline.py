@@ -105,56 +105,38 @@ def refuse_shallow_clone() -> None:
 
 
 def experiments() -> list[Revision]:
-    """Return every DVC experiment, the newest first.
+    """Return every DVC experiment of the main checkout, the newest first.
 
-    Raises
-    ------
-    UserError
-        DVC cannot list them, for example because another command has locked the checkout.
+    Git is asked, because DVC needs a second to start, and a lock that a running command holds.
     """
-    from dvc.exceptions import DvcException
-    from dvc.repo import Repo
-
-    try:
-        with Repo() as repo:
-            listed = repo.experiments.ls(all_commits=True)
-    except DvcException as error:
-        raise UserError(f"DVC cannot list the experiments: {first_line(error)}") from error
-    found = [
-        Revision(name, commit, base) for base, named in listed.items() for name, commit in named
-    ]
-    hashes = [revision.commit for revision in found]
-    newest_first = git("rev-list", "--no-walk=sorted", *hashes).split() if found else []
-    return sorted(found, key=lambda revision: newest_first.index(revision.commit))
-
-
-def experiment_names() -> list[str]:
-    """Return the names of the DVC experiments of the main checkout, without importing DVC."""
-    refs = git(
-        "-C", str(files.root()), "for-each-ref", "--format=%(refname)", "refs/exps", check=False
-    )
-    return [ref.rpartition("/")[2] for ref in refs.split()]
+    form = ("--sort=-committerdate", "--format=%(objectname) %(refname)", "refs/exps/*/*/*")
+    listed = git("-C", str(files.root()), "for-each-ref", *form, check=False).splitlines()
+    found = []
+    for commit, ref in map(str.split, listed):
+        *_, start, rest, name = ref.split("/")
+        if len(start + rest) == len(commit):  # DVC has other references there, too
+            found.append(Revision(name, commit, start + rest))
+    return found
 
 
 def remove_experiments(revisions: Sequence[Revision]) -> None:
-    """Remove experiments from DVC, and from its cache what no commit and no experiment uses.
+    """Remove experiments from DVC. UserError: DVC cannot do it."""
+    # By their references: experiments on two commits may have one name.
+    refs = [f"refs/exps/{r.baseline[:2]}/{r.baseline[2:]}/{r.name}" for r in revisions]
+    _dvc("exp", "remove", "--quiet", *refs)
 
-    Raises
-    ------
-    UserError
-        DVC cannot do it.
-    """
-    names = [
-        git("for-each-ref", "--format=%(refname)", f"--points-at={revision.commit}", "refs/exps")
-        for revision in revisions
-    ]
-    for command in (
-        ["dvc", "exp", "remove", "--quiet", *"".join(names).split()],
-        ["dvc", "gc", "--quiet", "--force", "--all-commits", "--all-experiments"],
-    ):
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode:
-            raise UserError(f"`{' '.join(command[:3])}` failed: {done.stderr.strip()}")
+
+def clean_cache() -> None:
+    """Remove from DVC's cache what no commit and no experiment uses. UserError: DVC cannot."""
+    _dvc("gc", "--quiet", "--force", "--all-commits", "--all-experiments")
+
+
+def _dvc(*arguments: str) -> str:
+    """Run a command of DVC and return its output; UserError if it fails."""
+    done = subprocess.run(["dvc", *arguments], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise UserError(f"`dvc {' '.join(arguments[:2])}` failed: {done.stderr.strip()}")
+    return done.stdout
 
 
 def find(name: str) -> Revision:
@@ -363,9 +345,7 @@ def scratch_copy(commit: str) -> Iterator[Path]:
         The cache lacks outputs.
     """
     with tracked_files(commit) as folder:
-        command = ["dvc", "cache", "dir"]
-        cache = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-        config = f"[core]\n    no_scm = true\n[cache]\n    dir = {cache}\n"
+        config = f"[core]\n    no_scm = true\n[cache]\n    dir = {_dvc('cache', 'dir').strip()}\n"
         (folder / ".dvc" / "config.local").write_text(config, "utf-8")
         checkout = ["dvc", "checkout", "--quiet"]
         if subprocess.run(checkout, cwd=folder, capture_output=True, check=False).returncode:
@@ -394,12 +374,10 @@ def run_experiment(name: str, changes: dict[str, Any], *, queue: bool = False) -
     UserError
         It failed; the message has its last line and the path of its log.
     """
-    from dvc.repo import Repo
-
+    head = git_commit()
     # `dvc exp run --force` would also replace the experiment, but run every stage again.
-    with Repo() as repo:
-        if name in dict(repo.experiments.ls().get(git_commit(), [])):
-            repo.experiments.remove(exp_names=name)
+    if same := [found for found in experiments() if (found.name, found.baseline) == (name, head)]:
+        remove_experiments(same)
     log = files.scratch() / f"{name}.log"
     log.parent.mkdir(exist_ok=True)  # a new checkout has no such folder
     options = ["--queue" if queue else "--temp", "--name", name, *set_options(changes)]

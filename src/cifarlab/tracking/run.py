@@ -154,7 +154,7 @@ class StageRun:
         same = [run for run in runs if execution.deciding.items() <= run.data.tags.items()]
         mine = [run for run in same if execution.identity.items() <= run.data.tags.items()]
         left = [run for run in same if _may_be_left(run) and _is_over(run)]
-        known = pipeline.experiment_names() if left and not mine else []
+        known = {found.name for found in pipeline.experiments()} if left and not mine else ()
         left = [run for run in left if run.data.tags["dvc.exp.name"] not in known]
         return next(iter([*mine, *left]), None)
 
