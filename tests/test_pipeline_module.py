@@ -108,9 +108,13 @@ def test_outputs_are_the_files_that_exist(code: Path) -> None:
 @pytest.mark.parametrize(
     "lock", ["", "[]", "<<<<<<< HEAD\nstages: {}", "stages: 1", "stages: {a: 1}"]
 )
-def test_a_damaged_lock_is_reported(lock: str) -> None:
+def test_a_damaged_lock_is_reported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lock: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("dvc.lock").write_text(lock)
     with pytest.raises(UserError, match=r"dvc.lock is damaged"):
-        pipeline.parse_lock(lock)
+        pipeline.locked(pipeline.WORKSPACE)
 
 
 def test_the_experiment_of_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -187,7 +191,7 @@ def test_files_are_read_from_an_experiment_and_a_commit() -> None:
         assert pipeline.read(Path(name), "main") == "n: 1\n"
     assert "train.txt" in pipeline.read_text(Path("dvc.lock"), by_name["n-3"])
     for revision in (pipeline.WORKSPACE, pipeline.Revision("", "main", "main")):
-        lock = pipeline.parse_lock(pipeline.read_text(Path("dvc.lock"), revision))
+        lock = pipeline.locked(revision)
         assert lock["train"].size == {"train.txt": 5}
         assert lock["train"].digest == pipeline.output_digest("train")
     assert pipeline.read_text(Path("missing"), by_name["n-3"]) == ""

@@ -242,21 +242,21 @@ def read_text(path: Path, revision: Revision) -> str:
     return path.read_text("utf-8") if path.exists() else ""
 
 
-def parse_lock(lock: str) -> dict[str, Locked]:
-    """Return the outputs of each stage in the text of a dvc.lock.
+def locked(revision: Revision) -> dict[str, Locked]:
+    """Return the outputs of each stage in the dvc.lock of a revision.
 
     Raises
     ------
     UserError
-        The text is not a dvc.lock.
+        It is not a dvc.lock.
     """
     try:
-        locked = {}
-        for stage, entry in _yaml(lock)["stages"].items():
+        found = {}
+        for stage, entry in _yaml(read_text(files.DVC_LOCK, revision))["stages"].items():
             outs = [out for out in entry["outs"] if "nfiles" not in out]
             md5, size = ({out["path"]: out[key] for out in outs} for key in ("md5", "size"))
-            locked[stage] = Locked(md5, size)
-        return locked
+            found[stage] = Locked(md5, size)
+        return found
     except (yaml.YAMLError, LookupError, TypeError, AttributeError) as error:
         advice = "`git checkout dvc.lock` or `dvc repro` repairs it"
         raise UserError(f"its dvc.lock is damaged; {advice}") from error

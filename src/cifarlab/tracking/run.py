@@ -3,7 +3,7 @@
 import platform
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -108,7 +108,8 @@ class StageRun:
             else:
                 run = self._create(client, experiment)
             self.lock = claim(run.info.run_id)
-        end_killed(client, running(client, experiment))
+        query = f"attributes.status = 'RUNNING' AND tags.`{KEY}` LIKE '%'"
+        end_killed(client, client.search_runs([experiment], query))
         upload = Upload(client, run, execution)
         known = execution.identity.items() <= run.data.tags.items()
         upload.send_params({FOLDER: _here()} if known else self._origin(), self.conditions)
@@ -186,13 +187,7 @@ class StageRun:
             self.warned = True
 
 
-def running(client: Any, experiment: str) -> list[Any]:
-    """Return the runs of this project that MLflow shows as RUNNING."""
-    query = f"attributes.status = 'RUNNING' AND tags.`{KEY}` LIKE '%'"
-    return list(client.search_runs([experiment], query))
-
-
-def end_killed(client: Any, runs: list[Any]) -> None:
+def end_killed(client: Any, runs: Iterable[Any]) -> None:
     """Mark those of some RUNNING runs as KILLED whose process has ended."""
     for run in runs:
         if not is_alive(run.info.run_id):

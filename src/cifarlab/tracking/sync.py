@@ -100,36 +100,29 @@ class Mirror:
                 status = "KILLED"
                 if not check:
                     end_killed(self.client, [run])
-            label = (
-                f"{tags.get('dvc.exp.name') or 'workspace'} of {tags.get('git.commit', '')[:10]}"
-            )
+            name, commit = tags.get("dvc.exp.name") or "workspace", tags.get("git.commit", "")
             state = f"{status.lower()}, but no experiment or commit has this run"
-            found.append((label, "", run.info.run_id, state))
+            found.append((f"{name} of {commit[:10]}", "", run.info.run_id, state))
         return found
 
     def _has_artifacts(self, run: Any, revision: Revision) -> bool:
         """Tell whether MLflow has the artifacts of a run, in the sizes that dvc.lock names."""
-        run_id, folders = run.info.run_id, ["", *ARTIFACTS.values()]
+        params, wanted = _params(revision), {}
+        for stage, locked in pipeline.locked(revision).items():
+            for path in map(PurePosixPath, locked.size if stage in pipeline.STAGES else ()):
+                if folder := ARTIFACTS.get(path.suffix):
+                    wanted[f"{folder}/{path.name}"] = locked.size[str(path)]
 
-        def sizes() -> dict[str, int]:
-            found = [file for name in folders for file in self.client.list_artifacts(run_id, name)]
-            return {file.path: file.file_size for file in found if not file.is_dir}
+        def has_all() -> bool:
+            folders = ["", *ARTIFACTS.values()]
+            listed = [self.client.list_artifacts(run.info.run_id, folder) for folder in folders]
+            found = {file.path: file.file_size for files in listed for file in files}
+            if not wanted.items() <= found.items() or not found.get("confusion_matrix.json"):
+                return False
+            models = map(self.client.list_logged_model_artifacts, tracking.models_of(run))
+            return not (params and params.tracking.log_model) or any(models)
 
-        def has_model() -> bool:
-            outputs = run.outputs.model_outputs if run.outputs else []
-            files = [self.client.list_logged_model_artifacts(model.model_id) for model in outputs]
-            return any(files)
-
-        wanted = {}
-        locked = pipeline.parse_lock(pipeline.read_text(files.DVC_LOCK, revision))
-        for stage in locked.keys() & pipeline.STAGES:
-            for path, size in locked[stage].size.items():
-                if folder := ARTIFACTS.get(PurePosixPath(path).suffix):
-                    wanted[f"{folder}/{PurePosixPath(path).name}"] = size
-        found, params = tracking.Deadline(60).wait(sizes), _params(revision)
-        if not wanted.items() <= found.items() or not found.get("confusion_matrix.json"):
-            return False
-        return not (params and params.tracking.log_model) or tracking.Deadline(60).wait(has_model)
+        return tracking.Deadline(60).wait(has_all)
 
     def _logged_by_an_older_version(self, revision: Revision) -> Any:
         """Return the run that a version without digests of parameters logged for a revision."""
@@ -185,7 +178,7 @@ def tags_of(revision: Revision) -> Tags:
     The run of an experiment also has its name and its baseline. For a commit or the workspace any
     run will do, because a commit may have been made from an experiment.
     """
-    locked = pipeline.parse_lock(pipeline.read_text(files.DVC_LOCK, revision))
+    locked = pipeline.locked(revision)
     tags = {f"logged.{name}": locked[name].digest for name in pipeline.STAGES if name in locked}
     if revision.name:
         tags |= {"dvc.exp.name": revision.name, "dvc.exp.baseline": revision.baseline}

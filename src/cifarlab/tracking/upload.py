@@ -18,7 +18,7 @@ from cifarlab import files, pipeline
 from cifarlab.digest import json_digest
 from cifarlab.params.sections import Params
 from cifarlab.runtime import timings
-from cifarlab.tracking.client import KEY, wait_for_database
+from cifarlab.tracking.client import KEY, models_of, wait_for_database
 
 ARTIFACTS = {".csv": "tables", ".png": "figures"}  # MLflow's folder for each kind of file
 PARAMS, CODE = "cifarlab.params", "cifarlab.code"  # tags with digests of what decides the outputs
@@ -231,8 +231,7 @@ class Upload:
         name = model.model_id
         if model.status != LoggedModelStatus.READY or not client.list_logged_model_artifacts(name):
             self._export(name)
-        outputs = run.outputs.model_outputs if run.outputs else []
-        if name not in [output.model_id for output in outputs]:
+        if name not in models_of(run):
             # MLflow stores a point once, so the same points again, now with the id of the model,
             # are added to the model only.
             names = [k for k in run.data.metrics if k.startswith(("test_", f"{GROUP}/"))]
