@@ -220,7 +220,9 @@ def outputs(stage: str, folder: Path = Path()) -> list[Path]:
 def output_digest(stage: str, folder: Path = Path()) -> str:
     """Hash the files that a stage has written in `folder`, as `Locked.digest` does."""
     names = [path for path in _outs(stage, folder) if (folder / path).is_file()]
-    return json_digest({str(path): _md5(folder / path) for path in names})
+    contents = {str(path): (folder / path).read_bytes() for path in names}
+    md5 = {k: hashlib.md5(v, usedforsecurity=False).hexdigest() for k, v in contents.items()}
+    return json_digest(md5)
 
 
 class Locked(NamedTuple):
@@ -410,11 +412,6 @@ def start_queue(jobs: int, *options: str) -> None:
     """Start workers of DVC's queue. They may outlive the queue, so they do not get our output."""
     command = ["dvc", "queue", "start", "--jobs", str(jobs), *options]
     subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=True)
-
-
-def _md5(path: Path) -> str:
-    """Hash a file as DVC does."""
-    return hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest()
 
 
 def _outs(stage: str, folder: Path) -> list[Path]:

@@ -6,7 +6,6 @@ entries of docs/studies/same-bytes.json, each of which says: these two codes wer
 the same bytes.
 """
 
-import hashlib
 import io
 import itertools
 import json
@@ -20,6 +19,7 @@ from pandas import DataFrame
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from cifarlab import files, pipeline
+from cifarlab.digest import json_digest
 from cifarlab.errors import UserError, first_line
 from cifarlab.params.load import changed
 from cifarlab.params.sections import DEFAULT_FOLDER, Params
@@ -110,8 +110,7 @@ def key_of(parameters: Parameters) -> str:
     1 and 1.0 are equal.
     """
     deciding = {k: value for k, value in parameters.items() if not k.startswith(UNDECIDING)}
-    numbers_as_floats = json.loads(json.dumps(deciding), parse_int=float)
-    return hashlib.sha256(json.dumps(numbers_as_floats, sort_keys=True).encode()).hexdigest()[:16]
+    return json_digest(json.loads(json.dumps(deciding), parse_int=float))[:16]
 
 
 def valid_origins(parameters: Parameters, code: str, links: list[Link]) -> set[tuple[str, str]]:
@@ -175,15 +174,11 @@ def read_tables(name: str) -> Tables:
         A table is damaged.
     """
     tables = []
-    for path, identity in zip(_paths(name), (ORIGIN, [*ORIGIN, "epoch"]), strict=True):
+    for path, identity in zip(paths(name), (ORIGIN, [*ORIGIN, "epoch"]), strict=True):
+        table = DataFrame(columns=[*identity, "commit", "data"])
         try:
-            empty = DataFrame(columns=[*identity, "commit", "data"])
-            # A variant may be called None.
-            table = (
-                pd.read_csv(path, dtype=TEXT, keep_default_na=False, na_values=[""])
-                if path.exists()
-                else empty
-            )
+            if path.exists():  # a variant may be called None
+                table = pd.read_csv(path, dtype=TEXT, keep_default_na=False, na_values=[""])
             tables.append(table.drop_duplicates(identity, keep="last", ignore_index=True))
         except (ValueError, KeyError) as error:  # for example the marks of a merge conflict
             reason = f"is damaged or lacks columns ({first_line(error)})"
@@ -236,9 +231,9 @@ def record(name: str, study: Study, points: list[Point]) -> Tables:
     if new:
         rows, histories = zip(*new, strict=True)
         added = (DataFrame(rows), pd.concat(histories))
-        tables = list(zip(_paths(name), read_tables(name), added, strict=True))
+        tables = zip(paths(name), read_tables(name), added, strict=True)
         # The epochs come first: without them a row of the results would be useless.
-        for path, known, more in reversed(tables):
+        for path, known, more in [*tables][::-1]:
             # An empty table would turn whole numbers into floats.
             table = pd.concat([known, more]) if len(known) else more
             with files.atomic(path) as temporary:
@@ -282,5 +277,6 @@ def _ran_with(commit: str) -> str:
         return ""
 
 
-def _paths(name: str) -> tuple[Path, Path]:
+def paths(name: str) -> tuple[Path, Path]:
+    """Return the files of a study's tables, in the order of `Tables`."""
     return files.ANSWERS / f"{name}.csv", files.ANSWERS / f"{name}-epochs.csv"
