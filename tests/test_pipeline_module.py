@@ -177,18 +177,18 @@ def test_experiments_and_commits_are_listed() -> None:
         ("n-3", head),
     }
     for revision in found:
-        assert pipeline.find_commit(revision.name) == revision.commit
-    assert pipeline.find_commit("main") == pipeline.find_commit(head[:8]) == head
+        assert pipeline.find(revision.name) == revision
+    assert pipeline.find("main") == pipeline.find(head[:8]) == pipeline.Revision("", head, head)
     with pytest.raises(UserError, match="nobody is not an experiment or a commit"):
-        pipeline.find_commit("nobody")
+        pipeline.find("nobody")
 
 
 @pytest.mark.usefixtures("project")
 def test_files_are_read_from_an_experiment_and_a_commit() -> None:
     by_name = {revision.name: revision for revision in pipeline.experiments()}
     for name in ("params.yaml", "train.txt"):  # one is in Git, the other in DVC's cache
-        assert pipeline.read(Path(name), by_name["n-3"].commit) == "n: 3\n"
-        assert pipeline.read(Path(name), "main") == "n: 1\n"
+        assert pipeline.read(Path(name), by_name["n-3"].commit) == b"n: 3\n"
+        assert pipeline.read(Path(name), "main") == b"n: 1\n"
     assert "train.txt" in pipeline.read_text(Path("dvc.lock"), by_name["n-3"])
     for revision in (pipeline.WORKSPACE, pipeline.Revision("", "main", "main")):
         lock = pipeline.locked(revision)
@@ -203,7 +203,7 @@ def test_files_are_read_from_an_experiment_and_a_commit() -> None:
 def test_an_experiment_of_the_same_name_is_replaced() -> None:
     pipeline.run_experiment("n-2", {"n": 20})
     [revision] = [revision for revision in pipeline.experiments() if revision.name == "n-2"]
-    assert pipeline.read(Path("params.yaml"), revision.commit) == "n: 20\n"
+    assert pipeline.read(Path("params.yaml"), revision.commit) == b"n: 20\n"
 
 
 @pytest.mark.usefixtures("project")
@@ -213,7 +213,7 @@ def test_a_failed_experiment_names_its_log() -> None:
 
 
 def test_a_scratch_copy_has_the_outputs_and_can_be_repeated(project: Path) -> None:
-    commit = pipeline.find_commit("n-3")
+    commit = pipeline.find("n-3").commit
     with pipeline.scratch_copy(commit) as folder:
         assert (folder / "train.txt").read_text() == "n: 3\n"
         (folder / "train.txt").unlink()

@@ -155,23 +155,13 @@ def find(name: str) -> Revision:
     raise UserError(f"{name} is not an experiment or a commit; {advice}")
 
 
-def find_commit(name: str) -> str:
-    """Return the full hash of an experiment or a commit, like `find`."""
-    return find(name).commit
-
-
 def commits() -> list[Revision]:
     """Return every commit of a branch that changed dvc.lock, the newest first."""
     hashes = git("rev-list", "--branches", "HEAD", "--", str(files.DVC_LOCK)).split()
     return [Revision("", commit, commit) for commit in hashes]
 
 
-def read(path: Path, commit: str) -> str:
-    """Return the text of a file like `read_bytes`."""
-    return read_bytes(path, commit).decode("utf-8")
-
-
-def read_bytes(path: Path, commit: str) -> bytes:
+def read(path: Path, commit: str) -> bytes:
     """Return the content of a file that Git or DVC tracks, as it is in a commit.
 
     Raises
@@ -192,7 +182,7 @@ def read_bytes(path: Path, commit: str) -> bytes:
 def tree(revision: Revision) -> Iterator[Callable[[Path], BinaryIO]]:
     """Yield a function that opens files of a revision, to read bytes.
 
-    For many files it is much faster than `read_bytes`. The function raises UserError if the
+    For many files it is much faster than `read`. The function raises UserError if the
     revision has no such file, or if the content is not in DVC's cache.
     """
     from dvc.api import DVCFileSystem

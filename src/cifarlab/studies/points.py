@@ -261,9 +261,9 @@ def finished(points: list[Point]) -> Iterator[tuple[dict[str, Any], DataFrame]]:
         identity |= {"code": code, "key": key, "variant": point.variant, "seed": point.seed}
         row = identity | json.loads(train)
         row |= {f"test_{name}": value for name, value in json.loads(evaluation).items()}
-        classes = read_table(io.StringIO(per_class), "class").set_index("class")["accuracy"]
+        classes = read_table(io.BytesIO(per_class), "class").set_index("class")["accuracy"]
         row |= {f"accuracy/{label}": share for label, share in classes.items()}
-        yield row | timing_of(revision), pd.read_csv(io.StringIO(history)).assign(**identity)
+        yield row | timing_of(revision), pd.read_csv(io.BytesIO(history)).assign(**identity)
 
 
 def _ran_with(commit: str) -> str:

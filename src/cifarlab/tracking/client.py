@@ -242,7 +242,6 @@ def serve(port: int, experiment: str) -> None:
     if not (path := database()):
         raise UserError(f"the runs are on {without_secrets(_given_uri())}; open it in a browser")
     with socket.socket() as test:
-        test.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the server does
         if test.connect_ex(("127.0.0.1", port)) == 0:
             raise UserError(f"port {port} is taken; choose another: make ui PORT={port + 1}")
     number = experiment_id(client := connect(), experiment)

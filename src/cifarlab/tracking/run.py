@@ -89,7 +89,7 @@ class StageRun:
         status = "KILLED" if killed else "FAILED" if error else "FINISHED"
         if self.upload or not killed:
             with self._warn_once():
-                self.deadline.wait(lambda: self._close_again(status))
+                self.deadline.wait(lambda: self.close(status))
 
     def log_epochs(self) -> None:
         """Log the epochs of history.csv that the run lacks; warn if MLflow fails."""
@@ -117,18 +117,8 @@ class StageRun:
             upload.send_stage(stage)
         return upload
 
-    def close(self, upload: Upload, status: str) -> None:
-        """Log what this stage wrote, if it finished, and end the run."""
-        if status == "FINISHED":
-            upload.send_stage(self.stage)
-        # The time between two stages does not count: a figure drawn a day later adds seconds.
-        end = self.idle_since + int(1000 * (time.time() - self.started))
-        upload.client.set_terminated(upload.run_id, status, end)
-        if self.lock:
-            Path(self.lock.lock_file).unlink(missing_ok=True)
-            self.lock.release()
-
-    def _close_again(self, status: str) -> None:
+    def close(self, status: str) -> str:
+        """Log what this stage wrote, if it finished. End the run and return its id."""
         if self.monitor:
             self.monitor.finish()
         upload = self.upload or self.open()  # MLflow may have come back
@@ -137,7 +127,15 @@ class StageRun:
             self.monitor.collect_metrics()
             self.monitor.publish_metrics(self.monitor.aggregate_metrics())
             self.monitor.mlflow_logger.flush()
-        self.close(upload, status)
+        if status == "FINISHED":
+            upload.send_stage(self.stage)
+        # The time between two stages does not count: a figure drawn a day later adds seconds.
+        end = self.idle_since + int(1000 * (time.time() - self.started))
+        upload.client.set_terminated(upload.run_id, status, end)
+        if self.lock:
+            Path(self.lock.lock_file).unlink(missing_ok=True)
+            self.lock.release()
+        return upload.run_id
 
     def _origin(self) -> dict[str, str]:
         """Return the tags that name the experiment, the commit and the folder of this execution."""

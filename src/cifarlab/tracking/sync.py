@@ -160,14 +160,9 @@ class Mirror:
                 known, tags = self.client.get_run(known.info.run_id), known.data.tags
                 origin = (tags["dvc.exp.name"], tags.get("dvc.exp.baseline", ""))
             run = StageRun("plot", Execution(params, key, *origin, folder), run=known)
-
-            def send() -> Any:
-                upload = run.open()
-                run.close(upload, "FINISHED")
-                return self.client.get_run(upload.run_id)
-
+            deadline = tracking.Deadline(600)
             try:
-                return tracking.Deadline(600).wait(send)
+                return deadline.wait(lambda: self.client.get_run(run.close("FINISHED")))
             except Exception as error:  # MLflow, SQLAlchemy, requests and the disk raise their own
                 raise UserError(f"MLflow failed ({first_line(error)[:200]})") from error
 

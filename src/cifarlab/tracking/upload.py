@@ -189,23 +189,22 @@ class Upload:
         found = files.read_json(self._path(files.EVALUATION))
         found.pop("accuracy_per_class", None)  # older versions kept them in this file, too
         metrics = {f"test_{name}": value for name, value in found.items()}
-        metrics |= dict(zip(map(accuracy_of, per_class["class"]), per_class.accuracy, strict=True))
+        accuracies = dict(zip(per_class["class"], per_class.accuracy, strict=True))
+        metrics |= {accuracy_of(label): share for label, share in accuracies.items()}
         data = files.read_json(self._path(files.DATA / "dataset.json"))
         # Data of an older version has no such digest.
         tested = {TEST_DIGEST: data["test_digest"]} if "test_digest" in data else {}
-        note = self._describe(metrics["test_accuracy"], per_class)
+        note = self._describe(metrics["test_accuracy"], accuracies)
         self._send({"mlflow.loggedArtifacts": shown, **note, **tested}, metrics, {})
 
-    def _describe(self, accuracy: float, per_class: pd.DataFrame) -> dict[str, str]:
+    def _describe(self, accuracy: float, accuracies: dict[str, float]) -> dict[str, str]:
         """Return the description of the run as a tag; empty if a person has written one."""
         execution = self.execution
         title = f"**{execution.params.model.describe()}**"
         if not self.run.data.tags.get(NOTE, title).startswith(title):
             return {}
-        best, worst = (
-            "{class}, {accuracy:.1%}".format(**per_class.iloc[row])
-            for row in (per_class.accuracy.argmax(), per_class.accuracy.argmin())
-        )
+        ends = (choose(accuracies, key=lambda name: accuracies[name]) for choose in (max, min))
+        best, worst = (f"{name}, {accuracies[name]:.1%}" for name in ends)
         origin = pipeline.Revision(execution.experiment, execution.baseline, "")
         later = "commit its results, then `cifarlab sync` names the command"
         restore = f"`{origin.restore}`" if origin.restore else later
