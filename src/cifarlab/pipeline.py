@@ -17,6 +17,7 @@ from typing import Any, BinaryIO, NamedTuple, cast
 
 import psutil
 import yaml
+from pydantic import ValidationError
 
 from cifarlab import files
 from cifarlab.digest import code_digest, json_digest
@@ -215,6 +216,14 @@ def output_digest(stage: str, folder: Path = Path()) -> str:
     return json_digest(md5)
 
 
+def params_of(revision: Revision) -> Params | None:
+    """Return the parameters of a revision; None if the present version does not know them."""
+    try:
+        return Params.model_validate(_yaml(read_text(files.PARAMS, revision)))
+    except (yaml.YAMLError, ValidationError):
+        return None
+
+
 class Locked(NamedTuple):
     """What dvc.lock says about the outputs of a stage that are files; folders are left out."""
 
@@ -303,12 +312,8 @@ def stage_code(folder: Path = Path(), stages: Sequence[str] = RESULT) -> str:
 
 def in_use(folder: Path) -> bool:
     """Tell whether a process works in a folder, such as the one of `dvc exp run --temp`."""
-    here = str(folder.resolve())
-    return any(
-        os.path.commonpath([here, cwd]) == here
-        for process in psutil.process_iter(["cwd"])
-        if (cwd := process.info["cwd"])
-    )
+    here, processes = folder.resolve(), psutil.process_iter(["cwd"])
+    return any(Path(process.info["cwd"] or "/").is_relative_to(here) for process in processes)
 
 
 def workspace_is_current() -> bool:

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pandas as pd
-import yaml
 from pandas import DataFrame
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
@@ -22,7 +21,8 @@ from cifarlab import files, pipeline
 from cifarlab.digest import json_digest
 from cifarlab.errors import UserError, first_line
 from cifarlab.params.load import changed
-from cifarlab.params.sections import DEFAULT_FOLDER, Params
+from cifarlab.params.sections import DEFAULT_FOLDER
+from cifarlab.pipeline import Revision
 from cifarlab.studies.question import Parameters, Study, slug
 from cifarlab.tracking.studies import timing_of
 from cifarlab.tracking.upload import read_table
@@ -250,7 +250,7 @@ def finished(points: list[Point]) -> Iterator[tuple[dict[str, Any], DataFrame]]:
     for point in points:
         key = key_of(point.parameters)
         named = (revision for revision in experiments if revision.name == point.experiment)
-        revision = next((found for found in named if _ran_with(found.commit) == key), None)
+        revision = next((found for found in named if _ran_with(found) == key), None)
         if not revision:
             continue
         train, evaluation, per_class, history = (
@@ -266,15 +266,11 @@ def finished(points: list[Point]) -> Iterator[tuple[dict[str, Any], DataFrame]]:
         yield row | timing_of(revision), pd.read_csv(io.BytesIO(history)).assign(**identity)
 
 
-def _ran_with(commit: str) -> str:
-    """Return the key of a commit's parameters; empty if it has other code or other sections."""
-    if pipeline.git("diff", "--name-only", commit, "--", *pipeline.dependencies()):
-        return ""
-    try:
-        content = yaml.safe_load(pipeline.read(files.PARAMS, commit))
-        return key_of(Params.model_validate(content).flat())
-    except ValidationError:
-        return ""
+def _ran_with(revision: Revision) -> str:
+    """Return the key of a revision's parameters; empty if it has other code or other sections."""
+    differs = pipeline.git("diff", "--name-only", revision.commit, "--", *pipeline.dependencies())
+    params = None if differs else pipeline.params_of(revision)
+    return key_of(params.flat()) if params else ""
 
 
 def paths(name: str) -> tuple[Path, Path]:

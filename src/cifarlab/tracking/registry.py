@@ -64,9 +64,9 @@ def promote(name: str, *, force: bool) -> str:
         if not version:
             if champion is None and not known:
                 client.create_registered_model(registered)
-            more = {"description": run.data.tags.get(NOTE), "model_id": model}
-            place = (registered, f"models:/{model}", run.info.run_id)
-            version = client.create_model_version(*place, **more)
+            source, note = f"models:/{model}", run.data.tags.get(NOTE)
+            origin = {"run_id": run.info.run_id, "model_id": model}
+            version = client.create_model_version(registered, source, description=note, **origin)
         label = f"version {version.version} of {registered}, {run.info.run_name}"
         if champion is None:
             client.set_registered_model_alias(registered, CHAMPION, version.version)

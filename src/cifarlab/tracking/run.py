@@ -4,7 +4,7 @@ import platform
 import sys
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -199,12 +199,10 @@ def claim(run_id: str) -> FileLock | None:
     The kernel releases the lock when the process ends in any way.
     """
     _lock_file(run_id).parent.mkdir(parents=True, exist_ok=True)
-    try:
-        lock = FileLock(_lock_file(run_id), thread_local=False)
+    lock = FileLock(_lock_file(run_id), thread_local=False)
+    with suppress(Timeout):
         lock.acquire(blocking=False)
-        return lock
-    except Timeout:
-        return None
+    return lock if lock.is_locked else None
 
 
 def is_alive(run_id: str) -> bool:

@@ -5,13 +5,10 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import pandas as pd
-import yaml
-from pydantic import ValidationError
 
 from cifarlab import files, pipeline
 from cifarlab.errors import UserError, first_line
 from cifarlab.params.load import load_params
-from cifarlab.params.sections import Params
 from cifarlab.pipeline import WORKSPACE, Revision
 from cifarlab.tracking import client as tracking
 from cifarlab.tracking.run import StageRun, end_killed, is_alive
@@ -107,7 +104,7 @@ class Mirror:
 
     def _has_artifacts(self, run: Any, revision: Revision) -> bool:
         """Tell whether MLflow has the artifacts of a run, in the sizes that dvc.lock names."""
-        params, wanted = _params(revision), {}
+        params, wanted = pipeline.params_of(revision), {}
         for stage, locked in pipeline.locked(revision).items():
             for path in map(PurePosixPath, locked.size if stage in pipeline.STAGES else ()):
                 if folder := ARTIFACTS.get(path.suffix):
@@ -126,7 +123,7 @@ class Mirror:
 
     def _logged_by_an_older_version(self, revision: Revision) -> Any:
         """Return the run that a version without digests of parameters logged for a revision."""
-        if not (params := _params(revision)):
+        if not (params := pipeline.params_of(revision)):
             return None
         wanted = {"dvc.lock": pipeline.lock_digest(pipeline.read_text(files.DVC_LOCK, revision))}
         wanted |= {"dvc.exp.name": revision.name} if revision.name else {}
@@ -178,14 +175,6 @@ def tags_of(revision: Revision) -> Tags:
     if revision.name:
         tags |= {"dvc.exp.name": revision.name, "dvc.exp.baseline": revision.baseline}
     # The parameters of the workspace may have changed since its pipeline ran.
-    if revision != WORKSPACE and (params := _params(revision)):
+    if revision != WORKSPACE and (params := pipeline.params_of(revision)):
         tags[PARAMS] = params_digest(params)
     return tags
-
-
-def _params(revision: Revision) -> Params | None:
-    """Return the parameters of a revision; None if the present version does not know them."""
-    try:
-        return Params.model_validate(yaml.safe_load(pipeline.read_text(files.PARAMS, revision)))
-    except (yaml.YAMLError, ValidationError):
-        return None
