@@ -1,6 +1,7 @@
 """Logging to MLflow, from the files, what it lacks of experiments, commits and the workspace."""
 
 from contextlib import nullcontext
+from itertools import chain
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -104,16 +105,16 @@ class Mirror:
 
     def _has_artifacts(self, run: Any, revision: Revision) -> bool:
         """Tell whether MLflow has the artifacts of a run, in the sizes that dvc.lock names."""
-        params, wanted = pipeline.params_of(revision), {}
-        for stage, locked in pipeline.locked(revision).items():
-            for path in map(PurePosixPath, locked.size if stage in pipeline.STAGES else ()):
-                if folder := ARTIFACTS.get(path.suffix):
-                    wanted[f"{folder}/{path.name}"] = locked.size[str(path)]
+        params, locked, wanted = pipeline.params_of(revision), pipeline.locked(revision), {}
+        for stage in locked.keys() & pipeline.STAGES:
+            for path, size in locked[stage].size.items():
+                if folder := ARTIFACTS.get(PurePosixPath(path).suffix):
+                    wanted[f"{folder}/{PurePosixPath(path).name}"] = size
 
         def has_all() -> bool:
-            folders = ["", *ARTIFACTS.values()]
-            listed = [self.client.list_artifacts(run.info.run_id, folder) for folder in folders]
-            found = {file.path: file.file_size for files in listed for file in files}
+            ask, folders = self.client.list_artifacts, ("", *ARTIFACTS.values())
+            listed = chain.from_iterable(ask(run.info.run_id, folder) for folder in folders)
+            found = {file.path: file.file_size for file in listed}
             if not wanted.items() <= found.items() or not found.get("confusion_matrix.json"):
                 return False
             models = map(self.client.list_logged_model_artifacts, tracking.models_of(run))
