@@ -38,6 +38,7 @@ def main() -> None:
     Examples:
       cifarlab variant notebook       train a variant of variants.yaml
       cifarlab study depth --jobs 2   ask studies/depth.yaml
+      cifarlab report A B             write a page about two experiments
       cifarlab sync                   log to MLflow what it misses
       cifarlab verify HEAD            train a commit again, compare every byte
     """  # noqa: D301 - for click, \b keeps the lines of a paragraph

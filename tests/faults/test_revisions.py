@@ -46,11 +46,13 @@ def content(project: Project, run: Run) -> dict[str, object]:
         for k, v in run.data.tags.items()
         if not k.startswith(("mlflow.user", "mlflow.log-model"))
     }
-    # `dvc repro` ran on the commit before the one that holds its results.
+    # `dvc repro` ran on the commit before the one that holds its results. The description says how
+    # to restore them.
     tags = {
         k: v
         for k, v in tags.items()
-        if not k.startswith("mlflow.source") and k not in ("git.commit", "cifarlab.folder")
+        if not k.startswith(("mlflow.source", "mlflow.note"))
+        and k not in ("git.commit", "cifarlab.folder")
     }
     metrics = {k: v for k, v in run.data.metrics.items() if not k.startswith("system/")}
     inputs = [i.dataset.digest for i in run.inputs.dataset_inputs]
@@ -161,7 +163,7 @@ def test_verify_repeats_a_commit_to_the_byte(used: Project) -> None:
     status = used.run("git", "status", "--porcelain").stdout
     assert (
         cifarlab(used, "verify", "HEAD").splitlines()[-1]
-        == "identical: 13 files of HEAD, the weights included"
+        == "identical: 14 files of HEAD, the weights included"
     )
     assert (len(used.runs()), used.run("git", "status", "--porcelain").stdout) == (
         runs,
@@ -195,7 +197,7 @@ def test_verify_under_the_same_conditions_names_what_differs(used: Project) -> N
     used.run("git", "commit", "--quiet", "--all", "--message=better")
     output = cifarlab(used, "verify", "HEAD", code=1).splitlines()[-1]
     assert re.search(
-        r"not repeated on .*: 1 of 13 files differ, first metrics/evaluate.json", output
+        r"not repeated on .*: 1 of 14 files differ, first metrics/evaluate.json", output
     )
 
 

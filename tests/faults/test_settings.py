@@ -356,4 +356,4 @@ def test_verify_repeats_a_commit_with_all_settings(
 ) -> None:
     command = ("python", "-m", "cifarlab.cli", "verify", "HEAD")
     env = all_settings | {"PYTHONPATH": "src", "PYTHONWARNINGS": "error"}
-    assert "identical: 13 files of HEAD" in finished.run(*command, **env).stdout
+    assert "identical: 14 files of HEAD" in finished.run(*command, **env).stdout
