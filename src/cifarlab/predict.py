@@ -60,8 +60,7 @@ def load(model: str) -> Network:
 
             path = download_network(model, Path(name))
         else:
-            commit = pipeline.find_commit(model)
-            path.write_bytes(pipeline.read_bytes(files.WEIGHTS, commit))
+            path.write_bytes(pipeline.read(files.WEIGHTS, pipeline.find(model).commit))
         return weights.load(path)
 
 
