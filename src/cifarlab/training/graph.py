@@ -23,7 +23,7 @@ def record(step: Callable[[], None]) -> Callable[[], None]:
     RuntimeError
         The step waits for the GPU, or something in it cannot be recorded.
     """
-    stream = torch.cuda.Stream()
+    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for _ in range(WARM_UP):

@@ -95,7 +95,8 @@ SCHEDULES: dict[str, list[tuple[float, float]]] = {
 def schedule(name: str, steps: int) -> npt.NDArray[np.float64]:
     """Return the learning rate at each of the steps and after the last, (steps + 1,), highest 1."""
     when, share = zip(*SCHEDULES[name], strict=True)
-    return np.interp(np.arange(steps + 1) / steps, when, share)
+    rates: npt.NDArray[np.float64] = np.interp(np.arange(steps + 1) / steps, when, share)
+    return rates
 
 
 def make_optimizers(
