@@ -126,19 +126,20 @@ def gpu_time(trainer: Trainer) -> float | None:
 
 def take_turns() -> str:
     """Start two holders of one GPU; return what the second one prints while it waits."""
+    if not CUDA:
+        return "not tried: no GPU"
     locks = files.cache() / "gpu-check"
-    held = take_gpu(locks, 1) if CUDA else None
+    held = take_gpu(locks, 1)
     code = (
         "from pathlib import Path; from cifarlab.runtime.device import take_gpu; "
         f"take_gpu(Path({str(locks)!r}), 1)"
     )
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as other:
         assert other.stdout
-        line = other.stdout.readline() if held else ""
-        if held:
-            held.release()
+        line = other.stdout.readline()
+        held.release()
         other.communicate(timeout=60)
-    return line.strip() or "not tried: no GPU"
+    return line.strip()
 
 
 def cuda_tests() -> str:
