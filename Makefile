@@ -3,9 +3,12 @@ VENV := .venv
 STAMP := $(VENV)/.requirements
 LAUNCHER := $(VENV)/bin/cifarlab
 PAGE := .dvc/plots.html
+PYTHONS := 3.13 3.12 3.11
+SPACE := $(subst ,, )
 # Values that a person gives. They reach programs through the environment, as single arguments:
 # $(value …) keeps make from expanding them, "$$NAME" keeps the shell from reading them.
-override PYTHON := $(or $(value PYTHON),python3.11)
+override PYTHON := $(value PYTHON)
+override TORCH := $(value TORCH)
 override NAME := $(value NAME)
 override REV := $(value REV)
 override BASE := $(value BASE)
@@ -13,7 +16,7 @@ override JOBS := $(value JOBS)
 override PORT := $(value PORT)
 override TESTS := $(value TESTS)
 override WITHOUT := $(value WITHOUT)
-export PYTHON NAME REV BASE JOBS PORT TESTS WITHOUT
+export PYTHON TORCH NAME REV BASE JOBS PORT TESTS WITHOUT
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 export PYTHONPATH := src
 export DVC_NO_ANALYTICS := 1
@@ -26,23 +29,26 @@ PYTEST := python -m pytest --numprocesses auto --dist worksteal --max-worker-res
 
 .PHONY: help setup demo repro notebook tiny strong photos bench bench-quick bench-scaling gpu-check same-bytes test \
 	test-all lint audit format ui study studies confusion search backprop queue sync verify \
-	results lock
+	report results reference lock lock-check screenshots
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z -]+:.*## / {printf "  make %-29s %s\n", $$1, $$2}' Makefile
 
-setup: $(LAUNCHER) $(PAGE)  ## make .venv from requirements.txt (every target does this)
+setup: $(LAUNCHER) $(PAGE)  ## make .venv, as every target does (PYTHON=python3.12, TORCH=cpu)
+	@[ -z "$$TORCH" ] || [ "$$TORCH" = "$$(cat $(STAMP))" ] || { echo "error: $(VENV) was made" \
+		"without TORCH=$$TORCH; remove $(VENV) and try again"; exit 1; }
 	@echo "ready: source $(VENV)/bin/activate"
 
+# The newest Python that requirements.txt was locked for, or the one that the user names. A program
+# python3.13 may be there and not work (pyenv), so each one is tried.
 $(STAMP): requirements.txt
-	@command -v "$$PYTHON" >/dev/null || { echo "error: there is no $$PYTHON; install Python" \
-		"3.11, or name it: make setup PYTHON=/path/to/python3.11"; exit 1; }
-	@echo "making $(VENV) from requirements.txt (PyTorch with CUDA: some minutes, 7 GB)"
-	"$$PYTHON" -m venv $(VENV)
-	PYTHONPATH= $(VENV)/bin/pip install --quiet --disable-pip-version-check \
-		--requirement requirements.txt
-	@touch $@
+	@set -- $(PYTHONS:%=python%) python3 python; [ -z "$$PYTHON" ] || set -- "$$PYTHON"; \
+	for python; do \
+		case "$$("$$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>&1)" in \
+			$(subst $(SPACE),|,$(PYTHONS))) exec "$$python" bench/install.py;; esac; done; \
+	echo "error: $${PYTHON:-python3} is not Python $(subst $(SPACE), or ,$(PYTHONS)); install" \
+		"one, or name it: make setup PYTHON=/path/to/python3" >&2; exit 1
 
 $(LAUNCHER): src/cifarlab/launcher.py $(STAMP)
 	@install -m 755 $< $@
@@ -65,7 +71,8 @@ demo: setup  ## offline, minutes: two variants on handwritten digits, compared
 	@echo "  make ui                                      compare the runs in MLflow"
 	@echo "  open dvc_plots/index.html                    confusion matrices and curves"
 	@echo "  source .venv/bin/activate                    then, as you like:"
-	@echo "  dvc exp show --only-changed                  every experiment in one table"
+	@echo "  dvc exp diff demo-6-layers demo-3-layers     what differs: parameters and metrics"
+	@echo "  dvc metrics diff --targets metrics/per_class.json -- demo-6-layers demo-3-layers"
 	@echo "  dvc exp run -S data.name=digits -S train.flip=none -S model.activation=relu"
 	@echo "  dvc repro                                    the whole pipeline on CIFAR-10"
 	@echo "  make photos                                  a network for your images in images/"
@@ -100,6 +107,10 @@ sync: setup  ## log to MLflow what it misses of experiments, commits and the wor
 verify: setup  ## train an experiment or a commit again and compare every byte (REV=…)
 	cifarlab verify -- "$${REV:-HEAD}"
 
+# The names are split at spaces, but the shell neither expands nor runs anything in them.
+report: setup  ## a page to show: of the workspace, or NAME="REVISION…" compared; report.html
+	set -f; cifarlab report -- $$NAME
+
 results: setup  ## keep parameters, metrics and figures of the workspace in docs/results/NAME
 	python -m bench.keep "$${NAME:-latest}"
 
@@ -117,8 +128,12 @@ bench-quick: setup  ## the speeds only, in five minutes: bench/results/quick.md
 bench-scaling: setup  ## how time and memory grow: docs/scaling.csv, docs/scaling.png
 	python -m bench.scaling
 
+
 gpu-check: setup  ## what a GPU gives, in six minutes: bench/results/gpu.md
 	python -m bench.gpu
+
+screenshots: setup  ## pictures of MLflow and dvc plots for README.md, of what the demo made
+	python -m bench.screenshots
 
 backprop: setup  ## the pages that need no training: docs/studies/backprop.md and gradient.md
 	python studies/backprop.py
@@ -151,6 +166,17 @@ format: setup  ## let ruff correct what it can
 	ruff check --fix .
 	ruff format .
 
+reference: setup  ## write docs/parameters.md from params.yaml and its types
+	python -m bench.reference
+
 lock: setup  ## compile requirements.in into requirements.txt, for every platform
-	uv pip compile --quiet --universal --python-version 3.11 requirements.in \
+	uv pip compile --quiet --universal --python-version $(lastword $(PYTHONS)) requirements.in \
 		--output-file requirements.txt
+	@$(MAKE) --no-print-directory lock-check
+
+# antlr4-python3-runtime has no wheel. Nothing is installed.
+lock-check: setup  ## is there a wheel of each locked package for each version of Python?
+	@for version in $(PYTHONS); do uv pip install --quiet --dry-run --no-deps --target .cache/none \
+		--python-version $$version --only-binary :all: --no-binary antlr4-python3-runtime \
+		--requirement requirements.txt && echo "Python $$version: every package is there" || exit 1; \
+	done

@@ -1,4 +1,4 @@
-"""Use the test images, once: models/, data/ → metrics/evaluate.json and tables in plots/."""
+"""Use the test images, once: models/, data/ → metrics/*.json and tables in plots/."""
 
 from stages import Params, interrupted_once, run
 
@@ -29,6 +29,9 @@ def evaluate(params: Params) -> None:
         found, tables = metrics.evaluate(probabilities, truth, data.classes, bins)
         found |= metrics.accuracies_of_views(trained, images, labels, logits, params.evaluate)
         files.write_json(files.EVALUATION, found)
+        # In a file of their own, because DVC shows every metric as a column.
+        of_classes = {row["class"]: row["accuracy"] for row in tables["per_class"]}
+        files.write_json(files.EVALUATION.with_name("per_class.json"), of_classes)
         for path in (files.PREDICTIONS, files.PER_CLASS, files.CONFUSION):
             files.write_csv(path, tables[path.stem])
     print("test accuracy {accuracy:.2%}, loss {loss:.4f}, macro F1 {macro_f1:.4f}".format(**found))

@@ -1,6 +1,7 @@
 """`make confusion`: show which classes the network in the workspace confuses.
 
-Reads the results of the evaluate stage and writes docs/studies/confusion.md and .png.
+Reads the results of the evaluate stage and writes docs/studies/confusion.md and .png. If that page
+is about other data, it stays: the new one is in a folder with the name of the data.
 """
 
 import sys
@@ -21,6 +22,7 @@ from cifarlab.data.dataset import Dataset
 from cifarlab.errors import UserError
 from cifarlab.figures import style
 from cifarlab.params.load import load_params
+from cifarlab.studies.page import folder_of
 
 LISTED = 12  # pairs in the table and in the bar chart
 SHOWN, EXAMPLES = 5, 5  # pairs with example images, and images per direction
@@ -156,9 +158,11 @@ def main() -> None:
         f"{data.name}, {params.model.describe()}, {params.train.epochs} epochs, "
         f"seed {params.train.seed}: test accuracy {accuracy:.2%}"
     )
-    style.save(draw(table, predictions, data), files.ANSWERS / "confusion.png", dpi=90)
-    with files.atomic(files.ANSWERS / "confusion.md") as path:
+    folder = folder_of("confusion", data.name)
+    style.save(draw(table, predictions, data), folder / "confusion.png", dpi=90)
+    with files.atomic(folder / "confusion.md") as path:
         path.write_text(page(table, title), "utf-8")
+    print(folder / "confusion.md")
 
 
 if __name__ == "__main__":

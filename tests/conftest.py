@@ -57,6 +57,16 @@ def pytest_configure(config: pytest.Config) -> None:
     config.pluginmanager.register(cpu_seconds)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with what may take longest, so that no core waits for it at the end."""
+
+    def limit(item: pytest.Item) -> float:
+        marker = item.get_closest_marker("timeout")
+        return marker.args[0] if marker else 300  # the limit in pyproject.toml
+
+    items.sort(key=limit, reverse=True)
+
+
 @pytest.fixture
 def content() -> dict[str, Any]:
     """The committed params.yaml as plain dictionaries that a test may change."""
@@ -180,6 +190,42 @@ def finished(
     project = projects.copy(reproduced[0], tmp_path_factory.mktemp("finished"))
     yield project
     shutil.rmtree(project.folder.parent, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def with_history(
+    reproduced: projects.Template, tmp_path_factory: pytest.TempPathFactory, fork_server: ForkServer
+) -> Project:
+    """A checkout with a commit and two experiments; tests use copies of it.
+
+    Its DVC cache lies outside of it, as if several checkouts shared the cache.
+    """
+
+    def make(folder: Path) -> dict[str, object]:
+        project = projects.copy(reproduced[0], folder.parent)
+        (folder / ".dvc/cache").rename(folder.parent / "shared")
+        project.dvc("cache", "dir", "--local", str(folder.parent / "shared"))
+        project.dvc("exp", "run", "--temp", "--name", "other-seed", "-S", "train.seed=1")
+        project.dvc(
+            "exp",
+            "run",
+            "--temp",
+            "--name",
+            "with-mirror",
+            "-S",
+            "evaluate.mirror=true",
+            "-S",
+            "tracking.log_model=true",
+        )
+        return {}
+
+    return projects.template("with-history", make, tmp_path_factory, fork_server)[0]
+
+
+@pytest.fixture
+def used(with_history: Project, tmp_path: Path) -> Project:
+    """A copy of `with_history` that a test may change."""
+    return projects.copy(with_history, tmp_path / "copy")
 
 
 # Archives and downloads (tests/support/archives.py)

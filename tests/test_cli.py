@@ -164,3 +164,12 @@ def test_a_value_that_is_given_to_make_reaches_the_program_as_one_argument(
     assert calls[0] == program
     assert HOSTILE in calls
     assert not list(makefile.glob("made-by-*"))
+
+
+def test_make_report_passes_each_name_as_it_is(makefile: Path) -> None:
+    names = ["HEAD~2", "*", "$(touch", "made-by-shell);"]
+    command = ["make", "report", f"NAME={' '.join(names)}"]
+    subprocess.run(command, cwd=makefile, capture_output=True, check=True)
+    calls = (makefile / "calls").read_text().split("\0")
+    assert calls[:-1] == ["cifarlab", "report", "--", *names]
+    assert not list(makefile.glob("made-by-*"))

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from bench import same_bytes
 from cifarlab.pipeline import stage_code
 from tests.conftest import REPO
 
@@ -71,7 +72,9 @@ def test_an_unknown_commit_is_refused() -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-def test_the_same_arithmetic_is_identical_and_recorded_once(clone: Path) -> None:
+def test_the_same_arithmetic_is_identical_and_recorded_once(
+    clone: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """If the code is the same as well, nothing is recorded."""
     identical = ["data", "defaults", "resumed", "adam"]
     expected = [f"identical  {name}" for name in identical] + ["identical: 3 variants"]
@@ -86,9 +89,11 @@ def test_the_same_arithmetic_is_identical_and_recorded_once(clone: Path) -> None
     edit(
         clone, 'stem: Literal["none", "whiten"]', 'unread: int\n    stem: Literal["none", "whiten"]'
     )
-    for _ in range(2):
-        assert run(clone) == (0, expected)
-        (entry,) = json.loads((clone / RECORD).read_text("utf-8"))
+    assert run(clone) == (0, expected)
+    (entry,) = json.loads((clone / RECORD).read_text("utf-8"))
+    monkeypatch.chdir(clone)
+    same_bytes.record(entry)
+    assert json.loads((clone / RECORD).read_text("utf-8")) == [entry]
     machine = entry.pop("machine")
     assert machine
     digests = {"base_code": stage_code(REPO), "code": stage_code(clone)}
@@ -109,3 +114,18 @@ def test_other_arithmetic_is_different_and_not_recorded(clone: Path) -> None:
     assert lines[0] == "identical  data"
     assert lines[3:] == ["identical  adam", "DIFFERENT: 3 variants"]
     assert not (clone / RECORD).exists()
+
+
+def test_metrics_that_moved_to_another_file_are_no_difference(tmp_path: Path) -> None:
+    both = {"metrics/evaluate.json": '{"accuracy": 0.5}', "plots/per_class.csv": "class\ncat\n"}
+    old = both | {"metrics/evaluate.json": '{"accuracy": 0.5, "accuracy_per_class": {"cat": 1}}'}
+    new = both | {"metrics/per_class.json": '{"cat": 1}'}
+    for side, files in (("old", old), ("new", new)):
+        for name, text in files.items():
+            path = tmp_path / side / "defaults" / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text)
+    one, other = (tmp_path / side / "defaults" for side in ("old", "new"))
+    assert same_bytes.difference(one, other, set()) == ""
+    (other / "plots/per_class.csv").write_text("class\ndog\n")
+    assert "per_class.csv" in same_bytes.difference(one, other, set())

@@ -38,6 +38,7 @@ def main() -> None:
     Examples:
       cifarlab variant notebook       train a variant of variants.yaml
       cifarlab study depth --jobs 2   ask studies/depth.yaml
+      cifarlab report A B             write a page about two experiments
       cifarlab sync                   log to MLflow what it misses
       cifarlab verify HEAD            train a commit again, compare every byte
     """  # noqa: D301 - for click, \b keeps the lines of a paragraph
@@ -155,6 +156,27 @@ def verify(revision: str) -> None:
     verification.verify(revision)
 
 
+@main.command(epilog="Examples: cifarlab report; cifarlab report HEAD my-experiment")
+@click.argument("revisions", nargs=-1)
+@click.option(
+    "--output",
+    type=click.Path(path_type=Path, dir_okay=False),
+    default="report.html",
+    show_default=True,
+    help="The file to write.",
+)
+def report(revisions: tuple[str, ...], output: Path) -> None:
+    """Write a page to show: of a run, or comparing the first of several with the others.
+
+    REVISIONS are experiments or commits; without one, it is the workspace. The page is one file
+    that opens offline. It is also logged to the MLflow run of the first revision.
+    """
+    from cifarlab.report import page as pages
+
+    for line in pages.write(revisions, output):
+        click.echo(line)
+
+
 MODEL = click.option(
     "--model",
     default="",
@@ -232,7 +254,7 @@ def ui(port: int) -> None:
     """Compare runs in MLflow, in a browser on this machine."""
     from cifarlab.tracking.client import serve
 
-    serve(port)
+    serve(port, load_params().tracking.experiment)
 
 
 @main.command(epilog="Example: cifarlab page")

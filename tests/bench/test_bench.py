@@ -131,7 +131,7 @@ def test_the_table_has_medians_extremes_and_ratios() -> None:
     assert "20.0" in rows["`dvc repro` without training and evaluation, s"]  # 30 - 8 - 2
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/performance.md", "bench/results/full.md"])
+@pytest.mark.parametrize("page", ["docs/performance.md", "bench/results/full.md"])
 def test_the_table_on_each_page_matches_the_recorded_runs(page: str) -> None:
     recorded: dict[str, list[dict[str, Any]]] = {}
     for line in (REPO / "bench/results/full.jsonl").read_text("utf-8").splitlines():

@@ -62,7 +62,6 @@ def test_metrics_equal_those_of_scikit_learn(
     assert metrics["loss"] == pytest.approx(
         sk.log_loss(actual, probabilities, labels=range(len(CLASSES)))
     )
-    assert metrics["accuracy_per_class"] == dict(zip(CLASSES, per_class["accuracy"], strict=True))
 
 
 def test_tables_have_a_row_per_image_in_order_and_a_row_per_class() -> None:
@@ -85,8 +84,11 @@ def test_tables_have_a_row_per_image_in_order_and_a_row_per_class() -> None:
 
 @pytest.mark.parametrize("name", ["actual", "predicted", "class"])
 def test_a_class_may_have_the_name_of_a_column(name: str) -> None:
-    metrics, tables = evaluate(np.eye(2), np.array([0, 1]), [name, "other"], 15)
-    assert metrics["accuracy_per_class"] == {name: 1.0, "other": 1.0}
+    _, tables = evaluate(np.eye(2), np.array([0, 1]), [name, "other"], 15)
+    assert [(row["class"], row["accuracy"]) for row in tables["per_class"]] == [
+        (name, 1.0),
+        ("other", 1.0),
+    ]
     rows = [list(row.values()) for row in tables["confusion"]]
     assert rows == [[name, 1, 0], ["other", 0, 1]]
 

@@ -896,8 +896,8 @@ def test_every_kind_of_image_and_class_name_goes_through_all_stages(tmp_path: Pa
     data = Dataset.load(tmp_path / "data")
     assert data.classes == CLASSES
     assert data.images["train"].shape == (42, 8, 8, 3)
-    metrics = json.loads((tmp_path / "metrics/evaluate.json").read_text("utf-8"))
-    assert list(metrics["accuracy_per_class"]) == CLASSES
+    of_classes = json.loads((tmp_path / "metrics/per_class.json").read_text("utf-8"))
+    assert list(of_classes) == CLASSES
     for figure in (
         "confusion",
         "confusion_recall",
@@ -912,6 +912,6 @@ def test_every_kind_of_image_and_class_name_goes_through_all_stages(tmp_path: Pa
     experiment = client.get_experiment_by_name("cifarlab")
     assert experiment is not None
     (run,) = client.search_runs([experiment.experiment_id])
-    found = {name for name in run.data.metrics if name.startswith("accuracy/")}
+    found = {name for name in run.data.metrics if name.startswith("per_class/")}
     assert found == {accuracy_of(label) for label in CLASSES}
     assert len(found) == len(CLASSES)

@@ -53,7 +53,10 @@ def test_the_run_is_in_mlflow(reproduced: Template) -> None:
     metrics = json.loads((project.folder / "metrics/evaluate.json").read_text())
     assert run.data.metrics["test_accuracy"] == metrics["accuracy"]
     assert {
-        f"accuracy/{digit}": metrics["accuracy_per_class"][digit] for digit in map(str, range(10))
+        f"per_class/{digit}": accuracy
+        for digit, accuracy in json.loads(
+            (project.folder / "metrics/per_class.json").read_text()
+        ).items()
     }.items() <= run.data.metrics.items()
     history = pd.read_csv(project.folder / "plots/history.csv")
     for column in ("train_loss", "train_accuracy", "val_loss", "val_accuracy", "learning_rate"):
@@ -169,9 +172,12 @@ def test_a_changed_model_trains_once_and_downloads_nothing(finished: Project) ->
     assert row["old"] == runs[""].data.metrics["test_accuracy"]
     assert row["new"] == run.data.metrics["test_accuracy"]
     assert row["diff"] == pytest.approx(row["new"] - row["old"])
-    # The same experiment is not trained again.
-    finished.run("git", "checkout", "--quiet", "params.yaml", "dvc.lock", "metrics")
+    # The way back from an experiment that README.md names.
+    finished.run("git", "restore", "params.yaml", "dvc.lock", "metrics")
     finished.dvc("checkout", "--quiet")
+    assert not finished.run("git", "status", "--porcelain").stdout
+    finished.dvc("status", "--quiet")  # exits with 1 if an output is not that of the commit
+    # The same experiment is not trained again.
     output = finished.dvc("exp", "run", "--temp", "--name", "again", "-S", "model.layers=1")
     assert stages_run(output) == []
     assert "Stage 'train' is cached" in output
@@ -198,7 +204,7 @@ def test_forcing_the_same_training_logs_nothing_twice(finished: Project) -> None
     assert (finished.folder / "dvc.lock").read_bytes() == lock
     after = finished.runs()[""]
     assert after.info.run_id == before.info.run_id
-    for name in ("train_loss", "test_accuracy", "accuracy/3"):
+    for name in ("train_loss", "test_accuracy", "per_class/3"):
         points = finished.client().get_metric_history(after.info.run_id, name)
         assert len(points) == len({point.step for point in points})
     assert len(after.outputs.model_outputs) == 1

@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from cifarlab.data.dataset import Dataset
+from cifarlab.studies.page import folder_of
 from studies import confusion
 
 # Actual class, predicted class, number of images.
@@ -55,3 +56,16 @@ def test_the_picture_has_its_size(tmp_path: Path) -> None:
     figure.savefig(tmp_path / "confusion.png", dpi=90)
     with Image.open(tmp_path / "confusion.png") as picture:
         assert picture.size == (1350, 540)
+
+
+def test_a_page_about_other_data_is_not_overwritten(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    answers = Path("docs/studies")
+    assert folder_of("confusion", "digits") == answers  # there is no page yet
+    answers.mkdir(parents=True)
+    (answers / "confusion.md").write_text("cifar10-jpeg, 6 layers: test accuracy 89 %.\n")
+    assert folder_of("confusion", "cifar10-jpeg") == answers
+    assert folder_of("confusion", "cifar10") == answers / "cifar10"
+    assert folder_of("confusion", "digits") == answers / "digits"

@@ -215,13 +215,14 @@ def run(point: points.Point, **metrics: float) -> pipeline.Revision:
     for name, value in point.parameters.items():
         section, key = name.split(".")
         parameters.setdefault(section, {})[key] = value
-    evaluation = metrics | {"loss": 0.5, "accuracy_per_class": {"0": 0.6, "1": 0.7}}
+    per_class = pd.DataFrame({"class": ["0", "1"], "accuracy": [0.6, 0.7]})
     epochs = pd.DataFrame({"epoch": [1, 2], "train_accuracy": [0.4, 0.5]})
     files = {
         "params.yaml": yaml.safe_dump(parameters),
         "metrics/train.json": json.dumps({"parameters": 1234567, "images": 900}),
-        "metrics/evaluate.json": json.dumps(evaluation),
+        "metrics/evaluate.json": json.dumps(metrics | {"loss": 0.5}),
         "plots/history.csv": epochs.to_csv(index=False),
+        "plots/per_class.csv": per_class.to_csv(index=False),
     }
     before = Path("params.yaml").read_text()
     for name, content in files.items():

@@ -40,7 +40,7 @@ FIGURES = {
     )
 }
 TABLES = {f"tables/{name}.csv" for name in ("confusion", "history", "per_class", "predictions")}
-SHARED_ARTIFACTS = FIGURES | TABLES | {"confusion_matrix.json"}
+SHARED_ARTIFACTS = FIGURES | TABLES | {"confusion_matrix.json", "per_class.json"}
 
 
 class Command:
@@ -233,6 +233,19 @@ def copy(project: Project, parent: Path) -> Project:
     if local.exists():
         local.write_text(local.read_text("utf-8").replace(str(old), str(new)), "utf-8")
     return copied
+
+
+def move_into_a_repository(project: Project) -> Project:
+    """Make a checkout a subfolder of another Git repository, with a new history."""
+    outer = project.folder.parent / "outer"
+    inner = Project(outer / "inner", project.fork_server)
+    shutil.rmtree(project.folder / ".git")
+    outer.mkdir()
+    project.folder.rename(inner.folder)
+    inner.run("git", "init", "--quiet", "--initial-branch=main", str(outer))
+    inner.run("git", "add", "--all")
+    inner.run("git", "commit", "--quiet", "--message=a project in a subfolder")
+    return inner
 
 
 Template = tuple[Project, dict[str, Any]]

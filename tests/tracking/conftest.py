@@ -24,11 +24,8 @@ epoch,train_loss,train_accuracy,val_loss,val_accuracy,learning_rate,dead_units/1
 1,0.5,0.9,,,0.1,0.25
 2,0.4,0.95,,,0.05,0.125
 """
-EVALUATION = {
-    "accuracy": 0.75,
-    "loss": 0.5,
-    "accuracy_per_class": {"cat": 0.5, "dog (small)": 1.0},
-}
+EVALUATION = {"accuracy": 0.75, "loss": 0.5}
+PER_CLASS = "class,accuracy\ncat,0.5\ndog (small),1.0\n"
 CONFUSION = "actual,cat,dog (small)\ncat,1,1\ndog (small),0,2\n"
 
 
@@ -71,7 +68,7 @@ def write_outputs(folder: Path, params: Params) -> None:
     """Write what download, train and evaluate write, as far as MLflow gets it."""
     images = np.random.default_rng(0).integers(0, 256, (8, 32, 32, 3), np.uint8)
     labels = np.arange(8) % 2
-    classes = list(EVALUATION["accuracy_per_class"])
+    classes = ["cat", "dog (small)"]
     split = {"train": images, "test": images[::-1].copy()}
     data = Dataset(split, {"train": labels, "test": labels[::-1].copy()}, classes, "tiny")
     data.save(folder / "data")
@@ -81,6 +78,7 @@ def write_outputs(folder: Path, params: Params) -> None:
         "plots/history.csv": HISTORY,
         "metrics/train.json": json.dumps({"parameters": 7, "images": 8, "train_loss": 0.4}),
         "plots/confusion.csv": CONFUSION,
+        "plots/per_class.csv": PER_CLASS,
         "metrics/evaluate.json": json.dumps(EVALUATION),
     }
     for name, text in texts.items():

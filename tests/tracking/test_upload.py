@@ -14,7 +14,7 @@ from cifarlab.nn import weights
 from cifarlab.nn.network import predict
 from cifarlab.params.sections import Params
 from cifarlab.tracking.run import StageRun, track
-from cifarlab.tracking.upload import Execution, accuracy_of
+from cifarlab.tracking.upload import Execution, accuracy_of, model_name
 from tests.tracking.conftest import (
     CONDITIONS,
     EVALUATION,
@@ -115,16 +115,37 @@ def test_an_evaluation_gives_metrics_and_the_table_of_the_confusion_matrix(
 ) -> None:
     log("evaluate", params)
     [run] = runs_in(checkout)
-    expected = {"test_accuracy": 0.75, "test_loss": 0.5, "accuracy/cat": 0.5}
+    expected = {"test_accuracy": 0.75, "test_loss": 0.5, "per_class/cat": 0.5}
     expected[accuracy_of("dog (small)")] = 1.0
     assert expected.items() <= run.data.metrics.items()
     name = "confusion_matrix.json"
     path = client_of(checkout).download_artifacts(run.info.run_id, name, str(checkout))
     assert json.loads(Path(path).read_text())["data"] == [["cat", 1, 1], ["dog (small)", 0, 2]]
-    [table] = json.loads(run.data.tags["mlflow.loggedArtifacts"])
-    assert table == {"path": name, "type": "table"}
+    shown = json.loads(run.data.tags["mlflow.loggedArtifacts"])
+    assert shown == [{"path": path, "type": "table"} for path in (name, "per_class.json")]
     tables = {file.path for file in client_of(checkout).list_artifacts(run.info.run_id, "tables")}
-    assert tables == {"tables/confusion.csv", "tables/history.csv"}
+    assert tables == {f"tables/{name}.csv" for name in ("confusion", "history", "per_class")}
+
+
+def test_the_description_names_accuracy_best_and_worst_class_and_how_to_restore(
+    checkout: Path, params: Params, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DVC_EXP_NAME", "small")
+    log("evaluate", params)
+    [run] = runs_in(checkout)
+    note = run.data.tags["mlflow.note.content"]
+    for part in (params.model.describe(), "75.00%", "cat, 50.0%", "dog (small), 100.0%"):
+        assert part in note
+    assert "dvc exp apply small" in note
+    # Another evaluation brings it up to date, but not what a person has written.
+    for accuracy, expected in ((0.5, "50.00%"), (0.25, "mine")):
+        if expected == "mine":
+            client_of(checkout).set_tag(run.info.run_id, "mlflow.note.content", "mine")
+        changed = json.dumps(EVALUATION | {"accuracy": accuracy})
+        (checkout / "metrics/evaluate.json").write_text(changed)
+        log("evaluate", params)
+        [run] = runs_in(checkout)
+        assert expected in run.data.tags["mlflow.note.content"]
 
 
 def test_every_class_has_its_own_metric_whatever_its_name() -> None:
@@ -133,16 +154,28 @@ def test_every_class_has_its_own_metric_whatever_its_name() -> None:
     assert len(set(names)) == len(labels)
     for name in names:
         validation._validate_metric_name(name)
-    assert names[0] == "accuracy/cat"
+    assert names[0] == "per_class/cat"
 
 
 def test_more_metrics_than_fit_into_a_request_are_logged(checkout: Path, params: Params) -> None:
-    accuracies = {f"class {number}": 0.5 for number in range(1203)}
-    evaluation = EVALUATION | {"accuracy_per_class": accuracies}
-    (checkout / "metrics/evaluate.json").write_text(json.dumps(evaluation))
+    labels = [f"class {number}" for number in range(1203)]
+    rows = "".join(f"{label},0.5\n" for label in labels)
+    (checkout / "plots/per_class.csv").write_text(f"class,accuracy\n{rows}")
     log("evaluate", params)
     [run] = runs_in(checkout)
-    assert {f"accuracy/{label}" for label in accuracies} <= run.data.metrics.keys()
+    assert {f"per_class/{label}" for label in labels} <= run.data.metrics.keys()
+
+
+def test_an_evaluation_of_an_older_version_is_logged_as_well(
+    checkout: Path, params: Params
+) -> None:
+    """It had the accuracy of each class among its other metrics, too."""
+    old = EVALUATION | {"accuracy_per_class": {"cat": 0.5, "dog (small)": 1.0}}
+    (checkout / "metrics/evaluate.json").write_text(json.dumps(old))
+    log("evaluate", params)
+    [run] = runs_in(checkout)
+    tested = {name for name in run.data.metrics if name.startswith(("test_", "per_class/"))}
+    assert tested == {"test_accuracy", "test_loss", "per_class/cat", accuracy_of("dog (small)")}
 
 
 def test_the_logged_model_predicts_what_the_network_predicts(
@@ -156,6 +189,11 @@ def test_the_logged_model_predicts_what_the_network_predicts(
         ("test_accuracy", 0.75),
         ("test_loss", 0.5),
     }
+    assert model.name == model_name(run.info.run_name)
+    assert model.tags["mlflow.note.content"] == run.data.tags["mlflow.note.content"]
+    [data] = run.inputs.dataset_inputs
+    used = {(m.dataset_name, m.dataset_digest) for m in model.metrics}
+    assert used == {(data.dataset.name, data.dataset.digest)}
     folder = Path(model.artifact_location.removeprefix("file://"))
     assert not [path for path in folder.rglob("*") if path.suffix in (".pkl", ".pth")]
     images = np.load(checkout / "data/test_images.npy")

@@ -91,7 +91,6 @@ def evaluate(
         "macro_f1": float(f1.mean()),
         "macro_auroc": macro_auroc(probabilities, actual),
         "calibration_error": expected_calibration_error(probabilities, actual, bins),
-        "accuracy_per_class": dict(zip(classes, recall.tolist(), strict=True)),
     }
     if len(classes) > 5:
         five = np.argsort(probabilities, 1, kind="stable")[:, -5:]

@@ -50,7 +50,7 @@ def draw_all(params: Params, data: Path, tables: Path) -> Iterator[Path]:
     figures = {
         "confusion": confusion_heatmap(confusion, normalized=False),
         "confusion_recall": confusion_heatmap(confusion, normalized=True),
-        "curves": curves(history, trained),
+        "curves": curves(history, trained, params.train.label_smoothing),
         "per_class": per_class_bars(per_class, accuracy),
         "training_images": training_images(images, params),
         "mistakes": mistakes(images, predictions, params.plot.mistakes),
@@ -79,8 +79,11 @@ def confusion_heatmap(counts: pd.DataFrame, *, normalized: bool) -> Figure:
     # The square root makes the few mistakes visible beside the large numbers of the diagonal.
     norm = PowerNorm(0.5, vmin=0, vmax=1 if normalized else max(1, int(counts.to_numpy().max())))
     names = [_shorten(name, LABEL) for name in counts.index]
-    cells = {"annot": not many, "fmt": ".2f" if normalized else "d", "annot_kws": {"size": 10}}
-    bar = {"shrink": 0.8, "label": "share of the actual class" if normalized else "test images"}
+    # Only cells with images have a number.
+    texts = values.map(("{:.2f}" if normalized else "{:d}").format).where(counts > 0, "")
+    cells = {"annot": False if many else texts, "fmt": "", "annot_kws": {"size": 10}}
+    quantity = "share of the actual class" if normalized else "test images"
+    bar = {"shrink": 0.8, "label": f"{quantity} (the colour follows the square root)"}
     look = {"norm": norm, "cmap": "Blues", "square": True, "linewidths": 0 if many else 0.5}
     labels = {"xticklabels": names, "yticklabels": names}
     sns.heatmap(values, ax=axes, cbar_kws=bar, **look, **cells, **labels)
@@ -93,12 +96,13 @@ def confusion_heatmap(counts: pd.DataFrame, *, normalized: bool) -> Figure:
     return figure
 
 
-def curves(history: pd.DataFrame, trained: str) -> Figure:
+def curves(history: pd.DataFrame, trained: str, smoothing: float) -> Figure:
     """Draw loss and accuracy over the epochs.
 
     Parameters
     ----------
     trained : label of the training curve; a validation curve is drawn where there is a split
+    smoothing : of the labels, in the training loss only
     """
     figure, panels = plt.subplots(1, 2, figsize=(11, 4.2))
     for axes, quantity in zip(panels, ("loss", "accuracy"), strict=True):
@@ -108,14 +112,18 @@ def curves(history: pd.DataFrame, trained: str) -> Figure:
                 sns.lineplot(history, x="epoch", y=column, label=label, marker="o", ax=axes)
         axes.set(xlabel="epoch", ylabel=quantity)
         axes.locator_params("x", integer=True, min_n_ticks=1)
+    if smoothing:
+        panels[0].set_ylabel(f"loss (in training with label smoothing {smoothing:g})")
     panels[1].yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     figure.suptitle("Learning curves")
     return figure
 
 
 def per_class_bars(table: pd.DataFrame, accuracy: float) -> Figure:
-    """Draw the accuracy of each class, the best on top, and a line at the accuracy of all."""
-    table = table.sort_values("accuracy", ascending=False, kind="stable")
+    """Draw the accuracy of each class, in the order of the table, and a line for all classes.
+
+    The order is the same for all runs, so that they can be compared.
+    """
     n = len(table)
     height, text_size = (0.2, 7) if n > CLASSES_WITH_NUMBERS else (0.38, 10)
     figure, axes = plt.subplots(figsize=(8, max(3.2, height * n + 1.4)))

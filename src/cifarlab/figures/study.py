@@ -15,6 +15,7 @@ from scipy import stats
 from cifarlab.figures import style
 
 Tables = tuple[DataFrame, DataFrame]
+ROWS = 12  # variants for which the effect on each class is drawn: those with the largest ones
 
 
 def draw_study(
@@ -32,8 +33,12 @@ def draw_study(
     """
     style.apply()
     (results, epochs), names = tables, list(effects.index)
-    size = (17, max(4.5, 1.6 + 0.32 * len(names)))
-    figure, (left, middle, right) = plt.subplots(1, 3, figsize=size)
+    rows = min(len(names) - 1, ROWS)
+    heights = (max(4.2, 1.4 + 0.26 * len(names)), 1.4 + 0.32 * rows)
+    figure = plt.figure(figsize=(12, sum(heights)))
+    grid_of_axes = figure.add_gridspec(2, 2, height_ratios=heights)
+    left, middle = (figure.add_subplot(grid_of_axes[0, column]) for column in range(2))
+    right = figure.add_subplot(grid_of_axes[1, :])
     interval = ("se", stats.t.ppf(0.975, results.seed.nunique() - 1))  # 95 %, by Student's t
     look: dict[str, Any] = {"errorbar": interval, "err_kws": {"alpha": min(0.1, 0.7 / len(names))}}
     if len(grid.columns) and is_numeric_dtype(grid.iloc[:, 0]) and grid.iloc[:, 0].nunique() > 2:
@@ -64,28 +69,34 @@ def draw_layers(path: Path, layers: DataFrame, names: list[str]) -> None:
 
     Parameters
     ----------
-    layers : columns called quantity/layer, indexed by variant and epoch; each quantity is a row of
-        panels
-    names : the variants; each is a column of panels
+    layers : columns called quantity/layer, indexed by variant and epoch; each quantity is a column
+        of panels
+    names : the variants; each is a row of panels
     """
     style.apply()
     means = layers.groupby(["variant", "epoch"]).mean()
     means.columns = means.columns.str.split("/", expand=True)
     quantities = list(means.columns.unique(0))
-    shape = (len(quantities), len(names))
-    size = (2.2 * len(names) + 1, 2 * len(quantities))
-    figure, panels = plt.subplots(*shape, figsize=size, squeeze=False, sharex=True, sharey="row")
-    shown = itertools.product(quantities, names)
-    for axes, (quantity, name) in zip(panels.flat, shown, strict=True):
-        means.loc[name][quantity].plot(ax=axes, colormap="viridis", marker=".", legend=False)
-        axes.set(ylabel=quantity.replace("_", " "))
+    shape = (len(names), len(quantities))
+    size = (3.2 * len(quantities) + 1.5, 1.5 * len(names) + 0.7)
+    figure, panels = plt.subplots(*shape, figsize=size, squeeze=False, sharex=True, sharey="col")
+    shown = itertools.product(names, quantities)
+    for axes, (name, quantity) in zip(panels.flat, shown, strict=True):
+        table = means.loc[name][quantity]
+        # Not by pandas, which hides the numbers at axes that are shared.
+        axes.set_prop_cycle(color=sns.color_palette("viridis", len(table.columns)))
+        axes.plot(table.index, table.to_numpy(), marker=".", label=list(table.columns))
+        if name == names[-1]:
+            axes.set(xlabel="epoch")
         axes.locator_params("x", integer=True, min_n_ticks=1)
         if quantity == "gradient_norm":  # spans many powers of ten and can be zero
             axes.set_yscale("symlog", linthresh=1e-6)
             axes.yaxis.get_major_locator().set_params(numticks=4)
             axes.yaxis.set_major_formatter("{x:g}")
-    for axes, name in zip(panels[0], names, strict=True):
-        axes.set_title(textwrap.fill(name, 24), fontsize=10)
+    for axes, quantity in zip(panels[0], quantities, strict=True):
+        axes.set_title(quantity.replace("_", " "))
+    for axes, name in zip(panels[:, 0], names, strict=True):
+        axes.set_ylabel(textwrap.fill(name, 14), fontsize=11)
     figure.legend(*axes.get_legend_handles_labels(), title="layer", loc="outside right center")
     style.save(figure, path, dpi=100)
 
@@ -117,8 +128,13 @@ def _learning_curves(axes: Axes, epochs: DataFrame, look: dict[str, Any]) -> Non
 def _each_class(axes: Axes, results: DataFrame, names: list[str]) -> None:
     means = 100 * results.filter(like="accuracy/").groupby(results.variant).mean().loc[names]
     means.columns = means.columns.str.removeprefix("accuracy/")
-    numbers = {"annot": True, "fmt": ".1f", "annot_kws": {"size": 7}}
+    numbers = {"annot": True, "fmt": ".1f", "annot_kws": {"size": 10}}
     difference = means.iloc[1:] - means.iloc[0]
-    sns.heatmap(difference, cmap="vlag", center=0, cbar=False, ax=axes, **numbers)
-    axes.set(title="Effect on each class", xlabel=f"points compared with {names[0]}", ylabel="")
+    largest = difference.abs().mean(axis=1).nlargest(ROWS).index
+    chosen = difference[difference.index.isin(largest)]
+    sns.heatmap(chosen, cmap="vlag", center=0, cbar=False, ax=axes, **numbers)
+    which = "" if len(chosen) == len(difference) else f" ({ROWS} variants with the largest effects)"
+    title = f"Effect on each class, in points, compared with {names[0]}{which}"
+    axes.set(title=title, xlabel="", ylabel="")
+    axes.tick_params(axis="x", labelrotation=30)
     axes.tick_params(axis="y", labelrotation=0)

@@ -73,8 +73,8 @@ class Checkpoint:
         try:
             buffer = io.BytesIO()
             torch.save({"conditions": self.conditions, "state": state}, buffer)
-            data = buffer.getbuffer()
-            with files.atomic(self.path) as temporary:
+            # In a traceback, the view would crash Python 3.12.1 (python/cpython#111049).
+            with buffer.getbuffer() as data, files.atomic(self.path) as temporary:
                 # With a checksum, because torch does not notice a flipped bit in a tensor.
                 temporary.write_bytes(hashlib.sha256(data).digest() + data)
         except OSError as error:

@@ -41,31 +41,43 @@ def write_page(name: str, study: Study, points: list[Point], tables: Tables) -> 
     comparison = effects(results, list(study.variants))
     grid = DataFrame.from_dict(study.variants, orient="index")[list(study.grid)]
     title, label = study.question, f"{study.answer_by} accuracy"
-    draw_study(ANSWERS / f"{name}.png", title, label, comparison, tables=tables, grid=grid)
+    data = _and(results.data)
+    folder = folder_of(name, data)
+    draw_study(folder / f"{name}.png", title, label, comparison, tables=tables, grid=grid)
     pictures = [f"![effects, learning curves and classes]({name}.png)"]
     layers = epochs.set_index(["variant", "epoch"]).filter(like="/").dropna(axis=1, how="all")
     if len(layers.columns):
-        draw_layers(ANSWERS / f"{name}-layers.png", layers, list(study.variants))
+        draw_layers(folder / f"{name}-layers.png", layers, list(study.variants))
         pictures.append(f"![layer by layer]({name}-layers.png)")
     text = _text(name, study, comparison, tables)
-    path = write_answer(name, [f"# {study.question}", *pictures, *text])
-    update_notice(name, results)
+    path = write_answer(folder / f"{name}.md", [f"# {study.question}", *pictures, *text])
+    update_notice(name, results, folder)
     return path
 
 
-def write_answer(name: str, paragraphs: list[str]) -> Path:
-    """Write docs/studies/NAME.md and return its path."""
-    with atomic(ANSWERS / f"{name}.md") as path:
-        path.write_text("\n\n".join(paragraphs) + "\n", "utf-8")
-    return ANSWERS / f"{name}.md"
+def folder_of(name: str, data: str) -> Path:
+    """Return the folder for the page NAME about some data: docs/studies, or a folder in it.
+
+    The page that docs/studies has may be about other data. Then it stays.
+    """
+    page, named = ANSWERS / f"{name}.md", rf"(?<![\w-]){re.escape(data)}(?![\w-])"
+    other = page.exists() and not re.search(named, page.read_text("utf-8"))
+    return ANSWERS / re.sub(r"\W+", "-", data) if other else ANSWERS
 
 
-def update_notice(name: str, results: DataFrame) -> None:
-    """Let the notice below the title of docs/studies/NAME.md, if there is such a page, be right.
+def write_answer(path: Path, paragraphs: list[str]) -> Path:
+    """Write the page of a study or search and return its path."""
+    with atomic(path) as temporary:
+        temporary.write_text("\n\n".join(paragraphs) + "\n", "utf-8")
+    return path
+
+
+def update_notice(name: str, results: DataFrame, folder: Path = ANSWERS) -> None:
+    """Let the notice below the title of FOLDER/NAME.md, if there is such a page, be right.
 
     The notice says that some of the results do not count. There is none if all of them count.
     """
-    path, commits = ANSWERS / f"{name}.md", made_by(results[~results.counts])
+    path, commits = folder / f"{name}.md", made_by(results[~results.counts])
     if not path.exists():
         return
     text = re.sub(f"^{re.escape(NOTICE)}.*\n\n", "", path.read_text("utf-8"), flags=re.MULTILINE)
@@ -146,8 +158,7 @@ def _text(name: str, study: Study, comparison: DataFrame, tables: Tables) -> lis
         rows = [[row.variant, row.reference, *_compared(row)] for _, row in alone.iterrows()]
         table = markdown_table(["variant", "compared with", *COMPARISON], rows)
         others = ["The effect of one parameter alone, compared with its first value:", table]
-    known = results[["data", "machine"]].fillna("unknown")
-    data, machine = (" and ".join(sorted(set(known[column]))) for column in known)
+    data, machine = _and(results.data), _and(results.machine)
     return [
         f"{study.findings} {_summary(comparison)}".strip(),
         _main_table(study, comparison, tables),
@@ -161,6 +172,10 @@ def _text(name: str, study: Study, comparison: DataFrame, tables: Tables) -> lis
         f"asks studies/{name}.yaml again. {name}.csv lists every point with its DVC experiment and "
         "its MLflow run.",
     ]
+
+
+def _and(names: Any) -> str:
+    return " and ".join(sorted(set(names.fillna("unknown"))))
 
 
 def _main_table(study: Study, comparison: DataFrame, tables: Tables) -> str:

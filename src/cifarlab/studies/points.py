@@ -25,6 +25,7 @@ from cifarlab.params.load import changed
 from cifarlab.params.sections import DEFAULT_FOLDER, Params
 from cifarlab.studies.question import Parameters, Study, slug
 from cifarlab.tracking.studies import timing_of
+from cifarlab.tracking.upload import read_table
 
 ORIGIN = ["experiment", "code", "key"]  # what identifies a row
 TEXT = dict.fromkeys([*ORIGIN, "commit", "run"], str)  # a digest may consist of digits only
@@ -257,17 +258,17 @@ def finished(points: list[Point]) -> Iterator[tuple[dict[str, Any], DataFrame]]:
         revision = next((found for found in named if _ran_with(found.commit) == key), None)
         if not revision:
             continue
-        train, evaluation, history = (
+        train, evaluation, per_class, history = (
             pipeline.read(path, revision.commit)
-            for path in (files.TRAIN_METRICS, files.EVALUATION, files.HISTORY)
+            for path in (files.TRAIN_METRICS, files.EVALUATION, files.PER_CLASS, files.HISTORY)
         )
         identity: dict[str, Any] = {"experiment": point.experiment, "commit": revision.baseline}
         identity |= {"code": code, "key": key, "variant": point.variant, "seed": point.seed}
-        test = json.loads(evaluation)
-        per_class = test.pop("accuracy_per_class")
         row = identity | json.loads(train)
-        row |= {f"test_{name}": value for name, value in test.items()}
-        row |= {f"accuracy/{label}": share for label, share in per_class.items()}
+        row["images"] = row.pop("training_images")  # the name of the column in older tables
+        row |= {f"test_{name}": value for name, value in json.loads(evaluation).items()}
+        classes = read_table(io.StringIO(per_class), "class").set_index("class")["accuracy"]
+        row |= {f"accuracy/{label}": share for label, share in classes.items()}
         yield row | timing_of(revision), pd.read_csv(io.StringIO(history)).assign(**identity)
 
 

@@ -29,7 +29,7 @@ def run(name: str) -> Path:
     done = len(study.get_trials(states=[TrialState.COMPLETE, TrialState.PRUNED]))
     print(f"{search.question}\n{done} of {search.trials} trials done", flush=True)
     study.optimize(lambda trial: _train(name, search, trial), max(0, search.trials - done))
-    page = write_answer(name, _page(name, search, study.trials))
+    page = write_answer(files.ANSWERS / f"{name}.md", _page(name, search, study.trials))
     rungs = [rung for trial in study.trials for rung in trial.user_attrs.get("rungs", [])]
     publish(name, search.question, [page], [rung["run"] for rung in rungs])
     return page

@@ -39,8 +39,9 @@ def run(name: str, jobs: int) -> Path:
         run_points(missing, jobs, lambda: record(name, study, points))
     tables = record(name, study, points)
     page = write_page(name, study, points, tables)
-    suffixes = (".md", ".png", "-layers.png", ".csv", "-epochs.csv")
-    files = [path for suffix in suffixes if (path := ANSWERS / f"{name}{suffix}").exists()]
+    beside = [page.with_name(f"{name}{suffix}") for suffix in (".md", ".png", "-layers.png")]
+    tables_of = [ANSWERS / f"{name}{suffix}" for suffix in (".csv", "-epochs.csv")]
+    files = [path for path in (*beside, *tables_of) if path.exists()]
     publish(name, study.question, files, list(tables.results.run))
     return page
 

@@ -1,15 +1,20 @@
 """Connecting to MLflow: the store, how long a call may take, the experiment, MLflow's pages."""
 
+import json
 import logging
 import os
+import signal
+import socket
 import sqlite3
+import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any, TypeVar
+from urllib.request import ProxyHandler, build_opener
 
 from filelock import FileLock
 
@@ -17,7 +22,16 @@ from cifarlab import files
 from cifarlab.errors import UserError, first_line, without_secrets
 
 KEY = "cifarlab.key"  # the tag that every run of this project has: its training key
+# The columns of the table of runs that `cifarlab ui` opens. MLflow keeps such a view in a tag of
+# the experiment, for links that people share; by default its table has no metrics.
+METRICS, PARAMETERS = (
+    ("test_accuracy", "test_loss", "val_accuracy"),
+    ("model.layers", "train.epochs"),
+)
+COLUMNS = [*(f"metrics.`{name}`" for name in METRICS), *(f"params.`{name}`" for name in PARAMETERS)]
+VIEW = "cifarlab"
 ARTIFACTS = "mlartifacts"  # the folder beside an SQLite store that holds its artifacts
+START = 120  # seconds that the server of `cifarlab ui` may take to answer
 T = TypeVar("T")
 
 
@@ -205,15 +219,53 @@ def all_runs() -> list[Any]:
         raise UserError(f"{reason}. {advice}") from error
 
 
-def serve(port: int) -> None:
-    """Replace this process by MLflow's server on 127.0.0.1, for the store of this checkout."""
-    page = f"http://127.0.0.1:{port}/#/experiments/1/runs?workflowType=machine_learning"
-    print(f"open {page} (Ctrl-C stops the server)", flush=True)
+def serve(port: int, experiment: str) -> None:
+    """Run MLflow's server on 127.0.0.1 for the store of this checkout, until Ctrl-C.
+
+    Prints the address of the table of runs as soon as the server answers.
+
+    Raises
+    ------
+    UserError
+        The runs are on another server, the port is taken, or the server does not start.
+    """
+    if not (path := database()):
+        raise UserError(f"the runs are on {without_secrets(_given_uri())}; open it in a browser")
+    with socket.socket() as test:
+        test.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the server does
+        if test.connect_ex(("127.0.0.1", port)) == 0:
+            raise UserError(f"port {port} is taken; choose another: make ui PORT={port + 1}")
+    number = experiment_id(client := connect(), experiment)
+    view = json.dumps({"selectedColumns": COLUMNS})
+    client.set_experiment_tag(number, f"mlflow.sharedViewState.{VIEW}", view)
     command = [sys.executable, "-m", "mlflow", "ui", "--host", "127.0.0.1", "--port", str(port)]
-    store = _sqlite(files.mlflow_database())
     # Its six processes for jobs, which only language models need, would take seconds to start.
     os.environ.setdefault("MLFLOW_SERVER_ENABLE_JOB_EXECUTION", "false")
-    os.execv(sys.executable, [*command, "--workers", "1", "--backend-store-uri", store])
+    server = subprocess.Popen([*command, "--workers", "1", "--backend-store-uri", _sqlite(path)])
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        _wait_until_healthy(server, port)
+        # Without the type, MLflow opens its pages for language models.
+        options = f"workflowType=machine_learning&viewStateShareKey={VIEW}"
+        page = f"http://127.0.0.1:{port}/#/experiments/{number}/runs?{options}"
+        print(f"open {page} (Ctrl-C stops the server)", flush=True)
+        server.wait()
+    except KeyboardInterrupt:
+        pass
+    finally:
+        server.terminate()
+        server.wait()
+
+
+def _wait_until_healthy(server: Any, port: int) -> None:
+    """Wait until a server answers. UserError: it has ended, or does not answer for START s."""
+    direct, end = build_opener(ProxyHandler({})), time.monotonic() + START
+    while server.poll() is None and time.monotonic() < end:
+        with suppress(OSError), direct.open(f"http://127.0.0.1:{port}/health", timeout=2):
+            return
+        time.sleep(0.2)
+    how = "does not answer" if server.poll() is None else f"ended with {server.poll()}"
+    raise UserError(f"MLflow's server {how}; what it said is above")
 
 
 def store_lock() -> FileLock:

@@ -15,7 +15,7 @@ from cifarlab.errors import UserError, first_line
 from cifarlab.params.load import load_params
 from cifarlab.tracking.client import connect
 from cifarlab.tracking.sync import tags_of
-from cifarlab.tracking.upload import TEST_DIGEST
+from cifarlab.tracking.upload import NOTE, TEST_DIGEST
 
 CHAMPION = "champion"
 LEVEL = 0.05  # two-sided; above it, the difference may be chance
@@ -65,7 +65,11 @@ def promote(name: str, *, force: bool) -> str:
             if champion is None and not known:
                 client.create_registered_model(registered)
             version = client.create_model_version(
-                registered, f"models:/{model}", run.info.run_id, model_id=model
+                registered,
+                f"models:/{model}",
+                run.info.run_id,
+                description=run.data.tags.get(NOTE),
+                model_id=model,
             )
         label = f"version {version.version} of {registered}, {run.info.run_name}"
         if champion is None:
@@ -157,8 +161,22 @@ def _compare(client: Any, old: Any, new: Any) -> tuple[bool, str]:
             path = client.download_artifacts(run.info.run_id, "tables/predictions.csv", folder)
             table = pd.read_csv(path, dtype=str, keep_default_na=False)
             right.append(table.actual == table.predicted)
-    lost, won = int((right[0] & ~right[1]).sum()), int((~right[0] & right[1]).sum())
-    p = float(binomtest(won, won + lost).pvalue) if won + lost else 1.0
+    lost, won, p = mcnemar(*right)
     counts = f"of {len(right[0]):,} test images, {won} only the new one gets right and {lost} only"
     text = f"{counts} the champion (McNemar's exact test: p = {p:.2g})"
     return won > lost and p < LEVEL, text
+
+
+def mcnemar(one: Any, other: Any) -> tuple[int, int, float]:
+    """Return what McNemar's exact test says about two networks on the same images.
+
+    Parameters
+    ----------
+    one, other : boolean (N,), whether each network gets each image right
+
+    Returns
+    -------
+    how many images only the first and only the second one gets right, and the two-sided p
+    """
+    lost, won = int((one & ~other).sum()), int((~one & other).sum())
+    return lost, won, float(binomtest(won, won + lost).pvalue) if won + lost else 1.0

@@ -23,6 +23,10 @@ from cifarlab.tracking.client import KEY, wait_for_database
 ARTIFACTS = {".csv": "tables", ".png": "figures"}  # MLflow's folder for each kind of file
 PARAMS, CODE = "cifarlab.params", "cifarlab.code"  # tags with digests of what decides the outputs
 TEST_DIGEST = "cifarlab.test"  # the tag with the digest of the test images and their classes
+NOTE = "mlflow.note.content"  # the tag that MLflow shows as the description, in Markdown
+# MLflow draws the metrics with the same word before the / together, in alphabetical order: this
+# group comes behind the metrics without a group, which it calls "Model metrics".
+GROUP = "per_class"
 MAX_BATCH = 1000  # metrics in one request
 Values = dict[str, Any]
 
@@ -175,23 +179,43 @@ class Upload:
         self.client.log_inputs(self.run_id, [DatasetInput(dataset._to_mlflow_entity(), tags)])
 
     def _send_evaluation(self) -> None:
-        # MLflow's log_table would write the same file, but append if the stage runs again.
-        # A class may be called 7 or NA.
-        label = "actual/predicted"
-        confusion = pd.read_csv(
-            self._path(files.CONFUSION), dtype={label: str}, keep_default_na=False
-        )
-        table = confusion.to_json(orient="split", index=False)
-        self.client.log_text(self.run_id, table, "confusion_matrix.json")
-        shown = json.dumps([{"path": "confusion_matrix.json", "type": "table"}])
+        per_class = read_table(self._path(files.PER_CLASS), "class")
+        confusion = read_table(self._path(files.CONFUSION), "actual/predicted")
+        tables = {"confusion_matrix.json": confusion, "per_class.json": per_class}
+        for name, table in tables.items():
+            # MLflow's log_table would write the same file, but append if the stage runs again.
+            self.client.log_text(self.run_id, table.to_json(orient="split", index=False), name)
+        shown = json.dumps([{"path": name, "type": "table"} for name in tables])
         found = files.read_json(self._path(files.EVALUATION))
-        classes = found.pop("accuracy_per_class")
+        found.pop("accuracy_per_class", None)  # older versions kept them in this file, too
         metrics = {f"test_{name}": value for name, value in found.items()}
-        metrics |= {accuracy_of(label): value for label, value in classes.items()}
+        metrics |= dict(zip(map(accuracy_of, per_class["class"]), per_class.accuracy, strict=True))
         data = files.read_json(self._path(files.DATA / "dataset.json"))
         # Data of an older version has no such digest.
         tested = {TEST_DIGEST: data["test_digest"]} if "test_digest" in data else {}
-        self._send({"mlflow.loggedArtifacts": shown, **tested}, metrics, {})
+        note = self._describe(metrics["test_accuracy"], per_class)
+        self._send({"mlflow.loggedArtifacts": shown, **note, **tested}, metrics, {})
+
+    def _describe(self, accuracy: float, per_class: pd.DataFrame) -> dict[str, str]:
+        """Return the description of the run as a tag; empty if a person has written one."""
+        execution = self.execution
+        title = f"**{execution.params.model.describe()}**"
+        if not self.run.data.tags.get(NOTE, title).startswith(title):
+            return {}
+        best, worst = (
+            "{class}, {accuracy:.1%}".format(**per_class.iloc[row])
+            for row in (per_class.accuracy.argmax(), per_class.accuracy.argmin())
+        )
+        origin = pipeline.Revision(execution.experiment, execution.baseline, "")
+        later = "commit its results, then `cifarlab sync` names the command"
+        restore = f"`{origin.restore}`" if origin.restore else later
+        lines = [
+            f"{title}: test accuracy **{accuracy:.2%}**",
+            f"- best class: {best}; worst class: {worst}",
+            "- confusion matrices, curves and mistakes: the folder `figures` of the artifacts",
+            f"- restore it: {restore}",
+        ]
+        return {NOTE: "\n".join([lines[0], "", *lines[1:]])}
 
     def _send_model(self) -> None:
         """Log the network with its test metrics; finish what an earlier try left incomplete."""
@@ -201,7 +225,8 @@ class Upload:
         experiment, weights = run.info.experiment_id, _sha256(self._path(files.WEIGHTS))
         query = f"source_run_id = '{run_id}' AND tags.`weights.sha256` = '{weights}'"
         found = client.search_logged_models([experiment], query)
-        new = (experiment, "model", run_id, {"weights.sha256": weights}, run.data.params)
+        tags = {"weights.sha256": weights, NOTE: run.data.tags.get(NOTE, "")}
+        new = (experiment, model_name(run.info.run_name), run_id, tags, run.data.params)
         model = found[0] if found else client.create_logged_model(*new)
         name = model.model_id
         if model.status != LoggedModelStatus.READY or not client.list_logged_model_artifacts(name):
@@ -210,9 +235,11 @@ class Upload:
         if name not in [output.model_id for output in outputs]:
             # MLflow stores a point once, so the same points again, now with the id of the model,
             # are added to the model only.
-            names = [k for k in run.data.metrics if k.startswith(("test_", "accuracy/"))]
+            names = [k for k in run.data.metrics if k.startswith(("test_", f"{GROUP}/"))]
             points = [client.get_metric_history(run_id, k)[-1] for k in names]
-            again = ([Metric(p.key, p.value, p.timestamp, p.step, name)] for p in points)
+            data = run.inputs.dataset_inputs[0].dataset
+            of = (name, data.name, data.digest)
+            again = ([Metric(p.key, p.value, p.timestamp, p.step, *of)] for p in points)
             self._send_metrics(again)
             client.log_outputs(run_id, [LoggedModelOutput(name, 0)])
 
@@ -234,18 +261,33 @@ class Upload:
         self.client.finalize_logged_model(model_id, LoggedModelStatus.READY)
 
 
+def read_table(table: Any, name: str) -> pd.DataFrame:
+    """Read a table of the evaluate stage, a path or an open file.
+
+    Parameters
+    ----------
+    name : the column with the names of classes; a class may be called 7 or NA
+    """
+    return pd.read_csv(table, dtype={name: str}, keep_default_na=False)
+
+
+def model_name(run: str) -> str:
+    """Return the name of a run without the characters that MLflow refuses in one of a model."""
+    return re.sub(r"[/:.%\"']", "-", run)
+
+
 def accuracy_of(label: str) -> str:
     """Return the name of the metric that holds the accuracy of a class.
 
     MLflow refuses some characters, paths like `a//b` and long names. Then a digest keeps two
     classes apart whose names become the same.
     """
-    name = f"accuracy/{label}"
+    name = f"{GROUP}/{label}"
     if re.fullmatch(r"[/\w.: -]{1,200}", name) and posixpath.normpath(name) == name:
         return name
     digest = hashlib.sha256(label.encode("utf-8", "surrogateescape")).hexdigest()
     readable = re.sub(r"[^\w.: -]", "_", label)
-    return f"accuracy/{readable[:150]}-{digest[:8]}"
+    return f"{GROUP}/{readable[:150]}-{digest[:8]}"
 
 
 def _sha256(path: Path) -> str:
