@@ -91,7 +91,6 @@ def load(revision: Revision, tracked: Sequence[Any]) -> Run:
 
         # A damaged table is refused. A class may be called 7 or NA.
         types = {"actual": str, "predicted": str, "confidence": float}
-        only: Values = {"usecols": ["class"], "dtype": str, "keep_default_na": False}
         run.history = run.try_to(
             "history", lambda: pd.read_csv(read(files.HISTORY), dtype=float).set_index("epoch")
         )
@@ -101,7 +100,12 @@ def load(revision: Revision, tracked: Sequence[Any]) -> Run:
                 read(files.PREDICTIONS), usecols=[*types], dtype=types, keep_default_na=False
             ),
         )
-        each = run.try_to("classes", lambda: pd.read_csv(read(files.PER_CLASS), **only))
+        each = run.try_to(
+            "classes",
+            lambda: pd.read_csv(
+                read(files.PER_CLASS), usecols=["class"], dtype=str, keep_default_na=False
+            ),
+        )
         if each is not None:
             run.classes = [*each["class"]]
         elif run.predictions is not None:
