@@ -128,11 +128,10 @@ bench-quick: setup  ## the speeds only, in five minutes: bench/results/quick.md
 bench-scaling: setup  ## how time and memory grow: docs/scaling.csv, docs/scaling.png
 	python -m bench.scaling
 
-
 gpu-check: setup  ## what a GPU gives, in six minutes: bench/results/gpu.md
 	python -m bench.gpu
 
-screenshots: setup  ## pictures of MLflow and dvc plots for README.md, of what the demo made
+screenshots: setup  ## pictures of MLflow, a report and dvc plots, of what the demo made
 	python -m bench.screenshots
 
 backprop: setup  ## the pages that need no training: docs/studies/backprop.md and gradient.md

@@ -1,4 +1,4 @@
-"""`make screenshots`: pictures of MLflow and of `dvc plots` for README.md, in docs/images.
+"""`make screenshots`: pictures of MLflow, a report and `dvc plots`, in docs/images.
 
 They show what the MLflow store and the DVC experiments of this checkout hold, so run `make demo`
 first. Two experiments are compared: those of the two newest runs of MLflow. Needs Chromium.
@@ -18,7 +18,7 @@ from cifarlab.errors import UserError
 
 FOLDER = Path("docs/images")
 SIZE, COLOURS = {"width": 1280, "height": 720}, 64  # pixels; few colours keep the files small
-PORT = "5055"
+PORT, REPORT = "5055", Path(".cache/report.html")
 
 
 def main() -> None:
@@ -28,6 +28,8 @@ def main() -> None:
     if not chromium or len(names) < 2:
         raise UserError("this needs Chromium and two experiments; `make demo` makes two")
     subprocess.run(["dvc", "plots", "diff", "--quiet", *reversed(names)], check=True)
+    report = ["report", "--output", str(REPORT), *reversed(names)]
+    subprocess.run([sys.executable, "-m", "cifarlab.cli", *report], check=True)
     command = [sys.executable, "-m", "cifarlab.cli", "ui", "--port", PORT]
     server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     try:
@@ -45,7 +47,7 @@ def main() -> None:
 
 
 def take(browser: Browser, address: str, names: list[str]) -> None:
-    """Take the pictures of MLflow at an address and of the page of `dvc plots`."""
+    """Take the pictures of MLflow at an address, of the report, and of the page of `dvc plots`."""
     page = browser.new_page(viewport=SIZE)  # type: ignore[arg-type]  # a dictionary will do
     page.goto(address)
     for name in names:
@@ -53,12 +55,10 @@ def take(browser: Browser, address: str, names: list[str]) -> None:
     for name in ("Close", "Hide banner"):  # MLflow's assistant, a notice about the shared view
         page.get_by_role("button", name=name, exact=True).first.click()
     save(page, "mlflow-runs")
-    for _ in range(2):
-        page.get_by_label("toggle row selection (unchecked)").first.dispatch_event("click")
-    page.get_by_test_id("runs-compare-button").click()
-    page.get_by_text("Comparing 2 Runs from 1 Experiment").wait_for()
-    page.get_by_text("per_class/").first.scroll_into_view_if_needed()
-    save(page, "mlflow-compare")
+    page.set_viewport_size({"width": 1000, "height": 880})
+    page.goto(REPORT.absolute().as_uri())
+    page.get_by_text("Loss by epoch").evaluate("element => element.scrollIntoView()")
+    save(page, "report")
     page.set_viewport_size({"width": 900, "height": 800})
     page.goto((Path.cwd() / "dvc_plots/index.html").as_uri())
     page.wait_for_function("document.querySelectorAll('.vega-embed canvas, svg').length >= 4")

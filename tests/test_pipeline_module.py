@@ -108,9 +108,13 @@ def test_outputs_are_the_files_that_exist(code: Path) -> None:
 @pytest.mark.parametrize(
     "lock", ["", "[]", "<<<<<<< HEAD\nstages: {}", "stages: 1", "stages: {a: 1}"]
 )
-def test_a_damaged_lock_is_reported(lock: str) -> None:
+def test_a_damaged_lock_is_reported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lock: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("dvc.lock").write_text(lock)
     with pytest.raises(UserError, match=r"dvc.lock is damaged"):
-        pipeline.parse_lock(lock)
+        pipeline.locked(pipeline.WORKSPACE)
 
 
 def test_the_experiment_of_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -173,21 +177,21 @@ def test_experiments_and_commits_are_listed() -> None:
         ("n-3", head),
     }
     for revision in found:
-        assert pipeline.find_commit(revision.name) == revision.commit
-    assert pipeline.find_commit("main") == pipeline.find_commit(head[:8]) == head
+        assert pipeline.find(revision.name) == revision
+    assert pipeline.find("main") == pipeline.find(head[:8]) == pipeline.Revision("", head, head)
     with pytest.raises(UserError, match="nobody is not an experiment or a commit"):
-        pipeline.find_commit("nobody")
+        pipeline.find("nobody")
 
 
 @pytest.mark.usefixtures("project")
 def test_files_are_read_from_an_experiment_and_a_commit() -> None:
     by_name = {revision.name: revision for revision in pipeline.experiments()}
     for name in ("params.yaml", "train.txt"):  # one is in Git, the other in DVC's cache
-        assert pipeline.read(Path(name), by_name["n-3"].commit) == "n: 3\n"
-        assert pipeline.read(Path(name), "main") == "n: 1\n"
+        assert pipeline.read(Path(name), by_name["n-3"].commit) == b"n: 3\n"
+        assert pipeline.read(Path(name), "main") == b"n: 1\n"
     assert "train.txt" in pipeline.read_text(Path("dvc.lock"), by_name["n-3"])
     for revision in (pipeline.WORKSPACE, pipeline.Revision("", "main", "main")):
-        lock = pipeline.parse_lock(pipeline.read_text(Path("dvc.lock"), revision))
+        lock = pipeline.locked(revision)
         assert lock["train"].size == {"train.txt": 5}
         assert lock["train"].digest == pipeline.output_digest("train")
     assert pipeline.read_text(Path("missing"), by_name["n-3"]) == ""
@@ -199,7 +203,7 @@ def test_files_are_read_from_an_experiment_and_a_commit() -> None:
 def test_an_experiment_of_the_same_name_is_replaced() -> None:
     pipeline.run_experiment("n-2", {"n": 20})
     [revision] = [revision for revision in pipeline.experiments() if revision.name == "n-2"]
-    assert pipeline.read(Path("params.yaml"), revision.commit) == "n: 20\n"
+    assert pipeline.read(Path("params.yaml"), revision.commit) == b"n: 20\n"
 
 
 @pytest.mark.usefixtures("project")
@@ -209,7 +213,7 @@ def test_a_failed_experiment_names_its_log() -> None:
 
 
 def test_a_scratch_copy_has_the_outputs_and_can_be_repeated(project: Path) -> None:
-    commit = pipeline.find_commit("n-3")
+    commit = pipeline.find("n-3").commit
     with pipeline.scratch_copy(commit) as folder:
         assert (folder / "train.txt").read_text() == "n: 3\n"
         (folder / "train.txt").unlink()

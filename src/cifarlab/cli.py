@@ -12,6 +12,7 @@ from cifarlab.errors import UserError, first_line, tolerate_settings
 from cifarlab.params.load import changed, load_params, read_yaml
 
 JOBS = click.option("--jobs", type=click.IntRange(1, 64), default=1, help="Experiments at a time.")
+FILE = click.Path(path_type=Path, dir_okay=False)
 STYLE = """body { font-family: system-ui, sans-serif; margin: 2rem }
 body > div { margin-bottom: 2.5rem; overflow-x: auto } img { max-width: 44vw; height: auto }"""
 
@@ -159,11 +160,7 @@ def verify(revision: str) -> None:
 @main.command(epilog="Examples: cifarlab report; cifarlab report HEAD my-experiment")
 @click.argument("revisions", nargs=-1)
 @click.option(
-    "--output",
-    type=click.Path(path_type=Path, dir_okay=False),
-    default="report.html",
-    show_default=True,
-    help="The file to write.",
+    "--output", type=FILE, default="report.html", show_default=True, help="The file to write."
 )
 def report(revisions: tuple[str, ...], output: Path) -> None:
     """Write a page to show: of a run, or comparing the first of several with the others.
@@ -211,8 +208,8 @@ def predict(images: tuple[str, ...], model: str, top: int, form: str | None) -> 
 
 @main.command(epilog="Example: cifarlab export --onnx network.onnx")
 @MODEL
-@click.option("--onnx", type=click.Path(path_type=Path), help="Write ONNX: probabilities.")
-@click.option("--torch", type=click.Path(path_type=Path), help="Write pt2 of PyTorch: logits.")
+@click.option("--onnx", type=FILE, help="Write ONNX: probabilities.")
+@click.option("--torch", type=FILE, help="Write pt2 of PyTorch: logits.")
 def export(model: str, onnx: Path | None, torch: Path | None) -> None:
     """Write the network for other programs, for any number of images."""
     from cifarlab.nn.export import export_onnx, export_torch

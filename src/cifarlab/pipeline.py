@@ -17,6 +17,7 @@ from typing import Any, BinaryIO, NamedTuple, cast
 
 import psutil
 import yaml
+from pydantic import ValidationError
 
 from cifarlab import files
 from cifarlab.digest import code_digest, json_digest
@@ -129,32 +130,30 @@ def experiments() -> list[Revision]:
 
 
 def experiment_names() -> list[str]:
-    """Return the names of the DVC experiments of the main checkout, without importing DVC."""
-    refs = git(
-        "-C", str(files.root()), "for-each-ref", "--format=%(refname)", "refs/exps", check=False
-    )
+    """Return the names of the main checkout's experiments, in a stage, while DVC is locked."""
+    root, form = str(files.root()), "--format=%(refname)"
+    refs = git("-C", root, "for-each-ref", form, "refs/exps", check=False)
     return [ref.rpartition("/")[2] for ref in refs.split()]
 
 
 def remove_experiments(revisions: Sequence[Revision]) -> None:
-    """Remove experiments from DVC, and from its cache what no commit and no experiment uses.
+    """Remove experiments from DVC. UserError: DVC cannot do it."""
+    # By their references: experiments on two commits may have one name.
+    options = ("--format=%(refname)", *(f"--points-at={r.commit}" for r in revisions), "refs/exps")
+    _dvc("exp", "remove", "--quiet", *git("for-each-ref", *options).split())
 
-    Raises
-    ------
-    UserError
-        DVC cannot do it.
-    """
-    names = [
-        git("for-each-ref", "--format=%(refname)", f"--points-at={revision.commit}", "refs/exps")
-        for revision in revisions
-    ]
-    for command in (
-        ["dvc", "exp", "remove", "--quiet", *"".join(names).split()],
-        ["dvc", "gc", "--quiet", "--force", "--all-commits", "--all-experiments"],
-    ):
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode:
-            raise UserError(f"`{' '.join(command[:3])}` failed: {done.stderr.strip()}")
+
+def clean_cache() -> None:
+    """Remove from DVC's cache what no commit and no experiment uses. UserError: DVC cannot."""
+    _dvc("gc", "--quiet", "--force", "--all-commits", "--all-experiments")
+
+
+def _dvc(*arguments: str) -> str:
+    """Run a command of DVC and return its output; UserError if it fails."""
+    done = subprocess.run(["dvc", *arguments], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise UserError(f"`dvc {' '.join(arguments[:2])}` failed: {done.stderr.strip()}")
+    return done.stdout
 
 
 def find(name: str) -> Revision:
@@ -173,23 +172,13 @@ def find(name: str) -> Revision:
     raise UserError(f"{name} is not an experiment or a commit; {advice}")
 
 
-def find_commit(name: str) -> str:
-    """Return the full hash of an experiment or a commit, like `find`."""
-    return find(name).commit
-
-
 def commits() -> list[Revision]:
     """Return every commit of a branch that changed dvc.lock, the newest first."""
     hashes = git("rev-list", "--branches", "HEAD", "--", str(files.DVC_LOCK)).split()
     return [Revision("", commit, commit) for commit in hashes]
 
 
-def read(path: Path, commit: str) -> str:
-    """Return the text of a file like `read_bytes`."""
-    return read_bytes(path, commit).decode("utf-8")
-
-
-def read_bytes(path: Path, commit: str) -> bytes:
+def read(path: Path, commit: str) -> bytes:
     """Return the content of a file that Git or DVC tracks, as it is in a commit.
 
     Raises
@@ -210,7 +199,7 @@ def read_bytes(path: Path, commit: str) -> bytes:
 def tree(revision: Revision) -> Iterator[Callable[[Path], BinaryIO]]:
     """Yield a function that opens files of a revision, to read bytes.
 
-    For many files it is much faster than `read_bytes`. The function raises UserError if the
+    For many files it is much faster than `read`. The function raises UserError if the
     revision has no such file, or if the content is not in DVC's cache.
     """
     from dvc.api import DVCFileSystem
@@ -238,7 +227,17 @@ def outputs(stage: str, folder: Path = Path()) -> list[Path]:
 def output_digest(stage: str, folder: Path = Path()) -> str:
     """Hash the files that a stage has written in `folder`, as `Locked.digest` does."""
     names = [path for path in _outs(stage, folder) if (folder / path).is_file()]
-    return json_digest({str(path): _md5(folder / path) for path in names})
+    contents = {str(path): (folder / path).read_bytes() for path in names}
+    md5 = {k: hashlib.md5(v, usedforsecurity=False).hexdigest() for k, v in contents.items()}
+    return json_digest(md5)
+
+
+def params_of(revision: Revision) -> Params | None:
+    """Return the parameters of a revision; None if the present version does not know them."""
+    try:
+        return Params.model_validate(_yaml(read_text(files.PARAMS, revision)))
+    except (yaml.YAMLError, ValidationError):
+        return None
 
 
 class Locked(NamedTuple):
@@ -260,21 +259,21 @@ def read_text(path: Path, revision: Revision) -> str:
     return path.read_text("utf-8") if path.exists() else ""
 
 
-def parse_lock(lock: str) -> dict[str, Locked]:
-    """Return the outputs of each stage in the text of a dvc.lock.
+def locked(revision: Revision) -> dict[str, Locked]:
+    """Return the outputs of each stage in the dvc.lock of a revision.
 
     Raises
     ------
     UserError
-        The text is not a dvc.lock.
+        It is not a dvc.lock.
     """
     try:
-        locked = {}
-        for stage, entry in _yaml(lock)["stages"].items():
+        found = {}
+        for stage, entry in _yaml(read_text(files.DVC_LOCK, revision))["stages"].items():
             outs = [out for out in entry["outs"] if "nfiles" not in out]
             md5, size = ({out["path"]: out[key] for out in outs} for key in ("md5", "size"))
-            locked[stage] = Locked(md5, size)
-        return locked
+            found[stage] = Locked(md5, size)
+        return found
     except (yaml.YAMLError, LookupError, TypeError, AttributeError) as error:
         advice = "`git checkout dvc.lock` or `dvc repro` repairs it"
         raise UserError(f"its dvc.lock is damaged; {advice}") from error
@@ -329,12 +328,8 @@ def stage_code(folder: Path = Path(), stages: Sequence[str] = RESULT) -> str:
 
 def in_use(folder: Path) -> bool:
     """Tell whether a process works in a folder, such as the one of `dvc exp run --temp`."""
-    here = str(folder.resolve())
-    return any(
-        os.path.commonpath([here, cwd]) == here
-        for process in psutil.process_iter(["cwd"])
-        if (cwd := process.info["cwd"])
-    )
+    here, processes = folder.resolve(), psutil.process_iter(["cwd"])
+    return any(Path(process.info["cwd"] or "/").is_relative_to(here) for process in processes)
 
 
 def workspace_is_current() -> bool:
@@ -363,9 +358,7 @@ def scratch_copy(commit: str) -> Iterator[Path]:
         The cache lacks outputs.
     """
     with tracked_files(commit) as folder:
-        command = ["dvc", "cache", "dir"]
-        cache = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-        config = f"[core]\n    no_scm = true\n[cache]\n    dir = {cache}\n"
+        config = f"[core]\n    no_scm = true\n[cache]\n    dir = {_dvc('cache', 'dir').strip()}\n"
         (folder / ".dvc" / "config.local").write_text(config, "utf-8")
         checkout = ["dvc", "checkout", "--quiet"]
         if subprocess.run(checkout, cwd=folder, capture_output=True, check=False).returncode:
@@ -394,12 +387,10 @@ def run_experiment(name: str, changes: dict[str, Any], *, queue: bool = False) -
     UserError
         It failed; the message has its last line and the path of its log.
     """
-    from dvc.repo import Repo
-
+    head = git_commit()
     # `dvc exp run --force` would also replace the experiment, but run every stage again.
-    with Repo() as repo:
-        if name in dict(repo.experiments.ls().get(git_commit(), [])):
-            repo.experiments.remove(exp_names=name)
+    if same := [found for found in experiments() if (found.name, found.baseline) == (name, head)]:
+        remove_experiments(same)
     log = files.scratch() / f"{name}.log"
     log.parent.mkdir(exist_ok=True)  # a new checkout has no such folder
     options = ["--queue" if queue else "--temp", "--name", name, *set_options(changes)]
@@ -432,11 +423,6 @@ def start_queue(jobs: int, *options: str) -> None:
     """Start workers of DVC's queue. They may outlive the queue, so they do not get our output."""
     command = ["dvc", "queue", "start", "--jobs", str(jobs), *options]
     subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=True)
-
-
-def _md5(path: Path) -> str:
-    """Hash a file as DVC does."""
-    return hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest()
 
 
 def _outs(stage: str, folder: Path) -> list[Path]:

@@ -11,21 +11,22 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
+import torch
 
 from cifarlab import files, pipeline
 from cifarlab.data.archives import MAX_MEMBER, read_file, readable, reason
 from cifarlab.data.dataset import Pixels
-from cifarlab.data.images import count_pixels, decode, is_image
+from cifarlab.data.images import decode, is_image
 from cifarlab.errors import UserError
+from cifarlab.nn import network as networks
 from cifarlab.nn import weights
 from cifarlab.nn.network import Network
 
 BATCH = 100
 STDIN = "-"
-COLUMNS = ("class", "probability")
 
 
 class Prediction(NamedTuple):
@@ -33,9 +34,8 @@ class Prediction(NamedTuple):
 
     image: str
     """The path, or "-" for standard input."""
-    classes: list[str]
-    """The most probable ones, the best first."""
-    probabilities: list[float]
+    top: list[tuple[str, float]]
+    """The most probable classes with their probabilities, the best first."""
 
 
 def load(model: str) -> Network:
@@ -60,8 +60,7 @@ def load(model: str) -> Network:
 
             path = download_network(model, Path(name))
         else:
-            commit = pipeline.find_commit(model)
-            path.write_bytes(pipeline.read_bytes(files.WEIGHTS, commit))
+            path.write_bytes(pipeline.read(files.WEIGHTS, pipeline.find(model).commit))
         return weights.load(path)
 
 
@@ -77,7 +76,7 @@ def find(names: Sequence[str]) -> list[str]:
     for name in names:
         path = Path(name).expanduser()
         if name == STDIN or path.is_file():
-            found.append(name if name == STDIN else str(path))
+            found.append(str(path))
             continue
         pattern = f"{glob.escape(name)}/**" if path.is_dir() else str(path)
         inside = map(Path, glob.glob(pattern, recursive=True))  # noqa: PTH207, absolute ones, too
@@ -99,10 +98,8 @@ def predict(
     top : how many classes to name
     broken : gets a sentence for each image that cannot be read
     """
-    import torch
-
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    network = network.to(device).eval()
+    network = network.to(device)
     with ThreadPoolExecutor() as pool:
         for start in range(0, len(images), BATCH):
             names = images[start : start + BATCH]
@@ -111,49 +108,41 @@ def predict(
             kept = [(n, p) for n, p in zip(names, decoded, strict=True) if not isinstance(p, str)]
             if not kept:
                 continue
-            pixels = np.stack([image for _, image in kept])
-            batch = torch.from_numpy(pixels).permute(0, 3, 1, 2).to(device)
-            with torch.inference_mode():
-                probabilities = network(batch).double().softmax(1).cpu().numpy()
+            batch = torch.from_numpy(np.stack([image for _, image in kept])).to(device)
+            logits = networks.predict(network, batch, BATCH)
+            probabilities = logits.double().softmax(1).cpu().numpy()
             best = np.argsort(-probabilities, 1, kind="stable")[:, :top]
             for (name, _), row, order in zip(kept, probabilities, best, strict=True):
-                yield Prediction(name, [network.classes[i] for i in order], row[order].tolist())
+                yield Prediction(name, [(network.classes[i], float(row[i])) for i in order])
 
 
 def shown(predictions: Iterator[Prediction], form: str) -> Iterator[str]:
     """Yield predictions as lines of a table, of "csv", or as a list in "json"."""
     if form == "json":
-        yield json.dumps([_record(found) for found in predictions], ensure_ascii=False, indent=2)
+        records = []
+        for image, pairs in predictions:
+            top = [{"class": label, "probability": round(p, 6)} for label, p in pairs]
+            records.append({"image": readable(image), **top[0], "top": top})
+        yield json.dumps(records, ensure_ascii=False, indent=2)
         return
-    line = io.StringIO()
-    writer = csv.writer(line, lineterminator="")
-    for number, found in enumerate(predictions):
-        pairs = list(zip(found.classes, found.probabilities, strict=True))
+    for number, (image, pairs) in enumerate(predictions):
         if form != "csv":
-            yield "  ".join([readable(found.image), *(f"{label} {p:.1%}" for label, p in pairs)])
+            yield "  ".join([readable(image), *(f"{label} {p:.1%}" for label, p in pairs)])
             continue
         if number == 0:
-            more = (f"{name}_{i}" for i in range(2, len(pairs) + 1) for name in COLUMNS)
-            yield ",".join(["image", *COLUMNS, *more])
-        line.seek(line.truncate(0))
-        writer.writerow([found.image, *(v for label, p in pairs for v in (label, f"{p:.6f}"))])
+            more = (f"class_{i},probability_{i}" for i in range(2, len(pairs) + 1))
+            yield ",".join(["image,class,probability", *more])
+        line = io.StringIO()
+        cells = (cell for label, p in pairs for cell in (label, f"{p:.6f}"))
+        csv.writer(line, lineterminator="").writerow([image, *cells])
         yield line.getvalue()
-
-
-def _record(found: Prediction) -> dict[str, Any]:
-    pairs = zip(found.classes, found.probabilities, strict=True)
-    top = [{"class": label, "probability": round(p, 6)} for label, p in pairs]
-    return {"image": readable(found.image), **top[0], "top": top}
 
 
 def _decode(name: str, size: int) -> Pixels | str:
     """Return the pixels of an image, or why there are none."""
     try:
         if name == STDIN:
-            file = io.BytesIO(sys.stdin.buffer.read(MAX_MEMBER))
-        else:
-            file = read_file(Path(name))
-        count_pixels(file)
-        return decode(file, size)
+            return decode(io.BytesIO(sys.stdin.buffer.read(MAX_MEMBER)), size)
+        return decode(read_file(Path(name)), size)
     except Exception as error:  # damaged bytes can raise any exception
         return f"{readable(name)}: {reason(error)}"

@@ -25,7 +25,7 @@ def verify(name: str) -> None:
     UserError
         There is no such experiment or commit, it could not be repeated, or the result differs.
     """
-    with pipeline.scratch_copy(pipeline.find_commit(name)) as folder:
+    with pipeline.scratch_copy(pipeline.find(name).commit) as folder:
         first = _contents(folder)
         if files.WEIGHTS not in first:
             advice = "commit dvc.lock and metrics/ after `dvc repro`"

@@ -338,7 +338,7 @@ def test_the_largest_page_is_below_5_mb_and_fits(
     classes = [*ODD, *(f"class {i} {'long name ' * (i % 6)}" for i in range(115))]
     noise = np.random.default_rng(0).integers(0, 256, (24, 64, 64, 3), np.uint8)
     tiles = [(pictures.png(pixels), [classes[3], classes[10]]) for pixels in noise]
-    monkeypatch.setattr(Run, "pictures", lambda _self, rows, _captions: tiles[: len(rows)])
+    monkeypatch.setattr(Run, "pictures", lambda _self, rows, most, _caption: tiles[:most])
     runs = [
         made_up(classes, seed, predictions=guesses(classes, 50_000, seed), mistakes=tiles)
         for seed in range(page.MOST)

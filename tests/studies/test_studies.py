@@ -196,8 +196,8 @@ def demo(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> list[pipeline.Revis
     experiments: list[pipeline.Revision] = []
     timing = {"run": "r", "seconds": 2.0, "wall": 3.0, "machine": "a CPU", "data": "digits"}
 
-    def read(path: Path, commit: str) -> str:
-        return pipeline.git("show", f"{commit}:{path}")
+    def read(path: Path, commit: str) -> bytes:
+        return pipeline.git("show", f"{commit}:{path}").encode()
 
     monkeypatch.setattr(pipeline, "experiments", lambda: experiments)
     monkeypatch.setattr(pipeline, "read", read)

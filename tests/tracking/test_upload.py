@@ -224,7 +224,7 @@ def test_outputs_in_another_folder_are_logged_from_there(
         for path in (checkout / name).iterdir():
             path.unlink()
     run = StageRun("evaluate", Execution(params, key, "name", "b" * 40, copy))
-    run.close(run.open(), "FINISHED")
+    run.close("FINISHED")
     [stored] = runs_in(checkout)
     assert stored.data.tags["dvc.exp.baseline"] == "b" * 40
     assert stored.data.metrics["test_accuracy"] == 0.75

@@ -59,53 +59,49 @@ class Member(NamedTuple):
 Members = Iterator[Member]
 
 
-class ArrayStandIn:
-    """Takes the place of numpy arrays in a pickle. Only arrays of uint8 are accepted.
+class StandIn:
+    """Takes the place of a numpy array or dtype in a pickle, and keeps what the pickle says of it.
 
     numpy's own `__setstate__` does not check its input: a damaged or hostile pickle can make it
     write anywhere in memory.
     """
 
-    def __init__(self, *_: Any) -> None:
-        self.array: npt.NDArray[np.uint8] = np.empty(0, np.uint8)
+    def __init__(self, *arguments: Any) -> None:
+        self.arguments, self.state = arguments, None
 
     def __setstate__(self, state: Any) -> None:
-        _, shape, dtype, fortran, content = state
-        if not isinstance(dtype, Uint8StandIn) or not isinstance(content, bytes):
+        self.state = state
+
+    @property
+    def array(self) -> npt.NDArray[np.uint8]:
+        """The array. Damaged ones, and those of another type than uint8, raise any exception."""
+        if self.state is None:  # an array without a state is empty
+            return np.empty(0, np.uint8)
+        _, shape, dtype, fortran, content = self.state
+        if dtype.arguments[0] not in ("u1", b"u1") or not isinstance(content, bytes):
             raise pickle.UnpicklingError("an array that is not of uint8")
-        self.array = np.frombuffer(content, np.uint8).reshape(shape, order="F" if fortran else "C")
-
-
-class Uint8StandIn:
-    """Takes the place of numpy dtypes in a pickle. Every dtype but uint8 is refused."""
-
-    def __init__(self, name: Any, *_: Any) -> None:
-        if name not in ("u1", b"u1"):
-            raise pickle.UnpicklingError("an array that is not of uint8")
-
-    def __setstate__(self, _: Any) -> None:
-        pass
+        return np.frombuffer(content, np.uint8).reshape(shape, order="F" if fortran else "C")
 
 
 # The unpickler written in Python: the one in C allocates as much memory as a pickle announces.
 class ArrayUnpickler(pickle._Unpickler):
-    """Reads plain containers and arrays of uint8 (as `ArrayStandIn`). Refuses everything else."""
+    """Reads plain containers, and arrays as `StandIn`. Refuses everything else."""
 
-    ALLOWED: ClassVar[dict[tuple[str, str], Any]] = {
-        ("numpy.core.multiarray", "_reconstruct"): ArrayStandIn,
-        ("numpy._core.multiarray", "_reconstruct"): ArrayStandIn,
-        ("numpy", "ndarray"): ArrayStandIn,
-        ("numpy", "dtype"): Uint8StandIn,
+    STAND_INS: ClassVar = {
+        ("numpy.core.multiarray", "_reconstruct"),
+        ("numpy._core.multiarray", "_reconstruct"),
+        ("numpy", "ndarray"),
+        ("numpy", "dtype"),
     }
     encoded = 0
 
     def find_class(self, module: str, name: str) -> Any:
         """Return the stand-in for a class or function that the pickle names."""
+        if (module, name) in self.STAND_INS:
+            return StandIn
         if (module, name) == ("_codecs", "encode"):
             return self._encode
-        if (module, name) not in self.ALLOWED:
-            raise pickle.UnpicklingError(readable(f"it asks for {module}.{name}"))
-        return self.ALLOWED[module, name]
+        raise pickle.UnpicklingError(readable(f"it asks for {module}.{name}"))
 
     def _encode(self, text: str, _: Any) -> bytes:
         """Return bytes that Python 3 wrote for Python 2. The pickle cannot choose the codec."""
@@ -137,7 +133,7 @@ def members(source: Path) -> Members:
     UserError
         The source is damaged or larger than the limits, or a member points outside of it.
     """
-    archive = _files_in_zip if zipfile.is_zipfile(source) else _files_in_tar
+    archive = _files_in_zip if zipfile.is_zipfile(source) else files_in_tar
     find = _files_in_folder if source.is_dir() else archive
     try:
         yield from find(source)
@@ -150,27 +146,22 @@ def members(source: Path) -> Members:
 def _files_in_folder(folder: Path) -> Members:
     top, followed = folder.resolve(), set[Path]()
     for parent, folders, files in os.walk(folder, onerror=_unlisted, followlinks=True):
-        inside = Path(parent).relative_to(folder)
-        links = [name for name in folders if Path(parent, name).is_symlink()]
-        for name in links:
-            path, target = Path(parent, name), _target(Path(parent, name))
+        for path in [Path(parent, name) for name in folders if Path(parent, name).is_symlink()]:
+            target = _target(path)
             problem = "" if target.is_relative_to(top) else LEADS_OUTSIDE
             # A link to a folder around it, or two links to each other, would never end.
             if not problem and (target in followed or path.absolute().is_relative_to(target)):
                 problem = "link to a folder that is read already"
             if problem:
-                folders.remove(name)
-                yield Member((inside / name).as_posix(), io.BytesIO, problem)
+                folders.remove(path.name)
+                yield Member(path.relative_to(folder).as_posix(), io.BytesIO, problem)
             followed.add(target)
         folders.sort()
-        for name in sorted(files):
-            path = Path(parent, name)
-            outside = path.is_symlink() and not _target(path).is_relative_to(top)
-            yield Member(
-                (inside / name).as_posix(),
-                partial(read_file, path),
-                LEADS_OUTSIDE if outside else "" if path.is_file() else NO_FILE,
-            )
+        for path in [Path(parent, name) for name in sorted(files)]:
+            problem = "" if path.is_file() else NO_FILE
+            if path.is_symlink() and not _target(path).is_relative_to(top):
+                problem = LEADS_OUTSIDE
+            yield Member(path.relative_to(folder).as_posix(), partial(read_file, path), problem)
 
 
 def _target(link: Path) -> Path:
@@ -193,9 +184,7 @@ def _files_in_zip(source: Path) -> Members:
         raise ValueError(f"the list of its members is larger than {MAX_DIRECTORY >> 20} MiB")
     with zipfile.ZipFile(source) as archive:
         for member in archive.infolist():
-            _check_name(source, member.filename)
-            # Some programs for Windows write backslashes.
-            name = member.filename.replace("\\", "/")
+            name = _checked_name(source, member.filename)
             # The other compression methods of zip have no bound on the memory that they take.
             if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
                 raise ValueError(f"{name} is not packed with deflate; pack it so")
@@ -206,43 +195,22 @@ def _files_in_zip(source: Path) -> Members:
                     yield Member(name, partial(read_bounded, file, member.file_size))
 
 
-def _files_in_tar(source: Path) -> Members:
-    for entry, read in tar_members(source):
-        for name in (entry.name, entry.linkname):  # the latter is empty unless it is a link
-            _check_name(source, name)
-        # Some programs for Windows write backslashes.
-        name = entry.name.replace("\\", "/")
-        if entry.isfile() and is_image(name) and entry.size > MAX_MEMBER:
-            # before unpacking it, to reach the next one
-            raise ValueError(f"{name} unpacks to {entry.size:,} bytes, {TOO_MANY}")
-        if not entry.isdir():
-            other = "link in an archive" if entry.linkname else NO_FILE
-            yield Member(name, read, "" if entry.isfile() else other)
-
-
 class BoundedTarInfo(tarfile.TarInfo):
     """A member of a tar archive whose headers must be few and small.
 
     tarfile reads headers (long names and the like) whole, however large they are unpacked.
     """
 
-    @classmethod
-    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
-        """Return the member that a block of 512 bytes describes. ValueError: it is refused."""
-        entry = super().frombuf(buf, encoding, errors)
-        most = entry.size if entry.isreg() else MAX_HEADER
-        if entry.type == tarfile.GNUTYPE_SPARSE or not 0 <= entry.size <= most:
-            raise ValueError(f"{entry.name} is a sparse file, or its header is too large")
-        return entry
-
-    @classmethod
-    def fromtarfile(cls, tar: tarfile.TarFile) -> Self:
-        """Return the next member. tarfile calls this again for each of its headers."""
+    def _proc_member(self, tar: tarfile.TarFile) -> tarfile.TarInfo:
+        """Read what belongs to a header. tarfile calls this for each header of a member."""
         assert isinstance(tar, BoundedTarFile)
         tar.headers += 1
         if tar.headers > MAX_HEADERS:
             raise ValueError("a member has too many headers")
-        return super().fromtarfile(tar)
+        most = self.size if self.isreg() else MAX_HEADER
+        if self.type == tarfile.GNUTYPE_SPARSE or not 0 <= self.size <= most:
+            raise ValueError(f"{self.name} is a sparse file, or its header is too large")
+        return super()._proc_member(tar)  # type: ignore[misc, no-any-return]
 
     def _refuse_sparse(self, *_: Any) -> NoReturn:
         raise ValueError(f"{self.name} is a sparse file")
@@ -273,21 +241,29 @@ class BoundedTarFile(tarfile.TarFile):
         self.headers = 0
         entry = super().next()
         self.members.clear()  # type: ignore[attr-defined]
-        # The size in a header of its own is not known to `frombuf`.
+        # The size in a header of its own is not known to `_proc_member`.
         if len(self.pax_headers) > 100 or (entry and entry.size < 0):
             raise ValueError("it has too many global headers, or a member of less than 0 bytes")
         return entry
 
 
-def tar_members(path: Path) -> Iterator[tuple[tarfile.TarInfo, Callable[[], io.BytesIO]]]:
-    """Yield the members of a tar archive of any compression, each with a function that reads it.
+def files_in_tar(source: Path) -> Members:
+    """Yield the files of a tar archive of any compression.
 
     After the last member a tar archive has a block of zeros, and gzip has a checksum. ValueError
     or an error of the compression: the archive is cut short or damaged.
     """
-    with path.open("rb") as file, BoundedTarFile.open(fileobj=file) as tar:
+    with source.open("rb") as file, BoundedTarFile.open(fileobj=file) as tar:
         while entry := tar.next():
-            yield entry, partial(_read_entry, tar, entry)
+            name = _checked_name(source, entry.name)
+            _checked_name(source, entry.linkname)  # it is empty unless it is a link
+            if entry.isfile() and is_image(name) and entry.size > MAX_MEMBER:
+                # before unpacking it, to reach the next one
+                raise ValueError(f"{name} unpacks to {entry.size:,} bytes, {TOO_MANY}")
+            if not entry.isdir():
+                other = "link in an archive" if entry.linkname else NO_FILE
+                problem = "" if entry.isfile() else other
+                yield Member(name, partial(_read_entry, tar, entry), problem)
         assert tar.fileobj
         tar.fileobj.seek(tar.offset)
         if tar.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
@@ -319,11 +295,7 @@ def readable(name: str) -> str:
     """
     hidden = r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]"
     # Python reads the byte 0xe9 as the surrogate 0xdce9.
-    return re.sub(
-        hidden,
-        lambda found: f"\\u{ord(found[0]):04x}".replace("\\udc", "\\x"),
-        name[:MAX_NAME],
-    )
+    return re.sub(hidden, lambda c: f"\\u{ord(c[0]):04x}".replace("\\udc", "\\x"), name[:MAX_NAME])
 
 
 def reason(error: Exception) -> str:
@@ -341,12 +313,15 @@ def reason(error: Exception) -> str:
     return readable(first_line(error))
 
 
-def _check_name(source: Path, name: str) -> None:
-    path, shown = PurePosixPath(name.replace("\\", "/")), readable(name)
+def _checked_name(source: Path, name: str) -> str:
+    """Return the name of a member with / between its parts. UserError: it is refused."""
+    unified = name.replace("\\", "/")  # some programs for Windows write backslashes
+    path, shown = PurePosixPath(unified), readable(name)
     if path.is_absolute() or ".." in path.parts:
         raise UserError(f"{source} is refused: its member {shown} points outside the archive")
     if any(len(part) > MAX_NAME for part in path.parts):
         raise UserError(f"{source}: the name {shown}… has over {MAX_NAME} characters; shorten it")
+    return unified
 
 
 def _unlisted(error: OSError) -> NoReturn:

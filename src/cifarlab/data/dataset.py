@@ -51,9 +51,7 @@ class Dataset:
         return stratified_split(self.labels["train"], share)
 
     def digest(
-        self,
-        files: "Mapping[str, ImageFile] | None" = None,
-        splits: Sequence[str] = SPLITS,
+        self, files: "Mapping[str, ImageFile] | None" = None, splits: Sequence[str] = SPLITS
     ) -> str:
         """Return the SHA-256 of pixels, labels and class names, in hexadecimal digits.
 
@@ -69,9 +67,7 @@ class Dataset:
             digest.update(np.ascontiguousarray(self.labels[split]).data)
         return digest.hexdigest()
 
-    def save(
-        self, folder: Path, blocks: Iterable[tuple[str, int, Pixels | None]] | None = None
-    ) -> None:
+    def save(self, folder: Path, blocks: Iterable[tuple[str, int, Pixels]] | None = None) -> None:
         """Write {train,test}_{images,labels}.npy and dataset.json into `folder`.
 
         If anything fails, the files that were there before stay.
@@ -80,7 +76,7 @@ class Dataset:
         ----------
         blocks : images that are not in memory together, instead of those of the dataset: their
             split, the number of the first one there, uint8 (height, width, 3) or (n, height,
-            width, 3), in any order; None for an image that does not exist, which is left out
+            width, 3), in any order; the labels of images that are not among them are left out
         """
         if blocks is None:
             blocks = ((split, 0, images) for split, images in self.images.items())
@@ -92,29 +88,21 @@ class Dataset:
                 # Without a buffer, because closing a full one raises an error without a name.
                 file = stack.enter_context(path.open("w+b", buffering=0))
                 files[split] = ImageFile(file, shape)
-            left_out: dict[str, list[int]] = {split: [] for split in SPLITS}
             for split, row, pixels in blocks:
-                if pixels is None:
-                    left_out[split].append(row)
-                else:
-                    files[split].write(row, pixels)
-            kept = self._without(left_out)
-            for split, labels in kept.labels.items():
-                files[split].remove(left_out[split])
-                np.save(stack.enter_context(atomic(folder / f"{split}_labels.npy")), labels)
-            counts = {split: len(kept.labels[split]) for split in SPLITS}
-            counts |= {"validation": kept.validation} if kept.validation else {}
+                files[split].write(row, pixels)
+            labels = {split: self.labels[split][files[split].written] for split in SPLITS}
+            before = len(self.labels["train"]) - self.validation
+            validation = int(files["train"].written[before:].sum())
+            kept = replace(self, labels=labels, validation=validation)
+            for split in SPLITS:
+                files[split].close_gaps()
+                np.save(stack.enter_context(atomic(folder / f"{split}_labels.npy")), labels[split])
+            counts = {split: len(labels[split]) for split in SPLITS}
+            counts |= {"validation": validation} if validation else {}
             digests = {"digest": kept.digest(files), "test_digest": kept.digest(files, ["test"])}
             meta = {"name": self.name, **digests, **counts}
             path = stack.enter_context(atomic(folder / "dataset.json"))
             write_json(path, {**meta, "classes": self.classes})
-
-    def _without(self, rows: dict[str, list[int]]) -> "Dataset":
-        """Return the dataset without some labels."""
-        first = len(self.labels["train"]) - self.validation
-        validation = self.validation - sum(row >= first for row in rows["train"])
-        labels = {split: np.delete(self.labels[split], rows[split]) for split in SPLITS}
-        return replace(self, labels=labels, validation=validation)
 
     @classmethod
     def load(cls, folder: Path) -> "Dataset":
@@ -142,6 +130,7 @@ class ImageFile:
 
     def __init__(self, file: FileIO, shape: tuple[int, ...]) -> None:
         self.file, self.shape, self.size = file, shape, math.prod(shape[1:])
+        self.written = np.zeros(shape[0], bool)
         self._write_header()
         self.start = file.tell()
 
@@ -159,13 +148,12 @@ class ImageFile:
                 left = left[self.file.write(left) :]
         except OSError as error:  # it names no file
             raise OSError(error.errno, error.strerror, str(self.file.name)) from error
+        self.written[row : row + pixels.size // self.size] = True
 
-    def remove(self, rows: list[int]) -> None:
-        """Close the gaps that some images leave."""
-        if not rows:
-            return
-        kept = np.delete(np.arange(self.shape[0]), rows)
-        for new, old in enumerate(kept.tolist()):
+    def close_gaps(self) -> None:
+        """Remove the rows of images that were not written."""
+        kept = np.flatnonzero(self.written).tolist()
+        for new, old in enumerate(kept):
             if new != old:
                 self.file.seek(self.start + old * self.size)
                 self.write(new, np.frombuffer(self.file.read(self.size), np.uint8))
@@ -178,9 +166,7 @@ class ImageFile:
         return iter(lambda: self.file.read(2**20), b"")
 
 
-def stratified_split(
-    labels: npt.NDArray[np.int64], share: float
-) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+def stratified_split(labels: Labels, share: float) -> tuple[Labels, Labels]:
     """Split the indices of `labels` into (kept, held out), both ascending.
 
     The same `share` of every class is held out. The split is always the same, so that runs with

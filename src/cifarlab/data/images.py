@@ -51,17 +51,14 @@ def count_pixels(file: io.BytesIO) -> int:
     Damaged images raise any exception. ValueError: the image is too large.
     """
     with _open(file) as image:
-        if (pixels := image.width * image.height) > MAX_IMAGE:
-            limit = f"more than {MAX_IMAGE // 10**6} million pixels"
-            raise ValueError(f"{image.width:,}×{image.height:,} are {limit}")
-    return pixels
+        return image.width * image.height
 
 
 def decode(file: io.BytesIO, size: int) -> Pixels:
     """Return the middle square of an image, turned upright, as uint8 (size, size, 3), RGB.
 
     Of an animation it is the first picture, and what is transparent has the colour that is stored
-    there. Damaged images raise any exception.
+    there. Damaged images raise any exception. ValueError: the image is too large.
     """
     from PIL import ImageOps
 
@@ -78,7 +75,11 @@ def decode(file: io.BytesIO, size: int) -> Pixels:
 def _open(file: io.BytesIO) -> "Image":
     from PIL import Image
 
-    return Image.open(file, formats=sorted({*formats().values()}))
+    image = Image.open(file, formats=sorted({*formats().values()}))
+    if image.width * image.height > MAX_IMAGE:
+        limit = f"more than {MAX_IMAGE // 10**6} million pixels"
+        raise ValueError(f"{image.width:,}×{image.height:,} are {limit}")
+    return image
 
 
 def _rgb(image: "Image") -> "Image":

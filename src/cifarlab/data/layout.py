@@ -52,26 +52,20 @@ def by_folders(names: Iterable[str]) -> Layout:
     the case of the names of the splits.
     """
     images, problems = _images(names)
-    parts = {name: PurePosixPath(name).parts for name in images}
-    split_at = {name: _split_at(path) for name, path in parts.items()}
-    splits = {parts[name][at].lower() for name, at in split_at.items() if at is not None}
-    divided = any(SPLIT_NAMES[split] == "train" for split in splits)
-    rest: dict[str, tuple[str, ...]] = {}
-    for name, path in parts.items():
-        if not divided:
-            rest[name] = path
-        elif (at := split_at[name]) is not None:
-            rest[name] = path[at + 1 :]
-        else:
-            problems.append(Problem(name, f"outside of {_join(splits)}"))
-    rest = _without_top(rest)
-    problems += [Problem(n, "in no class folder") for n, path in rest.items() if len(path) < 2]
+    found = {name: _split(PurePosixPath(name).parts) for name in images}
+    splits = {split for split, _ in found.values() if split}
+    if any(SPLIT_NAMES[split] == "train" for split in splits):
+        outside = f"outside of {_join(splits)}"
+        problems += [Problem(name, outside) for name, (split, _) in found.items() if not split]
+        found = {name: place for name, place in found.items() if place[0]}
+    else:
+        found = {name: ("", PurePosixPath(name).parts) for name in images}
     places = {}
-    for name, (label, *file) in rest.items():
+    for name, (label, *file) in _without_top({n: path for n, (_, path) in found.items()}).items():
         if file:
-            at = split_at[name] if divided else None
-            split = "" if at is None else SPLIT_NAMES[parts[name][at].lower()]
-            places[name] = Place(split, label, "/".join(file))
+            places[name] = Place(SPLIT_NAMES.get(found[name][0], ""), label, "/".join(file))
+        else:
+            problems.append(Problem(name, "in no class folder"))
     return _same_case(places), problems
 
 
@@ -88,32 +82,28 @@ def by_table(names: Iterable[str], text: str, table: str) -> Layout:
         files is missing.
     """
     images, problems = _images(name for name in names if PurePosixPath(name).name != table)
-    paths = {name: PurePosixPath(name) for name in images}
-    inner = {
-        n: "/".join(p) for n, p in _without_top({n: p.parts for n, p in paths.items()}).items()
-    }
     found: dict[str, list[str]] = {}
-    for name, path in paths.items():
-        for key in {str(path), inner.get(name, ""), path.name, path.stem}:
+    for name, parts in _without_top({n: PurePosixPath(n).parts for n in images}).items():
+        path = PurePosixPath(name)
+        for key in {str(path), "/".join(parts), path.name, path.stem}:
             found.setdefault(key, []).append(name)
     places: dict[str, Place] = {}
     rows = _rows(text, table)
     for line, row in rows:
         file, label, split = (row.get(column, "") for column in ("file", "label", "split"))
+        where = f"{table}, line {line}"
         if split and split.lower() not in SPLIT_NAMES:
             known = _join(SPLIT_NAMES)
-            raise UserError(
-                f"{table}, line {line}: the split {readable(split)!r} is none of {known}"
-            )
+            raise UserError(f"{where}: the split {readable(split)!r} is none of {known}")
         known_as = found.get(str(PurePosixPath(file.replace("\\", "/"))), [])
         if len(known_as) != 1 or not label:
             why = "is ambiguous" if known_as else "is missing"
             why = f"in {table}, but {why if label else 'has no label'}"
-            problems.append(Problem(f"{table}, line {line}: {file}", why))
+            problems.append(Problem(f"{where}: {file}", why))
             continue
         place = Place(SPLIT_NAMES.get(split.lower(), ""), label, file)
         if places.setdefault(known_as[0], place)[:2] != place[:2]:
-            raise UserError(f"{table}, line {line}: {readable(file)} has another label above")
+            raise UserError(f"{where}: {readable(file)} has another label above")
     if 10 * (len(rows) - len(places)) > len(rows):
         example = next(problem.file for problem in problems if problem.file.startswith(table))
         count = f"{len(places)} of {len(rows)} files in {table} are there"
@@ -177,12 +167,15 @@ def _images(names: Iterable[str]) -> tuple[list[str], list[Problem]]:
     return images, problems
 
 
-def _split_at(path: tuple[str, ...]) -> int | None:
-    """Return which part of a path is a split with a class and a file below it.
+def _split(path: tuple[str, ...]) -> tuple[str, tuple[str, ...]]:
+    """Return the first part of a path that is a split, in lower case, and the parts below it.
 
-    A class may be called train.
+    There are a class and a file below it: a class may be called train. Without such a part the
+    split is empty.
     """
-    return next((i for i, part in enumerate(path[:-2]) if part.lower() in SPLIT_NAMES), None)
+    found = (i for i, part in enumerate(path[:-2]) if part.lower() in SPLIT_NAMES)
+    at = next(found, None)
+    return ("", path) if at is None else (path[at].lower(), path[at + 1 :])
 
 
 def _without_top(paths: Mapping[str, tuple[str, ...]]) -> dict[str, tuple[str, ...]]:

@@ -5,13 +5,12 @@ import io
 import sys
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from itertools import chain
 from pathlib import Path, PurePosixPath
-from typing import Any
 
 import numpy as np
 
@@ -74,13 +73,13 @@ def read_cifar10(archive: Path) -> Dataset:
     batches: dict[str, tuple[Pixels, Labels]] = {}
     classes: list[str] = []
     try:
-        for entry, read in archives.tar_members(archive):
-            folder, _, name = entry.name.partition("/")
+        for member in archives.files_in_tar(archive):
+            folder, _, name = member.name.partition("/")
             if folder == "cifar-10-batches-py" and name == "batches.meta":
-                names = archives.unpickle(read())[b"label_names"]
+                names = archives.unpickle(member.read())[b"label_names"]
                 classes = [readable(label.decode()) for label in names]
             elif folder == "cifar-10-batches-py" and name in chain(*CIFAR10_FILES.values()):
-                batches[name] = _cifar10_batch(name, read)
+                batches[name] = _cifar10_batch(name, member.read)
         images, labels = {}, {}
         for split, files in CIFAR10_FILES.items():
             pixels, numbers = zip(*(batches[name] for name in files), strict=True)
@@ -122,7 +121,7 @@ def write_folder(source: Path, params: DataParams, folder: Path) -> list[Problem
         The archive is damaged, too many images are, the splits have different classes, or there
         are too many images.
     """
-    names, problems = _list(source, params.image_size)
+    names, unreadable, problems = _list(source, params.image_size)
     if params.labels:
         places, others = layout.by_table(names, *_table(source, params.labels))
     else:
@@ -132,40 +131,40 @@ def write_folder(source: Path, params: DataParams, folder: Path) -> list[Problem
     places = {n: place._replace(label=shown[place.label]) for n, place in places.items()}
     if not places:
         layouts = "train/<class>/ and test/<class>/, or in <class>/"
-        found = layout.summary(problems)
+        found = layout.summary(unreadable + problems)
         raise UserError(f"{source} holds no images in {layouts}{found}; see docs/data.md")
-    places = _with_test(source, places, params.test)
+    places = _with_test(source, names, places, params.test)
     _check_classes(source, places)
-    unreadable = [problem for problem in problems if problem.kind == UNREADABLE]
-    reading = Reading(source, params.image_size, places, {*names}, unreadable)
+    reading = Reading(source, params.image_size, places, names, unreadable)
     reading.save(folder)
-    return [problem for problem in problems if problem.kind != UNREADABLE] + reading.problems
+    return problems + reading.problems
 
 
-def _list(source: Path, image_size: int) -> tuple[list[str], list[Problem]]:
-    """Return the names of all files, and those that cannot be read.
+def _list(source: Path, image_size: int) -> tuple[Collection[str], list[Problem], list[Problem]]:
+    """Return the names of all files, and images and other files that cannot be read.
 
-    UserError: there are too many, or two have the same name.
+    UserError: there are too many, or two images have the same name.
     """
     names: dict[str, None] = {}
-    problems: list[Problem] = []
+    unreadable: list[Problem] = []
+    others: list[Problem] = []
     size = images = 0
     for member in members(source):
-        size += sys.getsizeof(member.name) + 600  # the tables made of it need more
-        images += is_image(member.name)
+        name, image = member.name, is_image(member.name)
+        size += sys.getsizeof(name) + 600  # the tables made of it need more
+        images += image
         if size > MAX_NAMES or images * 3 * image_size**2 > MAX_PIXELS:
             most = f"{MAX_PIXELS >> 30} GiB or {MAX_NAMES >> 20} MiB of names"
             raise UserError(f"{source} holds over {most}; lower data.image_size or use fewer")
-        if member.problem:
-            name, why = member.name, member.problem
-            image = is_image(name)
-            problems.append(Problem(name, UNREADABLE, why) if image else Problem(name, why))
-        elif member.name in names and is_image(member.name):
-            twice = readable(member.name)
-            raise UserError(f"{source} holds two files called {twice}; remove one")
+        if member.problem and image:
+            unreadable.append(Problem(name, UNREADABLE, member.problem))
+        elif member.problem:
+            others.append(Problem(name, member.problem))
+        elif name in names and image:
+            raise UserError(f"{source} holds two files called {readable(name)}; remove one")
         else:
-            names[member.name] = None
-    return list(names), problems
+            names[name] = None
+    return names, unreadable, others
 
 
 def _table(source: Path, name: str) -> tuple[str, str]:
@@ -181,7 +180,9 @@ def _table(source: Path, name: str) -> tuple[str, str]:
         raise UserError(f"{name} is not UTF-8; save it as CSV in UTF-8") from error
 
 
-def _with_test(source: Path, places: dict[str, Place], share: float) -> dict[str, Place]:
+def _with_test(
+    source: Path, names: Collection[str], places: dict[str, Place], share: float
+) -> dict[str, Place]:
     """Return the places with a part for testing, and print where it comes from."""
     splits = {place.split for place in places.values()}
     if "test" in splits:
@@ -193,9 +194,7 @@ def _with_test(source: Path, places: dict[str, Place], share: float) -> dict[str
         raise UserError(f"{source} has no test images, and data.test = 0 holds out none; raise it")
     print(f"there is no test/: of each class, the share data.test = {share:g} is for testing")
     # By content, so that neither order nor names matter, and equal images stay together.
-    digests = {m.name: _sha256(m) for m in members(source) if m.name in places}
-    if digests.keys() != places.keys():
-        raise UserError(_changed(source))
+    digests = {member.name: _sha256(member) for member in _again(source, names, places)}
     classes: dict[str, list[str]] = {}
     for name in sorted(places, key=lambda name: (digests[name], places[name])):
         classes.setdefault(places[name].label, []).append(name)
@@ -216,8 +215,8 @@ def _check_classes(source: Path, places: dict[str, Place]) -> None:
     for place in places.values():
         if place.label not in classes["train"]:
             raise UserError(f"{source} holds no images in train/{place.label}/")
-    if len({*places.values()}) < len(places):
-        place, _ = Counter(places.values()).most_common(1)[0]
+    [(place, count)] = Counter(places.values()).most_common(1)
+    if count > 1:
         twice = readable("/".join(place))
         raise UserError(f"{source} holds two images called {twice}; remove one")
 
@@ -229,96 +228,93 @@ class Reading:
     source: Path
     size: int
     places: dict[str, Place]
-    names: set[str]
+    names: Collection[str]
     """All files of the source."""
     problems: list[Problem]
     """Images that cannot be read."""
-    digests: dict[str, dict[bytes, str]] = field(default_factory=lambda: {s: {} for s in SPLITS})
-    """Of the pixels of each split, and the name of an image that has them."""
 
     def save(self, folder: Path) -> None:
         """Write the dataset. Validation images are the last ones of the training images."""
-        # A place sorts as split, label and file, so validation comes behind train.
-        order = sorted(self.places, key=lambda name: self.places[name])
         classes = sorted({place.label for place in self.places.values()})
         number = {label: i for i, label in enumerate(classes)}
-        parts = {"train": ("train", "validation"), "test": ("test",)}
-        found = {
-            split: [n for part in parts[split] for n in order if self.places[n].split == part]
-            for split in SPLITS
-        }
-        labels = {
-            split: np.array([number[self.places[name].label] for name in found[split]], np.int64)
-            for split in SPLITS
-        }
-        rows = {name: (split, row) for split in SPLITS for row, name in enumerate(found[split])}
+        rows: dict[str, tuple[str, int]] = {}
+        labels: dict[str, list[int]] = {split: [] for split in SPLITS}
+        # A place sorts as split, label and file, so validation comes behind train.
+        for name, place in sorted(self.places.items(), key=lambda item: item[1]):
+            split = "test" if place.split == "test" else "train"
+            rows[name] = split, len(labels[split])
+            labels[split].append(number[place.label])
         validation = sum(place.split == "validation" for place in self.places.values())
         images = dict.fromkeys(SPLITS, np.empty((0, self.size, self.size, 3), np.uint8))
+        arrays = {split: np.array(numbers, np.int64) for split, numbers in labels.items()}
         name = self.source.resolve().name.split(".")[0]
+        data = Dataset(images, arrays, classes, name, validation)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's, of metadata and large images
-            Dataset(images, labels, classes, name, validation).save(folder, self._decoded(rows))
+            data.save(folder, self._decoded(rows))
 
-    def _decoded(
-        self, rows: dict[str, tuple[str, int]]
-    ) -> Iterator[tuple[str, int, Pixels | None]]:
-        """Yield split, number and pixels (size, size, 3) of all images, in the order of the source.
+    def _decoded(self, rows: dict[str, tuple[str, int]]) -> Iterator[tuple[str, int, Pixels]]:
+        """Yield split, number and pixels (size, size, 3) of images, in the order of the source.
 
-        `rows` has split and number for the name of each image. None stands for an image that cannot
-        be read. UserError: that are too many, or images have gone.
+        `rows` has split and number for the name of each image. What cannot be read is left out.
+        UserError: that are too many, or the source has changed.
         """
+        # The digests of the pixels of each split, and the name of an image that has them.
+        digests: dict[str, dict[bytes, str]] = {split: {} for split in SPLITS}
+        with ThreadPoolExecutor() as pool:
+            for batch in self._batches():
+                decoded = pool.map(self._decode, *zip(*batch, strict=True))
+                for (name, _), pixels in zip(batch, decoded, strict=True):
+                    if pixels is None:
+                        continue
+                    split, row = rows[name]
+                    digest = hashlib.blake2b(pixels.data, digest_size=16).digest()
+                    digests[split][digest] = min(name, digests[split].get(digest, name))
+                    yield split, row, pixels
+        self._judge(digests["train"], digests["test"])
+
+    def _batches(self) -> Iterator[list[tuple[str, io.BytesIO]]]:
+        """Yield names and files of images, grouped so that decoding a group takes little memory."""
         from tqdm import tqdm
 
-        left = dict(rows)
-        bar = tqdm(None, f"reading {self.source.name}", len(rows), unit=" images", disable=None)
-        with ThreadPoolExecutor() as pool, bar:
-            for batch in self._batches(rows):
-                for (name, _), pixels in zip(batch, pool.map(self._decode, batch), strict=True):
-                    split, row = left.pop(name)
-                    if isinstance(pixels, Problem):
-                        self.problems.append(pixels)
-                    else:
-                        digest = hashlib.blake2b(pixels.data, digest_size=16).digest()
-                        known = self.digests[split].get(digest, name)
-                        self.digests[split][digest] = min(name, known)
-                    yield split, row, None if isinstance(pixels, Problem) else pixels
-                    bar.update()
-        if left:
-            raise UserError(_changed(self.source))
-        self._judge()
-
-    def _batches(self, rows: Mapping[str, Any]) -> Iterator[list[tuple[str, io.BytesIO | Problem]]]:
-        """Yield names and files of images, grouped so that decoding a group takes little memory."""
-        batch: list[tuple[str, io.BytesIO | Problem]] = []
-        pixels = size = 0
-        for member in members(self.source):
-            if member.name not in self.names and not member.problem:
-                raise UserError(_changed(self.source))
-            if member.name not in rows:
-                continue
-            item: io.BytesIO | Problem = io.BytesIO()
-            more = length = 0
+        batch: list[tuple[str, io.BytesIO]] = []
+        used = 0.0  # of the memory and threads that a group may take
+        images = _again(self.source, self.names, self.places)
+        what, total = f"reading {self.source.name}", len(self.places)
+        for member in tqdm(images, what, total, unit=" images", disable=None):
             try:
-                item = file = member.read()
-                more, length = count_pixels(file), file.getbuffer().nbytes
+                file = member.read()
+                pixels, length = count_pixels(file), file.getbuffer().nbytes
             except Exception as error:  # damaged bytes can raise any exception
-                item = _unreadable(member.name, error)
-            pixels, size = pixels + more, size + length
-            if len(batch) == BATCH or pixels > MAX_IMAGE or size > archives.MAX_MEMBER:
+                self._note(member.name, error)
+                continue
+            share = pixels / MAX_IMAGE + length / archives.MAX_MEMBER + 1 / BATCH
+            if used + share > 1:
                 yield batch
-                batch, pixels, size = [], more, length
-            batch.append((member.name, item))
+                batch, used = [], 0
+            used += share
+            batch.append((member.name, file))
         yield batch
 
-    def _decode(self, item: tuple[str, io.BytesIO | Problem]) -> Pixels | Problem:
-        name, file = item
+    def _decode(self, name: str, file: io.BytesIO) -> Pixels | None:
         try:
-            return file if isinstance(file, Problem) else decode(file, self.size)
+            return decode(file, self.size)
         except Exception as error:  # damaged bytes can raise any exception
-            return _unreadable(name, error)
+            self._note(name, error)
+            return None
 
-    def _judge(self) -> None:
-        """Refuse a source of which too much cannot be read, and note images in both splits."""
+    def _note(self, name: str, error: Exception) -> None:
+        """Note an image that cannot be read."""
+        suffix = PurePosixPath(name).suffix.lower()
+        extra = suffix in EXTRA.keys() - formats()
+        needed = f"; {EXTRA[suffix]} opens {suffix}" if extra else ""
+        self.problems.append(Problem(name, UNREADABLE, f"{reason(error)}{needed}"))
+
+    def _judge(self, train: dict[bytes, str], test: dict[bytes, str]) -> None:
+        """Refuse a source of which too much cannot be read, and note images in both splits.
+
+        `train` and `test` have the name of an image for each digest of pixels.
+        """
         bad = {problem.file for problem in self.problems}
         images = len(bad | self.places.keys())
         if len(bad) > REFUSE_ABOVE * images:
@@ -327,16 +323,9 @@ class Reading:
             count = f"{len(bad):,} of {images:,} images cannot be read"
             raise UserError(f"{self.source}: {count}; {example}; repair, shrink or remove them")
         _check_classes(self.source, {n: p for n, p in self.places.items() if n not in bad})
-        for digest in self.digests["train"].keys() & self.digests["test"].keys():
-            test, train = self.digests["test"][digest], self.digests["train"][digest]
-            self.problems.append(Problem(test, layout.IN_BOTH, train))
+        both = train.keys() & test.keys()
+        self.problems += [Problem(test[d], layout.IN_BOTH, train[d]) for d in both]
         self.problems.sort()
-
-
-def _unreadable(name: str, error: Exception) -> Problem:
-    suffix = PurePosixPath(name).suffix.lower()
-    needed = f"; {EXTRA[suffix]} opens {suffix}" if suffix in EXTRA.keys() - formats() else ""
-    return Problem(name, UNREADABLE, f"{reason(error)}{needed}")
 
 
 def _sha256(member: Member) -> bytes:
@@ -346,8 +335,21 @@ def _sha256(member: Member) -> bytes:
         return b""
 
 
-def _changed(source: Path) -> str:
-    return f"{source} has changed while it was read; type the same command again"
+def _again(source: Path, names: Collection[str], images: Collection[str]) -> Iterator[Member]:
+    """Yield the images of a source that was read before. `names` are those of all its files.
+
+    UserError: other files are there now.
+    """
+    left = {*images}
+    changed = f"{source} has changed while it was read; type the same command again"
+    for member in members(source):
+        if member.name not in names and not member.problem:
+            raise UserError(changed)
+        if member.name in left:
+            left.remove(member.name)
+            yield member
+    if left:
+        raise UserError(changed)
 
 
 def digits() -> Dataset:
@@ -360,8 +362,7 @@ def digits() -> Dataset:
     bundle = load_digits()
     pixels = (bundle.images * (255 / 16)).round().astype(np.uint8)
     images = np.repeat(pixels.repeat(4, axis=1).repeat(4, axis=2)[..., None], 3, axis=3)
-    train, test = stratified_split(bundle.target, 0.2)
-    labels, classes = bundle.target.astype(np.int64), list("0123456789")
-    split_images = {"train": images[train], "test": images[test]}
-    split_labels = {"train": labels[train], "test": labels[test]}
-    return Dataset(split_images, split_labels, classes, "digits")
+    parts = dict(zip(SPLITS, stratified_split(bundle.target, 0.2), strict=True))
+    split_images = {split: images[rows] for split, rows in parts.items()}
+    labels = {split: bundle.target[rows].astype(np.int64) for split, rows in parts.items()}
+    return Dataset(split_images, labels, list("0123456789"), "digits")

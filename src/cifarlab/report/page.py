@@ -86,16 +86,13 @@ def compare(first: Run, second: Run) -> Values:
 
 def _examples(run: Run, one: pd.DataFrame, other: pd.DataFrame) -> list[Pictures]:
     """Return images that only one of two gets right; those first at which the other is surest."""
-    found = []
-    for winner, loser in ((one, other), (other, one)):
-        rows = loser[statistics.right(winner) & ~statistics.right(loser)]
-        rows = rows.sort_values("confidence", ascending=False, kind="stable").head(EXAMPLES)
-        captions = []
-        for i in rows.index:
-            said = [f"{t.predicted[i]} ({t.confidence[i]:.0%})" for t in (one, other)]
-            captions.append([str(rows.actual[i]), f"1 says {said[0]}", f"2 says {said[1]}"])
-        found.append(run.pictures(rows, captions))
-    return found
+
+    def caption(row: Any) -> list[str]:
+        said = [f"{t.predicted[row.Index]} ({t.confidence[row.Index]:.0%})" for t in (one, other)]
+        return [row.actual, f"1 says {said[0]}", f"2 says {said[1]}"]
+
+    a, b = statistics.right(one), statistics.right(other)
+    return [run.pictures(rows, EXAMPLES, caption) for rows in (other[a & ~b], one[b & ~a])]
 
 
 def _chart(quantity: str, runs: Sequence[Run]) -> dict[str, Any] | None:

@@ -61,12 +61,15 @@ class Run:
             self.missing[part] = first_line(error)
             return None
 
-    def pictures(self, rows: pd.DataFrame, captions: list[list[str]]) -> Pictures:
-        """Return test images with captions; the index of `rows` has their numbers."""
+    def pictures(
+        self, rows: pd.DataFrame, most: int, caption: Callable[[Any], list[str]]
+    ) -> Pictures:
+        """Return the test images of some predictions; those of the highest confidence first."""
+        rows = rows.sort_values("confidence", ascending=False, kind="stable").head(most)
         path = files.DATA / "test_images.npy"
         with pipeline.tree(self.revision) as open_file, open_file(path) as file:
-            pixels = pictures.rows(file, rows.index.tolist())
-            return list(zip(map(pictures.png, pixels), captions, strict=True))
+            shown = map(pictures.png, pictures.rows(file, rows.index.tolist()))
+            return list(zip(shown, map(caption, rows.itertuples()), strict=True))
 
 
 def load(revision: Revision, tracked: Sequence[Any]) -> Run:
@@ -89,23 +92,18 @@ def load(revision: Revision, tracked: Sequence[Any]) -> Run:
             with open_file(path) as file:
                 return BytesIO(file.read())
 
-        # A damaged table is refused. A class may be called 7 or NA.
-        types = {"actual": str, "predicted": str, "confidence": float}
+        def table(path: Path, columns: dict[str, Any]) -> pd.DataFrame:
+            # A damaged table is refused. A class may be called 7 or NA.
+            return pd.read_csv(
+                read(path), usecols=list(columns), dtype=columns, keep_default_na=False
+            )
+
         run.history = run.try_to(
             "history", lambda: pd.read_csv(read(files.HISTORY), dtype=float).set_index("epoch")
         )
-        run.predictions = run.try_to(
-            "predictions",
-            lambda: pd.read_csv(
-                read(files.PREDICTIONS), usecols=[*types], dtype=types, keep_default_na=False
-            ),
-        )
-        each = run.try_to(
-            "classes",
-            lambda: pd.read_csv(
-                read(files.PER_CLASS), usecols=["class"], dtype=str, keep_default_na=False
-            ),
-        )
+        columns = {"actual": str, "predicted": str, "confidence": float}
+        run.predictions = run.try_to("predictions", lambda: table(files.PREDICTIONS, columns))
+        each = run.try_to("classes", lambda: table(files.PER_CLASS, {"class": str}))
         if each is not None:
             run.classes = [*each["class"]]
         elif run.predictions is not None:
@@ -182,6 +180,5 @@ def _mistakes(run: Run) -> Pictures:
     """Return the wrong predictions of which the network was most confident."""
     assert run.predictions is not None
     wrong = run.predictions[~right(run.predictions)]
-    wrong = wrong.sort_values("confidence", ascending=False, kind="stable").head(MISTAKES)
-    lines = [[f"{r.actual}", f"→ {r.predicted} ({r.confidence:.0%})"] for r in wrong.itertuples()]
-    return run.pictures(wrong, lines)
+    said = "→ {0.predicted} ({0.confidence:.0%})"
+    return run.pictures(wrong, MISTAKES, lambda row: [row.actual, said.format(row)])

@@ -76,12 +76,9 @@ def compare(
 
     def row(those: Any) -> dict[str, Any]:
         only_first, only_second, p = mcnemar(a[those], b[those])
-        accuracies = {
-            "images": int(those.sum()),
-            "first": a[those].mean(),
-            "second": b[those].mean(),
-        }
-        return accuracies | {"only_first": only_first, "only_second": only_second, "p": p}
+        accuracies = {"first": a[those].mean(), "second": b[those].mean()}
+        counts = {"images": int(those.sum()), "only_first": only_first, "only_second": only_second}
+        return counts | accuracies | {"p": p}
 
     each = pd.DataFrame([row(one.actual == name) for name in classes], [*classes])
     each["p"] = multipletests(each["p"], method="holm")[1]

@@ -60,7 +60,7 @@ class Checkpoint:
             before, now = loaded["conditions"], self.conditions
             for name in now | before:
                 then, current = before.get(name, "none"), now.get(name, "none")
-                if before.get(name) != now.get(name):
+                if then != current:
                     raise ValueError(f"it was made with {name} {then}, now it is {current}")
             return dict(loaded["state"])
         except Exception as error:  # a damaged zip or a hostile pickle can raise anything

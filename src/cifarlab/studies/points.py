@@ -6,7 +6,6 @@ entries of docs/studies/same-bytes.json, each of which says: these two codes wer
 the same bytes.
 """
 
-import hashlib
 import io
 import itertools
 import json
@@ -15,14 +14,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pandas as pd
-import yaml
 from pandas import DataFrame
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from cifarlab import files, pipeline
+from cifarlab.digest import json_digest
 from cifarlab.errors import UserError, first_line
 from cifarlab.params.load import changed
-from cifarlab.params.sections import DEFAULT_FOLDER, Params
+from cifarlab.params.sections import DEFAULT_FOLDER
+from cifarlab.pipeline import Revision
 from cifarlab.studies.question import Parameters, Study, slug
 from cifarlab.tracking.studies import timing_of
 from cifarlab.tracking.upload import read_table
@@ -110,8 +110,7 @@ def key_of(parameters: Parameters) -> str:
     1 and 1.0 are equal.
     """
     deciding = {k: value for k, value in parameters.items() if not k.startswith(UNDECIDING)}
-    numbers_as_floats = json.loads(json.dumps(deciding), parse_int=float)
-    return hashlib.sha256(json.dumps(numbers_as_floats, sort_keys=True).encode()).hexdigest()[:16]
+    return json_digest(json.loads(json.dumps(deciding), parse_int=float))[:16]
 
 
 def valid_origins(parameters: Parameters, code: str, links: list[Link]) -> set[tuple[str, str]]:
@@ -175,15 +174,11 @@ def read_tables(name: str) -> Tables:
         A table is damaged.
     """
     tables = []
-    for path, identity in zip(_paths(name), (ORIGIN, [*ORIGIN, "epoch"]), strict=True):
+    for path, identity in zip(paths(name), (ORIGIN, [*ORIGIN, "epoch"]), strict=True):
+        table = DataFrame(columns=[*identity, "commit", "data"])
         try:
-            empty = DataFrame(columns=[*identity, "commit", "data"])
-            # A variant may be called None.
-            table = (
-                pd.read_csv(path, dtype=TEXT, keep_default_na=False, na_values=[""])
-                if path.exists()
-                else empty
-            )
+            if path.exists():  # a variant may be called None
+                table = pd.read_csv(path, dtype=TEXT, keep_default_na=False, na_values=[""])
             tables.append(table.drop_duplicates(identity, keep="last", ignore_index=True))
         except (ValueError, KeyError) as error:  # for example the marks of a merge conflict
             reason = f"is damaged or lacks columns ({first_line(error)})"
@@ -236,9 +231,9 @@ def record(name: str, study: Study, points: list[Point]) -> Tables:
     if new:
         rows, histories = zip(*new, strict=True)
         added = (DataFrame(rows), pd.concat(histories))
-        tables = list(zip(_paths(name), read_tables(name), added, strict=True))
+        tables = zip(paths(name), read_tables(name), added, strict=True)
         # The epochs come first: without them a row of the results would be useless.
-        for path, known, more in reversed(tables):
+        for path, known, more in [*tables][::-1]:
             # An empty table would turn whole numbers into floats.
             table = pd.concat([known, more]) if len(known) else more
             with files.atomic(path) as temporary:
@@ -255,7 +250,7 @@ def finished(points: list[Point]) -> Iterator[tuple[dict[str, Any], DataFrame]]:
     for point in points:
         key = key_of(point.parameters)
         named = (revision for revision in experiments if revision.name == point.experiment)
-        revision = next((found for found in named if _ran_with(found.commit) == key), None)
+        revision = next((found for found in named if _ran_with(found) == key), None)
         if not revision:
             continue
         train, evaluation, per_class, history = (
@@ -267,21 +262,18 @@ def finished(points: list[Point]) -> Iterator[tuple[dict[str, Any], DataFrame]]:
         row = identity | json.loads(train)
         row["images"] = row.pop("training_images")  # the name of the column in older tables
         row |= {f"test_{name}": value for name, value in json.loads(evaluation).items()}
-        classes = read_table(io.StringIO(per_class), "class").set_index("class")["accuracy"]
+        classes = read_table(io.BytesIO(per_class), "class").set_index("class")["accuracy"]
         row |= {f"accuracy/{label}": share for label, share in classes.items()}
-        yield row | timing_of(revision), pd.read_csv(io.StringIO(history)).assign(**identity)
+        yield row | timing_of(revision), pd.read_csv(io.BytesIO(history)).assign(**identity)
 
 
-def _ran_with(commit: str) -> str:
-    """Return the key of a commit's parameters; empty if it has other code or other sections."""
-    if pipeline.git("diff", "--name-only", commit, "--", *pipeline.dependencies()):
-        return ""
-    try:
-        content = yaml.safe_load(pipeline.read(files.PARAMS, commit))
-        return key_of(Params.model_validate(content).flat())
-    except ValidationError:
-        return ""
+def _ran_with(revision: Revision) -> str:
+    """Return the key of a revision's parameters; empty if it has other code or other sections."""
+    differs = pipeline.git("diff", "--name-only", revision.commit, "--", *pipeline.dependencies())
+    params = None if differs else pipeline.params_of(revision)
+    return key_of(params.flat()) if params else ""
 
 
-def _paths(name: str) -> tuple[Path, Path]:
+def paths(name: str) -> tuple[Path, Path]:
+    """Return the files of a study's tables, in the order of `Tables`."""
     return files.ANSWERS / f"{name}.csv", files.ANSWERS / f"{name}-epochs.csv"

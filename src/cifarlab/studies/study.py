@@ -12,10 +12,10 @@ import psutil
 
 from cifarlab import pipeline
 from cifarlab.errors import UserError
-from cifarlab.files import ANSWERS, QUESTIONS
+from cifarlab.files import QUESTIONS
 from cifarlab.params.load import read_yaml
 from cifarlab.studies.page import made_by, update_notice, write_page
-from cifarlab.studies.points import Point, chosen, load, record
+from cifarlab.studies.points import Point, chosen, load, paths, record
 from cifarlab.studies.question import names
 from cifarlab.tracking.studies import publish
 
@@ -39,9 +39,8 @@ def run(name: str, jobs: int) -> Path:
         run_points(missing, jobs, lambda: record(name, study, points))
     tables = record(name, study, points)
     page = write_page(name, study, points, tables)
-    beside = [page.with_name(f"{name}{suffix}") for suffix in (".md", ".png", "-layers.png")]
-    tables_of = [ANSWERS / f"{name}{suffix}" for suffix in (".csv", "-epochs.csv")]
-    files = [path for path in (*beside, *tables_of) if path.exists()]
+    pictures = [page.with_name(f"{name}{suffix}") for suffix in (".png", "-layers.png")]
+    files = [path for path in (page, *pictures, *paths(name)) if path.exists()]
     publish(name, study.question, files, list(tables.results.run))
     return page
 

@@ -37,12 +37,8 @@ class ImageClassifier(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
         images = np.asarray(model_input, np.uint8)
         if images.ndim != 4 or images.shape[3] != 3:
             raise ValueError(f"images must be (N, height, width, 3), not {images.shape}")
-        squares = [
-            image
-            if image.shape[:2] == (size, size)
-            else np.asarray(ImageOps.fit(Image.fromarray(image), (size, size)))
-            for image in images
-        ]
+        # An image that has the size already stays as it is.
+        squares = [np.asarray(ImageOps.fit(Image.fromarray(i), (size, size))) for i in images]
         found = np.empty((0, len(classes)))
         for start in range(0, len(squares), BATCH):
             batch = torch.from_numpy(np.stack(squares[start : start + BATCH])).permute(0, 3, 1, 2)

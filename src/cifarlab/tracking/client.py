@@ -10,8 +10,9 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
-from contextlib import closing, suppress
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.request import ProxyHandler, build_opener
@@ -24,11 +25,8 @@ from cifarlab.errors import UserError, first_line, without_secrets
 KEY = "cifarlab.key"  # the tag that every run of this project has: its training key
 # The columns of the table of runs that `cifarlab ui` opens. MLflow keeps such a view in a tag of
 # the experiment, for links that people share; by default its table has no metrics.
-METRICS, PARAMETERS = (
-    ("test_accuracy", "test_loss", "val_accuracy"),
-    ("model.layers", "train.epochs"),
-)
-COLUMNS = [*(f"metrics.`{name}`" for name in METRICS), *(f"params.`{name}`" for name in PARAMETERS)]
+COLUMNS = [f"metrics.`{name}`" for name in ("test_accuracy", "test_loss", "val_accuracy")]
+COLUMNS += [f"params.`{name}`" for name in ("model.layers", "train.epochs")]
 VIEW = "cifarlab"
 ARTIFACTS = "mlartifacts"  # the folder beside an SQLite store that holds its artifacts
 START = 120  # seconds that the server of `cifarlab ui` may take to answer
@@ -58,13 +56,13 @@ class Deadline:
         TimeoutError
             The time is used up. The action goes on in its own thread, and its result is lost.
         """
-        done: dict[str, Any] = {}
+        future: Future[T] = Future()
 
         def run() -> None:
             try:
-                done["result"] = action()
+                future.set_result(action())
             except BaseException as error:
-                done["error"] = error
+                future.set_exception(error)
 
         limit = max(self.seconds, (time.monotonic() - self.started) / 20)
         thread = threading.Thread(target=run, daemon=True)
@@ -77,9 +75,7 @@ class Deadline:
                 self.waited += took
             if thread.is_alive() and self.waited >= limit:
                 raise TimeoutError(f"it did not answer within {limit:.0f} s")
-        if "error" in done:
-            raise done["error"]
-        return done["result"]  # type: ignore[no-any-return]
+        return future.result()
 
 
 def connect() -> Any:
@@ -201,13 +197,13 @@ def all_runs() -> list[Any]:
     UserError
         MLflow cannot be read.
     """
-    query = {"filter_string": f"tags.`{KEY}` LIKE '%'", "search_all_experiments": True}
 
     def search() -> list[Any]:
         connect()
         import mlflow
 
-        return list(mlflow.search_runs(**query, output_format="list"))
+        ours = {"filter_string": f"tags.`{KEY}` LIKE '%'", "search_all_experiments": True}
+        return list(mlflow.search_runs(**ours, output_format="list"))
 
     try:
         return Deadline(60).wait(search)
@@ -217,6 +213,20 @@ def all_runs() -> list[Any]:
         reason = f"MLflow cannot be read ({first_line(error)[:200]}); check MLFLOW_TRACKING_URI"
         advice = "If mlflow.db is damaged, delete it: `make sync` then fills a new one"
         raise UserError(f"{reason}. {advice}") from error
+
+
+def models_of(run: Any) -> list[str]:
+    """Return the ids of the models of a run."""
+    return [model.model_id for model in run.outputs.model_outputs] if run.outputs else []
+
+
+@contextmanager
+def only_warn(what: str) -> Iterator[None]:
+    """Turn a failure of MLflow into a warning: the files are the results, MLflow shows them."""
+    try:
+        yield
+    except Exception as error:  # MLflow, requests, SQLAlchemy and the disk each raise their own
+        print(f"warning: {what}: {first_line(error)[:200]}", file=sys.stderr)
 
 
 def serve(port: int, experiment: str) -> None:
@@ -232,7 +242,6 @@ def serve(port: int, experiment: str) -> None:
     if not (path := database()):
         raise UserError(f"the runs are on {without_secrets(_given_uri())}; open it in a browser")
     with socket.socket() as test:
-        test.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the server does
         if test.connect_ex(("127.0.0.1", port)) == 0:
             raise UserError(f"port {port} is taken; choose another: make ui PORT={port + 1}")
     number = experiment_id(client := connect(), experiment)
@@ -290,13 +299,11 @@ def _move_artifacts(path: Path) -> None:
     MLflow keeps absolute addresses. Those that were given by the user are left alone.
     """
     here = (path.parent / ARTIFACTS).as_uri()
+    columns = {"experiments": "artifact_location", "runs": "artifact_uri"}
+    columns["logged_models"] = "artifact_location"
+    query = "SELECT DISTINCT artifact_location FROM experiments WHERE artifact_location LIKE ?"
     with closing(sqlite3.connect(path, timeout=5)) as store, store:
-        columns = {"experiments": "artifact_location", "runs": "artifact_uri"}
-        columns["logged_models"] = "artifact_location"
-        query = "SELECT DISTINCT artifact_location FROM experiments WHERE artifact_location LIKE ?"
         for (old,) in store.execute(query, [f"file:%/{ARTIFACTS}"]).fetchall():
             for table, column in columns.items() if old != here else ():
-                start = f"substr({column}, 1, {len(old)})"
-                rest = f"substr({column}, {len(old) + 1})"
-                change = f"UPDATE {table} SET {column} = ? || {rest} WHERE {start} = ?"  # noqa: S608, fixed names
-                store.execute(change, [here, old])
+                change = f"{column} = ? || substr({column}, ?) WHERE instr({column}, ?) = 1"
+                store.execute(f"UPDATE {table} SET {change}", [here, len(old) + 1, old])  # noqa: S608, fixed names

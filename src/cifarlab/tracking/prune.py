@@ -4,7 +4,6 @@ import json
 import subprocess
 import sys
 from collections.abc import Sequence
-from typing import Any
 
 import pandas as pd
 
@@ -73,7 +72,8 @@ def _in_studies() -> set[str]:
 def _remove(gone: list[Revision]) -> None:
     """Remove experiments. The runs go first: a run can be logged again as long as DVC has it."""
     origins = {(revision.name, revision.baseline) for revision in gone}
-    runs = [run for run in tracking.all_runs() if _origin(run) in origins]
+    tags = ("dvc.exp.name", "dvc.exp.baseline")
+    runs = [r for r in tracking.all_runs() if tuple(map(r.data.tags.get, tags)) in origins]
     client = tracking.connect()
     for run in runs:
         client.delete_run(run.info.run_id)
@@ -85,8 +85,5 @@ def _remove(gone: list[Revision]) -> None:
             *_, reason = ["no reason", *without_secrets(done.stderr.decode()).splitlines()]
             raise UserError(f"MLflow cannot delete artifacts ({reason}); `mlflow gc` tries again")
     pipeline.remove_experiments(gone)
+    pipeline.clean_cache()
     print(f"removed: {len(gone)} experiments, {len(runs)} runs and what only they used")
-
-
-def _origin(run: Any) -> tuple[str, str]:
-    return run.data.tags.get("dvc.exp.name", ""), run.data.tags.get("dvc.exp.baseline", "")

@@ -13,7 +13,7 @@ from scipy.stats import binomtest
 from cifarlab import files, pipeline
 from cifarlab.errors import UserError, first_line
 from cifarlab.params.load import load_params
-from cifarlab.tracking.client import connect
+from cifarlab.tracking.client import connect, models_of
 from cifarlab.tracking.sync import tags_of
 from cifarlab.tracking.upload import NOTE, TEST_DIGEST
 
@@ -64,13 +64,9 @@ def promote(name: str, *, force: bool) -> str:
         if not version:
             if champion is None and not known:
                 client.create_registered_model(registered)
-            version = client.create_model_version(
-                registered,
-                f"models:/{model}",
-                run.info.run_id,
-                description=run.data.tags.get(NOTE),
-                model_id=model,
-            )
+            source, note = f"models:/{model}", run.data.tags.get(NOTE)
+            origin = {"run_id": run.info.run_id, "model_id": model}
+            version = client.create_model_version(registered, source, description=note, **origin)
         label = f"version {version.version} of {registered}, {run.info.run_name}"
         if champion is None:
             client.set_registered_model_alias(registered, CHAMPION, version.version)
@@ -117,37 +113,29 @@ def _in_a_sentence(name: str) -> Iterator[None]:
 
 
 def _champion(client: Any, registered: str) -> Any:
-    from mlflow.exceptions import MlflowException
-
-    try:
-        return client.get_model_version_by_alias(registered, CHAMPION)
-    except MlflowException as error:
-        # No such model, or no such alias.
-        if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
-            return None
-        raise
+    """Return the version that is the champion; None if there is none."""
+    found = client.search_registered_models(f"name = '{registered}'")
+    version = found[0].aliases.get(CHAMPION) if found else None
+    return version and client.get_model_version(registered, version)
 
 
 def _find_run(client: Any, name: str) -> Any:
     """Return the run with this id, or the newest one of a DVC experiment."""
     experiment = client.get_experiment_by_name(load_params().tracking.experiment)
-    if experiment:
-        runs = client.search_runs([experiment.experiment_id])
-        for run in runs:  # the newest first
-            if name in (run.info.run_id, run.data.tags.get("dvc.exp.name")):
-                return run
-    raise UserError(
-        f"{name} is neither a run nor an experiment in MLflow; `cifarlab sync` logs them"
-    )
+    # The newest run comes first.
+    for run in client.search_runs([experiment.experiment_id]) if experiment else []:
+        if name in (run.info.run_id, run.data.tags.get("dvc.exp.name")):
+            return run
+    advice = "`cifarlab sync` logs them"
+    raise UserError(f"{name} is neither a run nor an experiment in MLflow; {advice}")
 
 
 def _model_of(run: Any) -> str:
     """Return the id of the model of a run. UserError: it has none."""
-    outputs = run.outputs.model_outputs if run.outputs else []
-    if not outputs:
-        way_out = "set tracking.log_model: true and run `dvc repro -f evaluate`"
-        raise UserError(f"the run {run.info.run_name} ({run.info.run_id}) has no model; {way_out}")
-    return str(outputs[-1].model_id)
+    if models := models_of(run):
+        return models[-1]
+    way_out = "set tracking.log_model: true and run `dvc repro -f evaluate`"
+    raise UserError(f"the run {run.info.run_name} ({run.info.run_id}) has no model; {way_out}")
 
 
 def _compare(client: Any, old: Any, new: Any) -> tuple[bool, str]:

@@ -3,8 +3,8 @@
 import platform
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -89,7 +89,7 @@ class StageRun:
         status = "KILLED" if killed else "FAILED" if error else "FINISHED"
         if self.upload or not killed:
             with self._warn_once():
-                self.deadline.wait(lambda: self._close_again(status))
+                self.deadline.wait(lambda: self.close(status))
 
     def log_epochs(self) -> None:
         """Log the epochs of history.csv that the run lacks; warn if MLflow fails."""
@@ -108,7 +108,8 @@ class StageRun:
             else:
                 run = self._create(client, experiment)
             self.lock = claim(run.info.run_id)
-        end_killed(client, running(client, experiment))
+        query = f"attributes.status = 'RUNNING' AND tags.`{KEY}` LIKE '%'"
+        end_killed(client, client.search_runs([experiment], query))
         upload = Upload(client, run, execution)
         known = execution.identity.items() <= run.data.tags.items()
         upload.send_params({FOLDER: _here()} if known else self._origin(), self.conditions)
@@ -116,18 +117,8 @@ class StageRun:
             upload.send_stage(stage)
         return upload
 
-    def close(self, upload: Upload, status: str) -> None:
-        """Log what this stage wrote, if it finished, and end the run."""
-        if status == "FINISHED":
-            upload.send_stage(self.stage)
-        # The time between two stages does not count: a figure drawn a day later adds seconds.
-        end = self.idle_since + int(1000 * (time.time() - self.started))
-        upload.client.set_terminated(upload.run_id, status, end)
-        if self.lock:
-            Path(self.lock.lock_file).unlink(missing_ok=True)
-            self.lock.release()
-
-    def _close_again(self, status: str) -> None:
+    def close(self, status: str) -> str:
+        """Log what this stage wrote, if it finished. End the run and return its id."""
         if self.monitor:
             self.monitor.finish()
         upload = self.upload or self.open()  # MLflow may have come back
@@ -136,7 +127,15 @@ class StageRun:
             self.monitor.collect_metrics()
             self.monitor.publish_metrics(self.monitor.aggregate_metrics())
             self.monitor.mlflow_logger.flush()
-        self.close(upload, status)
+        if status == "FINISHED":
+            upload.send_stage(self.stage)
+        # The time between two stages does not count: a figure drawn a day later adds seconds.
+        end = self.idle_since + int(1000 * (time.time() - self.started))
+        upload.client.set_terminated(upload.run_id, status, end)
+        if self.lock:
+            Path(self.lock.lock_file).unlink(missing_ok=True)
+            self.lock.release()
+        return upload.run_id
 
     def _origin(self) -> dict[str, str]:
         """Return the tags that name the experiment, the commit and the folder of this execution."""
@@ -186,13 +185,7 @@ class StageRun:
             self.warned = True
 
 
-def running(client: Any, experiment: str) -> list[Any]:
-    """Return the runs of this project that MLflow shows as RUNNING."""
-    query = f"attributes.status = 'RUNNING' AND tags.`{KEY}` LIKE '%'"
-    return list(client.search_runs([experiment], query))
-
-
-def end_killed(client: Any, runs: list[Any]) -> None:
+def end_killed(client: Any, runs: Iterable[Any]) -> None:
     """Mark those of some RUNNING runs as KILLED whose process has ended."""
     for run in runs:
         if not is_alive(run.info.run_id):
@@ -206,12 +199,10 @@ def claim(run_id: str) -> FileLock | None:
     The kernel releases the lock when the process ends in any way.
     """
     _lock_file(run_id).parent.mkdir(parents=True, exist_ok=True)
-    try:
-        lock = FileLock(_lock_file(run_id), thread_local=False)
+    lock = FileLock(_lock_file(run_id), thread_local=False)
+    with suppress(Timeout):
         lock.acquire(blocking=False)
-        return lock
-    except Timeout:
-        return None
+    return lock if lock.is_locked else None
 
 
 def is_alive(run_id: str) -> bool:

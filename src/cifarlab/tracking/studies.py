@@ -1,10 +1,8 @@
 """What a study reads from MLflow and writes to it."""
 
-import sys
 from pathlib import Path
 from typing import Any
 
-from cifarlab.errors import first_line
 from cifarlab.params.load import load_params
 from cifarlab.pipeline import Revision
 from cifarlab.tracking import client as tracking
@@ -37,12 +35,9 @@ def timing_of(revision: Revision) -> dict[str, Any]:
             "data": run.inputs.dataset_inputs[0].dataset.name,
         }
 
-    try:
+    with tracking.only_warn(f"{revision.name} has no training time"):
         return tracking.Deadline(600).wait(read)
-    except Exception as error:  # MLflow, requests, SQLAlchemy and the disk each raise their own
-        warning = f"warning: {revision.name} has no training time: {first_line(error)[:200]}"
-        print(warning, file=sys.stderr)
-        return dict.fromkeys(TIMING)
+    return dict.fromkeys(TIMING)
 
 
 def publish(name: str, question: str, files: list[Path], runs: list[str]) -> None:
@@ -67,8 +62,5 @@ def publish(name: str, question: str, files: list[Path], runs: list[str]) -> Non
             client.log_artifact(parent, str(file))
         client.set_terminated(parent)
 
-    try:
+    with tracking.only_warn(f"MLflow does not show the study {name}"):
         tracking.Deadline(600).wait(send)
-    except Exception as error:  # see above
-        warning = f"warning: MLflow does not show the study {name}: {first_line(error)[:200]}"
-        print(warning, file=sys.stderr)

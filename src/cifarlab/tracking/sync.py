@@ -1,17 +1,15 @@
 """Logging to MLflow, from the files, what it lacks of experiments, commits and the workspace."""
 
 from contextlib import nullcontext
+from itertools import chain
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import pandas as pd
-import yaml
-from pydantic import ValidationError
 
 from cifarlab import files, pipeline
 from cifarlab.errors import UserError, first_line
 from cifarlab.params.load import load_params
-from cifarlab.params.sections import Params
 from cifarlab.pipeline import WORKSPACE, Revision
 from cifarlab.tracking import client as tracking
 from cifarlab.tracking.run import StageRun, end_killed, is_alive
@@ -100,40 +98,33 @@ class Mirror:
                 status = "KILLED"
                 if not check:
                     end_killed(self.client, [run])
-            label = (
-                f"{tags.get('dvc.exp.name') or 'workspace'} of {tags.get('git.commit', '')[:10]}"
-            )
+            name, commit = tags.get("dvc.exp.name") or "workspace", tags.get("git.commit", "")
             state = f"{status.lower()}, but no experiment or commit has this run"
-            found.append((label, "", run.info.run_id, state))
+            found.append((f"{name} of {commit[:10]}", "", run.info.run_id, state))
         return found
 
     def _has_artifacts(self, run: Any, revision: Revision) -> bool:
         """Tell whether MLflow has the artifacts of a run, in the sizes that dvc.lock names."""
-        run_id, folders = run.info.run_id, ["", *ARTIFACTS.values()]
-
-        def sizes() -> dict[str, int]:
-            found = [file for name in folders for file in self.client.list_artifacts(run_id, name)]
-            return {file.path: file.file_size for file in found if not file.is_dir}
-
-        def has_model() -> bool:
-            outputs = run.outputs.model_outputs if run.outputs else []
-            files = [self.client.list_logged_model_artifacts(model.model_id) for model in outputs]
-            return any(files)
-
-        wanted = {}
-        locked = pipeline.parse_lock(pipeline.read_text(files.DVC_LOCK, revision))
+        params, locked, wanted = pipeline.params_of(revision), pipeline.locked(revision), {}
         for stage in locked.keys() & pipeline.STAGES:
             for path, size in locked[stage].size.items():
                 if folder := ARTIFACTS.get(PurePosixPath(path).suffix):
                     wanted[f"{folder}/{PurePosixPath(path).name}"] = size
-        found, params = tracking.Deadline(60).wait(sizes), _params(revision)
-        if not wanted.items() <= found.items() or not found.get("confusion_matrix.json"):
-            return False
-        return not (params and params.tracking.log_model) or tracking.Deadline(60).wait(has_model)
+
+        def has_all() -> bool:
+            ask, folders = self.client.list_artifacts, ("", *ARTIFACTS.values())
+            listed = chain.from_iterable(ask(run.info.run_id, folder) for folder in folders)
+            found = {file.path: file.file_size for file in listed}
+            if not wanted.items() <= found.items() or not found.get("confusion_matrix.json"):
+                return False
+            models = map(self.client.list_logged_model_artifacts, tracking.models_of(run))
+            return not (params and params.tracking.log_model) or any(models)
+
+        return tracking.Deadline(60).wait(has_all)
 
     def _logged_by_an_older_version(self, revision: Revision) -> Any:
         """Return the run that a version without digests of parameters logged for a revision."""
-        if not (params := _params(revision)):
+        if not (params := pipeline.params_of(revision)):
             return None
         wanted = {"dvc.lock": pipeline.lock_digest(pipeline.read_text(files.DVC_LOCK, revision))}
         wanted |= {"dvc.exp.name": revision.name} if revision.name else {}
@@ -167,14 +158,9 @@ class Mirror:
                 known, tags = self.client.get_run(known.info.run_id), known.data.tags
                 origin = (tags["dvc.exp.name"], tags.get("dvc.exp.baseline", ""))
             run = StageRun("plot", Execution(params, key, *origin, folder), run=known)
-
-            def send() -> Any:
-                upload = run.open()
-                run.close(upload, "FINISHED")
-                return self.client.get_run(upload.run_id)
-
+            deadline = tracking.Deadline(600)
             try:
-                return tracking.Deadline(600).wait(send)
+                return deadline.wait(lambda: self.client.get_run(run.close("FINISHED")))
             except Exception as error:  # MLflow, SQLAlchemy, requests and the disk raise their own
                 raise UserError(f"MLflow failed ({first_line(error)[:200]})") from error
 
@@ -185,19 +171,11 @@ def tags_of(revision: Revision) -> Tags:
     The run of an experiment also has its name and its baseline. For a commit or the workspace any
     run will do, because a commit may have been made from an experiment.
     """
-    locked = pipeline.parse_lock(pipeline.read_text(files.DVC_LOCK, revision))
+    locked = pipeline.locked(revision)
     tags = {f"logged.{name}": locked[name].digest for name in pipeline.STAGES if name in locked}
     if revision.name:
         tags |= {"dvc.exp.name": revision.name, "dvc.exp.baseline": revision.baseline}
     # The parameters of the workspace may have changed since its pipeline ran.
-    if revision != WORKSPACE and (params := _params(revision)):
+    if revision != WORKSPACE and (params := pipeline.params_of(revision)):
         tags[PARAMS] = params_digest(params)
     return tags
-
-
-def _params(revision: Revision) -> Params | None:
-    """Return the parameters of a revision; None if the present version does not know them."""
-    try:
-        return Params.model_validate(yaml.safe_load(pipeline.read_text(files.PARAMS, revision)))
-    except (yaml.YAMLError, ValidationError):
-        return None

@@ -18,7 +18,7 @@ from cifarlab import files, pipeline
 from cifarlab.digest import json_digest
 from cifarlab.params.sections import Params
 from cifarlab.runtime import timings
-from cifarlab.tracking.client import KEY, wait_for_database
+from cifarlab.tracking.client import KEY, models_of, wait_for_database
 
 ARTIFACTS = {".csv": "tables", ".png": "figures"}  # MLflow's folder for each kind of file
 PARAMS, CODE = "cifarlab.params", "cifarlab.code"  # tags with digests of what decides the outputs
@@ -189,23 +189,22 @@ class Upload:
         found = files.read_json(self._path(files.EVALUATION))
         found.pop("accuracy_per_class", None)  # older versions kept them in this file, too
         metrics = {f"test_{name}": value for name, value in found.items()}
-        metrics |= dict(zip(map(accuracy_of, per_class["class"]), per_class.accuracy, strict=True))
+        accuracies = dict(zip(per_class["class"], per_class.accuracy, strict=True))
+        metrics |= {accuracy_of(label): share for label, share in accuracies.items()}
         data = files.read_json(self._path(files.DATA / "dataset.json"))
         # Data of an older version has no such digest.
         tested = {TEST_DIGEST: data["test_digest"]} if "test_digest" in data else {}
-        note = self._describe(metrics["test_accuracy"], per_class)
+        note = self._describe(metrics["test_accuracy"], accuracies)
         self._send({"mlflow.loggedArtifacts": shown, **note, **tested}, metrics, {})
 
-    def _describe(self, accuracy: float, per_class: pd.DataFrame) -> dict[str, str]:
+    def _describe(self, accuracy: float, accuracies: dict[str, float]) -> dict[str, str]:
         """Return the description of the run as a tag; empty if a person has written one."""
         execution = self.execution
         title = f"**{execution.params.model.describe()}**"
         if not self.run.data.tags.get(NOTE, title).startswith(title):
             return {}
-        best, worst = (
-            "{class}, {accuracy:.1%}".format(**per_class.iloc[row])
-            for row in (per_class.accuracy.argmax(), per_class.accuracy.argmin())
-        )
+        ends = (choose(accuracies, key=lambda name: accuracies[name]) for choose in (max, min))
+        best, worst = (f"{name}, {accuracies[name]:.1%}" for name in ends)
         origin = pipeline.Revision(execution.experiment, execution.baseline, "")
         later = "commit its results, then `cifarlab sync` names the command"
         restore = f"`{origin.restore}`" if origin.restore else later
@@ -231,8 +230,7 @@ class Upload:
         name = model.model_id
         if model.status != LoggedModelStatus.READY or not client.list_logged_model_artifacts(name):
             self._export(name)
-        outputs = run.outputs.model_outputs if run.outputs else []
-        if name not in [output.model_id for output in outputs]:
+        if name not in models_of(run):
             # MLflow stores a point once, so the same points again, now with the id of the model,
             # are added to the model only.
             names = [k for k in run.data.metrics if k.startswith(("test_", f"{GROUP}/"))]
