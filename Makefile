@@ -27,7 +27,7 @@ DEMO := -S data.name=digits -S 'model.widths=[16,32,64]' -S train.epochs=8 \
 	-S train.batch_size=32 -S train.flip=none
 PYTEST := python -m pytest --numprocesses auto --dist worksteal --max-worker-restart 0
 
-.PHONY: help setup demo repro notebook tiny strong photos bench bench-quick bench-scaling same-bytes test \
+.PHONY: help setup demo repro notebook tiny strong photos bench bench-quick bench-scaling gpu-check same-bytes test \
 	test-all lint audit format ui study studies confusion search backprop queue sync verify \
 	report results reference lock lock-check screenshots
 .DEFAULT_GOAL := help
@@ -127,6 +127,9 @@ bench-quick: setup  ## the speeds only, in five minutes: bench/results/quick.md
 
 bench-scaling: setup  ## how time and memory grow: docs/scaling.csv, docs/scaling.png
 	python -m bench.scaling
+
+gpu-check: setup  ## what a GPU gives, in six minutes: bench/results/gpu.md
+	python -m bench.gpu
 
 screenshots: setup  ## pictures of MLflow, a report and dvc plots, of what the demo made
 	python -m bench.screenshots

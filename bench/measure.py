@@ -22,7 +22,8 @@ from cifarlab.nn.network import Network, predict
 from cifarlab.params.load import changed
 from cifarlab.params.sections import Params
 from cifarlab.runtime.device import precision, set_up
-from cifarlab.training.loop import Images, fit, prepare
+from cifarlab.training.batches import Images
+from cifarlab.training.loop import fit, prepare
 
 Measurement = dict[str, Any]
 

@@ -48,13 +48,14 @@ def network() -> nn.Sequential:
 def train(model: nn.Sequential, pictures: Pictures) -> Iterator[int]:
     """Train `model` for all epochs; yield the number of images seen so far after every batch."""
     optimizer, criterion = torch.optim.Adam(model.parameters(), lr=1e-3), nn.CrossEntropyLoss()
+    device = next(model.parameters()).device
     seen = 0
     for _ in range(EPOCHS):
         model.train()
         running_loss = 0.0  # never read, but the notebook computes it too, and that takes time
         for images, labels in DataLoader(pictures, BATCH, shuffle=True):
             optimizer.zero_grad()
-            loss = criterion(model(images), labels)
+            loss = criterion(model(images.to(device)), labels.to(device))
             loss.backward()
             optimizer.step()
             running_loss += loss.item()

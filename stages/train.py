@@ -39,7 +39,7 @@ def train(params: Params) -> None:
         files.write_csv(files.HISTORY, history)  # also if the checkpoint had all epochs
         weights.save(network, files.WEIGHTS)
         last = {k: v for k, v in history[-1].items() if k.endswith(("loss", "accuracy"))}
-        counts = {"parameters": size, "images": len(images.labels)}
+        counts = {"parameters": size, "training_images": len(images.labels)}
         final = counts | {k: v for k, v in last.items() if v is not None}
         files.write_json(files.TRAIN_METRICS, final)
 

@@ -28,7 +28,8 @@ from cifarlab.nn.network import Network, predict
 from cifarlab.params.geometry import ModelParams, Section
 from cifarlab.params.load import KEYS, SECTIONS, load_params, read_yaml
 from cifarlab.params.sections import Params, TrainParams
-from cifarlab.training.loop import Images, fit, prepare
+from cifarlab.training.batches import Images
+from cifarlab.training.loop import fit, prepare
 from tests.conftest import REPO
 from tests.support.draws import DRAWS, examples
 

@@ -10,7 +10,8 @@ from torch import nn
 from cifarlab.nn.diagnostics import count_distinct, diagnose
 from cifarlab.nn.network import Network
 from cifarlab.params.sections import Params
-from cifarlab.training.loop import Images, fit
+from cifarlab.training.batches import Images
+from cifarlab.training.loop import fit
 
 MakeParams = Callable[..., Params]
 PLAIN = {

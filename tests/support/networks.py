@@ -9,7 +9,7 @@ import yaml
 
 from cifarlab.nn.network import Network
 from cifarlab.params.geometry import ModelParams
-from cifarlab.training.loop import Images
+from cifarlab.training.batches import Images
 from tests.conftest import PLAIN_NETWORK, REPO
 
 SIZE = 8

@@ -1,5 +1,6 @@
 """The training loop: losses, batches, reproducibility, precision, progress and resuming."""
 
+import contextlib
 import copy
 import math
 from collections.abc import Callable
@@ -18,7 +19,9 @@ from cifarlab.errors import UserError
 from cifarlab.nn.network import Network, predict
 from cifarlab.params.sections import TrainParams
 from cifarlab.runtime.device import precision, set_up
-from cifarlab.training.loop import Images, Row, class_weights, fit, loss_function
+from cifarlab.training import graph
+from cifarlab.training.batches import Images
+from cifarlab.training.loop import Row, Trainer, class_weights, fit, ignore, loss_function
 from tests.conftest import NOTEBOOK, PLAIN_NETWORK, MakeTrain
 from tests.support.networks import (
     SIZE,
@@ -569,3 +572,108 @@ def test_a_resumed_training_gives_the_same_bits(
     assert history == expected
     weights = zip(whole.state_dict().values(), resumed.state_dict().values(), strict=True)
     assert all(torch.equal(one, other) for one, other in weights)
+
+
+# Steps as CUDA graphs
+
+
+def stand_in(step: Callable[[], None]) -> Callable[[], None]:
+    """Do what `graph.record` does: run the step to warm up; the recording itself runs nothing."""
+    for _ in range(graph.WARM_UP):
+        step()
+    return step
+
+
+@pytest.fixture
+def recording(monkeypatch: pytest.MonkeyPatch) -> list[Callable[[], None]]:
+    """Let the CPU record its steps with `stand_in`; return the steps that were recorded."""
+    recorded: list[Callable[[], None]] = []
+
+    def record(step: Callable[[], None]) -> Callable[[], None]:
+        recorded.append(step)
+        return stand_in(step)
+
+    monkeypatch.setattr(graph, "record", record)
+    monkeypatch.setattr(graph, "DEVICES", ("cpu",))
+    return recorded
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "sgd", "adam", "adamw"])
+@pytest.mark.parametrize("interrupted", [False, True])
+def test_recording_a_step_leaves_no_trace(
+    train_params: MakeTrain,
+    make_network: MakeNetwork,
+    recording: list[Callable[[], None]],
+    optimizer: str,
+    interrupted: bool,
+) -> None:
+    """Weights, running statistics, optimizers and random generators are as without it."""
+    changes = {"optimizer": optimizer, "lr": 0.01, "translate": 1, "cutmix": 0.5}
+    params = train_params(epochs=3, batch_size=32, **changes)  # one step in each epoch
+    eager, replayed = make_network(dropout=0.3), make_network(dropout=0.3)
+    expected = fit(eager, params.model_copy(update={"graph": "off"}), coloured(40))
+    assert not recording
+    memory = Memory(stop_after=1 if interrupted else 0)
+    with contextlib.suppress(KeyboardInterrupt):
+        history = fit(replayed, params, coloured(40), checkpoint=memory)
+    if interrupted:
+        memory.stop_after, replayed = 0, make_network(init="kaiming", dropout=0.3)
+        history = fit(replayed, params, coloured(40), checkpoint=memory)
+    assert len(recording) == 1 + interrupted
+    assert history == expected
+    weights = zip(eager.state_dict().values(), replayed.state_dict().values(), strict=True)
+    assert all(torch.equal(one, other) for one, other in weights)
+
+
+def test_a_step_reads_and_writes_the_same_memory_in_every_epoch(
+    train_params: MakeTrain, make_network: MakeNetwork
+) -> None:
+    """A graph that was recorded in the first epoch works in the others."""
+    params = train_params(epochs=3, cutmix=0.5, translate=1, class_weights="balanced")
+    trainer = Trainer(make_network(dropout=0.3), params, coloured(40), torch.float32)
+
+    def addresses() -> list[int]:
+        batches = trainer.batches
+        assert batches.draws is not None
+        read = batches.order, *batches.draws, batches.boxes, batches.position, trainer.rates
+        return [t.data_ptr() for t in (*read, trainer.sums, *trainer.tensors())]
+
+    trainer.epoch(1, ignore)
+    first = addresses()
+    trainer.epoch(2, ignore)
+    assert addresses() == first
+
+
+@pytest.mark.parametrize("epochs", [1, 2])
+def test_a_step_that_cannot_be_recorded_is_called(
+    train_params: MakeTrain,
+    make_network: MakeNetwork,
+    recording: list[Callable[[], None]],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    epochs: int,
+) -> None:
+    def fails(step: Callable[[], None]) -> Callable[[], None]:
+        stand_in(step)
+        raise RuntimeError("CUDA error: operation not permitted\nwhen stream is capturing")
+
+    monkeypatch.setattr(graph, "record", fails)
+    params, eager, other = train_params(epochs=epochs), make_network(), make_network()
+    expected = fit(eager, params.model_copy(update={"graph": "off"}), coloured(40))
+    assert fit(other, params, coloured(40)) == expected
+    reason = "CUDA error: operation not permitted"
+    assert capsys.readouterr().out == f"no CUDA graph, the training is slower: {reason}\n"
+
+
+def test_a_recording_without_enough_memory_ends_the_training(
+    train_params: MakeTrain,
+    make_network: MakeNetwork,
+    recording: list[Callable[[], None]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fails(_: Callable[[], None]) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(graph, "record", fails)
+    with pytest.raises(torch.OutOfMemoryError):
+        fit(make_network(), train_params(epochs=1), coloured(40))

@@ -1,6 +1,5 @@
 """Augmentation of whole batches, on the device that holds them (CPU or GPU)."""
 
-from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -67,20 +66,48 @@ def augment(images: Tensor, draws: Draws | None) -> Tensor:
     return images[number, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
 
 
-def cutmix(share: float, classes: int) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """Return a function that applies CutMix (Yun et al. 2019) to a `share` of the batches.
+def draw_boxes(steps: int, share: float, size: int, seed: int, epoch: int) -> Tensor:
+    """Draw the rectangles that CutMix replaces in an epoch: those of a `share` of the batches.
 
-    It takes images (N, channels, height, width) and labels int64 (N,). With CutMix, one rectangle
-    of each image is replaced by that of the image before it in the batch, and the labels become
-    shares of the classes, float (N, classes). Otherwise both are returned unchanged. It draws from
-    torch's global generator.
+    As in Yun et al. 2019, the area is uniform in 0…1 of the image, before it is cut at the border,
+    and the centre is uniform in the image.
+
+    Parameters
+    ----------
+    size : height and width of the images in pixels
+
+    Returns
+    -------
+    int64 (steps, 4): the first and the last row, then the first and the last column, each last one
+    excluded. Batches that stay as they are have an empty rectangle.
     """
-    if not share:
-        return lambda images, labels: (images, labels)
-    # This import takes 2 s. Trainings without CutMix need not wait for it.
-    from torchvision.transforms.v2 import CutMix, RandomApply
+    draws = np.random.default_rng([seed, epoch, 2])
+    mixed = draws.random(steps) < share
+    half = (size * np.sqrt(draws.random(steps)) / 2).astype(np.int64) * mixed
+    centre = draws.integers(size, size=(2, steps))
+    edges = [np.clip(edge, 0, size) for c in centre for edge in (c - half, c + half)]
+    return torch.from_numpy(np.stack(edges, axis=1))
 
-    return RandomApply([CutMix(num_classes=classes)], share)  # type: ignore[no-any-return]
+
+def cutmix(images: Tensor, shares: Tensor, box: Tensor) -> tuple[Tensor, Tensor]:
+    """Replace a rectangle of each image by that of the image before it (CutMix, Yun et al. 2019).
+
+    Parameters
+    ----------
+    images : (N, channels, height, width)
+    shares : of each class in each image, float (N, classes)
+    box : a row of `draw_boxes`
+
+    Returns
+    -------
+    Images and shares of the same shapes; the shares follow the pixels.
+    """
+    top, bottom, left, right = box
+    height, width = (torch.arange(size, device=images.device) for size in images.shape[2:])
+    rows, columns = (height >= top) & (height < bottom), (width >= left) & (width < right)
+    inside = rows[:, None] & columns
+    mixed = torch.where(inside, images.roll(1, 0), images)
+    return mixed, shares.lerp(shares.roll(1, 0), inside.float().mean())
 
 
 def _reflect(index: Tensor, size: int) -> Tensor:

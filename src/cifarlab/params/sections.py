@@ -104,6 +104,8 @@ class TrainParams(Section):
     device: Literal["auto", "cpu", "cuda"]
     threads: Annotated[int, Field(ge=1, le=1024)] | Literal["auto"]
     """CPU threads."""
+    graph: Literal["auto", "off"]
+    """auto: on CUDA, each step is one launch, a CUDA graph."""
     diagnostics: bool
     """After every epoch, examine each layer and add the results to history.csv."""
 
@@ -111,7 +113,8 @@ class TrainParams(Section):
 class EvaluateParams(Section):
     """How the test set is evaluated."""
 
-    batch_size: Count
+    batch_size: Count | Literal["auto"]
+    """Images at a time."""
     calibration_bins: Count
     mirror: bool
     """Test-time augmentation: also report the accuracy of the mean prediction for each image and

@@ -260,6 +260,7 @@ def finished(points: list[Point]) -> Iterator[tuple[dict[str, Any], DataFrame]]:
         identity: dict[str, Any] = {"experiment": point.experiment, "commit": revision.baseline}
         identity |= {"code": code, "key": key, "variant": point.variant, "seed": point.seed}
         row = identity | json.loads(train)
+        row["images"] = row.pop("training_images")  # the name of the column in older tables
         row |= {f"test_{name}": value for name, value in json.loads(evaluation).items()}
         classes = read_table(io.BytesIO(per_class), "class").set_index("class")["accuracy"]
         row |= {f"accuracy/{label}": share for label, share in classes.items()}

@@ -1,9 +1,8 @@
 """The training loop: images in, a trained network out."""
 
 import math
-from collections.abc import Callable, Iterator
-from itertools import chain
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Callable
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -11,22 +10,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cifarlab.data.augment import Draws, augment, cutmix, draw
 from cifarlab.data.dataset import Dataset
-from cifarlab.errors import UserError
+from cifarlab.errors import UserError, first_line
 from cifarlab.nn.diagnostics import diagnose
 from cifarlab.nn.network import Network, predict
 from cifarlab.params.sections import Params, TrainParams
-from cifarlab.training.optimizers import make_optimizers
+from cifarlab.training import graph
+from cifarlab.training.batches import Batches, Images
+from cifarlab.training.optimizers import make_optimizers, schedule
 
 Row = dict[str, float | None]  # of history.csv
-
-
-class Images(NamedTuple):
-    """Images, uint8 (N, height, width, 3), and labels, int64 (N,), on the training device."""
-
-    images: Tensor
-    labels: Tensor
 
 
 class Checkpoint(Protocol):
@@ -96,8 +89,8 @@ def fit(
     ----------
     on_epoch : called after each epoch with the rows so far
     on_batch : called after each batch with the epoch, the number of images seen in this epoch and
-        in all of it, and a function that returns the epoch's loss and accuracy so far. That
-        function waits for the GPU.
+        in all of it, and a function that returns the epoch's loss and accuracy so far. It does
+        not wait for a GPU, so these may be a little older.
     dtype : for convolutions and matrix products; the weights stay float32
 
     Raises
@@ -110,7 +103,7 @@ def fit(
     for epoch in range(len(history) + 1, params.epochs + 1):
         row = trainer.epoch(epoch, on_batch) | trainer.validate(validation)
         check_finite(network, row, params)
-        row["learning_rate"] = float(trainer.optimizers[0][1].get_last_lr()[0])  # of the next step
+        row["learning_rate"] = trainer.learning_rate(epoch)  # of the next step
         if params.diagnostics:
             row.update(diagnose(network, *train, trainer.loss_of))
         history.append(row)
@@ -121,86 +114,120 @@ def fit(
 
 
 class Trainer:
-    """A network in training, with its batches, loss and optimizers."""
+    """A network in training, with its batches, loss and optimizers.
+
+    A step takes everything from tensors that stay where they are in memory, and leaves its results
+    in such tensors. So the same function runs on a CPU and can be recorded as a CUDA graph.
+    """
 
     def __init__(self, net: Network, params: TrainParams, data: Images, dtype: torch.dtype) -> None:
         self.network, self.params = net.to(memory_format=torch.channels_last), params
-        self.data, self.device = data, data.images.device
-        # Images that are left over come in other epochs.
-        self.batch_size = min(params.batch_size, len(data.labels))
-        self.steps = len(data.labels) // self.batch_size
-        self.mix = cutmix(params.cutmix, len(net.classes))
+        self.device, classes = data.images.device, len(net.classes)
+        self.batches = Batches(data, params, classes)
+        self.steps = self.batches.steps
         balanced = params.class_weights == "balanced"
-        weights = class_weights(data.labels, len(net.classes)) if balanced else None
+        weights = class_weights(data.labels, classes) if balanced else None
         self.loss_of = loss_function(params.loss, params.label_smoothing, weights)
-        self.optimizers = make_optimizers(net, params, params.epochs * self.steps, dtype)
-        parts = enumerate(chain(*self.optimizers))
-        self.parts: dict[str, Any] = {"network": net} | {str(i): part for i, part in parts}
+        self.optimizers = make_optimizers(net, params, dtype)
+        self.parts: dict[str, Any] = {"network": net}
+        self.parts |= {str(i): optimizer for i, optimizer in enumerate(self.optimizers)}
+        self.highest = [[g["lr"] for g in optimizer.param_groups] for optimizer in self.optimizers]
+        self.schedule = schedule(params.schedule, params.epochs * self.steps)
+        self.rates = torch.zeros(self.steps, device=self.device)  # of an epoch, the highest is 1
+        self.sums = torch.zeros(3, device=self.device)  # of losses, correct images, steps
         # Convolutions and matrix products compute in `dtype`.
         self.autocast = torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32)
-
-    def batches(self, epoch: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Yield the batches of an epoch (1, 2, …), which depend on the seed and the epoch only.
-
-        The iterator seeds torch's global generators. Order and CutMix draw from them, and so does
-        dropout in the training steps between the batches: do not compute batches in advance.
-
-        Yields
-        ------
-        Augmented images, uint8 (N, 3, height, width). Targets: the labels or, after CutMix, the
-        share of each class, float (N, classes). Labels, int64 (N,): after CutMix, the class of the
-        image that got a piece of another.
-        """
-        (images, labels), params = self.data, self.params
-        torch.manual_seed(params.seed * 100_003 + epoch)
-        order = torch.randperm(len(labels))[: self.steps * self.batch_size].to(self.device)
-        draws = draw(len(labels), params.seed, epoch, flip=params.flip, translate=params.translate)
-        draws = draws and Draws(*(values.to(self.device) for values in draws))
-        for chosen in torch.split(order, self.batch_size):
-            drawn = draws and Draws(*(values[chosen] for values in draws))
-            classes = labels[chosen]
-            yield *self.mix(augment(images[chosen], drawn), classes), classes
+        self.run_step: Callable[[], None] | None = None
 
     def epoch(self, epoch: int, on_batch: Callable[..., None]) -> Row:
         """Train for an epoch and return its mean loss and its accuracy, over all batches."""
-        size, (loss_sum, correct) = self.batch_size, torch.zeros(2, device=self.device)
+        size, steps = self.batches.size, self.steps
+        shown = torch.zeros(3, pin_memory=self.device.type == "cuda")
 
-        def results() -> tuple[float, float]:
-            return loss_sum.item() / step, correct.item() / (step * size)
+        def results(wait: bool = False) -> tuple[float, float]:
+            # A GPU copies the sums when it gets there. Without `wait`, older ones are returned.
+            shown.copy_(self.sums, non_blocking=not wait)
+            loss, correct, count = shown.tolist()
+            return loss / max(count, 1), correct / max(count * size, 1)
 
         self.network.train()
-        for step, (images, targets, labels) in enumerate(self.batches(epoch), 1):
-            loss, logits = self.step(images, targets)
-            loss_sum += loss
-            correct += (logits.argmax(1) == labels).sum()
-            on_batch(epoch, step * size, self.steps * size, results)
-        mean_loss, accuracy = results()
+        self.run_step = self.run_step or self.record()
+        self.batches.begin(epoch)
+        self.rates.copy_(torch.from_numpy(self.schedule[(epoch - 1) * steps : epoch * steps]))
+        self.sums.zero_()
+        for step in range(1, steps + 1):
+            self.run_step()
+            on_batch(epoch, step * size, steps * size, results)
+        mean_loss, accuracy = results(wait=True)
         return {"epoch": epoch, "train_loss": mean_loss, "train_accuracy": accuracy}
 
-    def step(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """Make one step and return the loss and the logits before it."""
+    def step(self) -> None:
+        """Make one step, and add the loss and the correct images before it to the sums."""
+        rate = self.batches.row(self.rates)
+        images, targets, labels = self.batches.next()
         with self.autocast:
             logits = self.network(images)
         loss = self.loss_of(logits.float(), targets)
         self.network.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
-        for optimizer, schedule in self.optimizers:
+        recorded = self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+        for optimizer, highest in zip(self.optimizers, self.highest, strict=True):
+            for group, peak in zip(optimizer.param_groups, highest, strict=True):
+                group["lr"] = rate * peak
+                group["capturable"] = recorded  # Adam wants to be told
             optimizer.step()
-            schedule.step()
-        return loss.detach(), logits.detach()
+        correct = (logits.argmax(1) == labels).sum().float()
+        self.sums += torch.stack([loss.detach(), correct, torch.ones_like(correct)])
+
+    def record(self) -> Callable[[], None]:
+        """Return the function that makes a step: on CUDA, the replay of a graph.
+
+        The steps that a recording needs leave no trace: weights, running statistics and optimizers
+        are as before, and `Batches.begin` seeds the random generators.
+        """
+        if self.device.type not in graph.DEVICES or self.params.graph == "off":
+            return self.step
+        before = [(tensor, tensor.clone()) for tensor in self.tensors()]
+        self.rates.zero_()
+        try:
+            replay = graph.record(self.step)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            reason = first_line(error)
+            print(f"no CUDA graph, the training is slower: {reason}", flush=True)
+            replay = self.step
+        for optimizer_state in self.optimizer_states():
+            optimizer_state.zero_()  # a new one begins with zeros
+        for tensor, value in before:
+            tensor.copy_(value)
+        return replay
+
+    def optimizer_states(self) -> list[Tensor]:
+        """Return momenta, and with Adam squared gradients and numbers of steps."""
+        states = [state for optimizer in self.optimizers for state in optimizer.state.values()]
+        return [value for state in states for value in state.values() if torch.is_tensor(value)]
+
+    def tensors(self) -> list[Tensor]:
+        """Return all that a step changes for good."""
+        return [*self.network.state_dict().values(), *self.optimizer_states()]
 
     def validate(self, held_out: Images | None) -> Row:
         """Return the loss, without label smoothing, and the accuracy; None without images."""
         if held_out is None:
             return {"val_loss": None, "val_accuracy": None}
         with self.autocast:
-            logits = predict(self.network, held_out.images, 100).float()
+            logits = predict(self.network, held_out.images).float()
         loss = loss_function(self.params.loss)(logits, held_out.labels)
         accuracy = (logits.argmax(1) == held_out.labels).float().mean()
         return {"val_loss": loss.item(), "val_accuracy": accuracy.item()}
 
+    def learning_rate(self, epoch: int) -> float:
+        """Return the rate of the first step after an epoch, for what `train.lr` is for."""
+        return float(self.schedule[epoch * self.steps]) * self.params.lr
+
     def state(self) -> dict[str, Any]:
-        """Return what a resumed training needs: weights, optimizers and schedules."""
+        """Return what a resumed training needs: weights and optimizers."""
         return {name: part.state_dict() for name, part in self.parts.items()}
 
     def resume(self, checkpoint: Checkpoint) -> list[Row]:

@@ -1,16 +1,16 @@
-"""Optimizers, and the schedules of their learning rates."""
+"""Optimizers, and the schedule of their learning rates."""
 
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import LambdaLR, LinearLR, LRScheduler, OneCycleLR
 
 from cifarlab.params.sections import TrainParams
 
 Groups = list[dict[str, Any]]
-Scheduled = tuple[torch.optim.Optimizer, LRScheduler]
 
 
 class Muon(torch.optim.Optimizer):
@@ -19,46 +19,58 @@ class Muon(torch.optim.Optimizer):
     Torch's own Muon takes only matrices, and always computes in bfloat16, which is slow where the
     processor emulates it. As in airbench (Jordan 2024) there are three Newton–Schulz iterations.
     Before each step the filter bank is rescaled to norm √out, which keeps the relative step size
-    constant.
+    constant. Filter banks of one shape are computed together.
     """
 
     def __init__(
         self, filters: list[nn.Parameter], lr: float, momentum: float, dtype: torch.dtype
     ) -> None:
         """Take the weights (out, in, height, width), and the dtype of the iterations."""
-        super().__init__(filters, {"lr": lr, "momentum": momentum})
-        self.dtype = dtype
+        shapes: dict[torch.Size, list[nn.Parameter]] = {}
+        for weight in filters:
+            shapes.setdefault(weight.shape, []).append(weight)
+        super().__init__([{"params": alike} for alike in shapes.values()], {"lr": lr})
+        self.momentum, self.dtype = momentum, dtype
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         """Update the filters from their gradients."""
-        [group] = self.param_groups
-        lr, momentum = group["lr"], group["momentum"]
-        for weight in group["params"]:
-            state = self.state[weight]
+        for group in self.param_groups:
+            weights = group["params"]
+            state = self.state[weights[0]]  # for all of this shape
+            gradients = stack([weight.grad for weight in weights])
             if not state:
-                state["momentum_buffer"] = torch.zeros_like(weight)
-            buffer = state["momentum_buffer"].lerp_(weight.grad, 1 - momentum)
-            update = orthogonalize(weight.grad.lerp(buffer, momentum).flatten(1), self.dtype)
-            weight.mul_(len(weight) ** 0.5 / weight.norm().clamp(min=1e-7))
-            rows, columns = update.shape
-            weight.add_(update.view_as(weight), alpha=-lr * max(1, rows / columns) ** 0.5)
+                state["momentum_buffer"] = torch.zeros_like(gradients)
+            buffer = state["momentum_buffer"].lerp_(gradients, 1 - self.momentum)
+            update = orthogonalize(gradients.lerp_(buffer, self.momentum), self.dtype)
+            banks = stack(weights)
+            _, rows, columns = banks.shape
+            banks *= rows**0.5 / banks.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+            banks -= update * (group["lr"] * max(1, rows / columns) ** 0.5)
+            for weight, bank in zip(weights, banks, strict=True):
+                channels_last = weight.permute(0, 2, 3, 1)
+                channels_last.copy_(bank.view(channels_last.shape))
 
 
-def orthogonalize(matrix: Tensor, dtype: torch.dtype, iterations: int = 3) -> Tensor:
-    """Return the matrix (rows, columns) with all singular values moved close to 1.
+def stack(banks: list[Tensor]) -> Tensor:
+    """Copy filters (out, in, height, width) of one shape to (banks, out, height · width · in)."""
+    return torch.stack([bank.permute(0, 2, 3, 1) for bank in banks]).flatten(2)
+
+
+def orthogonalize(matrices: Tensor, dtype: torch.dtype, iterations: int = 3) -> Tensor:
+    """Return matrices (N, rows, columns) with all singular values moved close to 1.
 
     Newton–Schulz iterations in `dtype`, with the polynomial of Jordan (2024): 3.4445 σ - 4.775 σ³
     + 2.0315 σ⁵. It is steep at 0; after a few iterations the values lie within 0.7 … 1.2.
     """
-    tall = matrix.shape[0] > matrix.shape[1]
-    wide = (matrix.T if tall else matrix).to(dtype)
-    wide = wide / wide.norm().clamp(min=1e-7)
+    tall = matrices.shape[1] > matrices.shape[2]
+    wide = (matrices.mT if tall else matrices).to(dtype)
+    wide = wide / wide.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
     for _ in range(iterations):
-        gram = wide @ wide.T
-        polynomial = torch.addmm(gram, gram, gram, beta=-4.775, alpha=2.0315)
-        wide = torch.addmm(wide, polynomial, wide, beta=3.4445)
-    return (wide.T if tall else wide).to(matrix.dtype)
+        gram = wide @ wide.mT
+        polynomial = torch.baddbmm(gram, gram, gram, beta=-4.775, alpha=2.0315)
+        wide = torch.baddbmm(wide, polynomial, wide, beta=3.4445)
+    return (wide.mT if tall else wide).to(matrices.dtype)
 
 
 def _sgd(groups: Groups, params: TrainParams) -> torch.optim.Optimizer:
@@ -72,27 +84,25 @@ OPTIMIZERS: dict[str, Callable[[Groups, TrainParams], torch.optim.Optimizer]] = 
     "adam": lambda groups, params: torch.optim.Adam(groups, params.lr, fused=True),
     "adamw": lambda groups, params: torch.optim.AdamW(groups, params.lr, fused=True),
 }
-
-
-def _one_cycle(optimizer: torch.optim.Optimizer, steps: int) -> LRScheduler:
-    peaks = [group["lr"] for group in optimizer.param_groups]
-    # The rise ends at step pct_start * total_steps - 1, which must not be 0, the first step.
-    start = 0.25 if steps != 3 else 0.5
-    shape: dict[str, Any] = {"anneal_strategy": "linear", "cycle_momentum": False, "div_factor": 5}
-    return OneCycleLR(optimizer, peaks, steps + 1, pct_start=start, **shape)
-
-
-SCHEDULES: dict[str, Callable[[torch.optim.Optimizer, int], LRScheduler]] = {
-    "constant": lambda optimizer, steps: LambdaLR(optimizer, lambda _: 1.0),
-    "linear": lambda optimizer, steps: LinearLR(optimizer, 1.0, 0.0, steps),
-    "one_cycle": _one_cycle,
+# Points (share of the training, share of the highest learning rate), with lines between them.
+SCHEDULES: dict[str, list[tuple[float, float]]] = {
+    "constant": [(0, 1), (1, 1)],
+    "linear": [(0, 1), (1, 0)],
+    "one_cycle": [(0, 0.2), (0.25, 1), (1, 0)],
 }
 
 
+def schedule(name: str, steps: int) -> npt.NDArray[np.float64]:
+    """Return the learning rate at each of the steps and after the last, (steps + 1,), highest 1."""
+    when, share = zip(*SCHEDULES[name], strict=True)
+    rates: npt.NDArray[np.float64] = np.interp(np.arange(steps + 1) / steps, when, share)
+    return rates
+
+
 def make_optimizers(
-    network: nn.Module, params: TrainParams, steps: int, dtype: torch.dtype = torch.float32
-) -> list[Scheduled]:
-    """Return the optimizers of a network, each with its learning-rate schedule over `steps` steps.
+    network: nn.Module, params: TrainParams, dtype: torch.dtype = torch.float32
+) -> list[torch.optim.Optimizer]:
+    """Return the optimizers of a network, with the highest learning rates.
 
     `dtype` is for Muon's matrix products. The biases of normalisation layers have a learning rate
     `norm_bias_lr` times as high; their weight decay is divided by it, so that with SGD and AdamW
@@ -110,4 +120,4 @@ def make_optimizers(
     optimizers = [OPTIMIZERS[params.optimizer](groups, params)]
     if filters:
         optimizers.append(Muon(filters, params.muon_lr, params.muon_momentum, dtype))
-    return [(optimizer, SCHEDULES[params.schedule](optimizer, steps)) for optimizer in optimizers]
+    return optimizers

@@ -1,0 +1,80 @@
+"""The batches of an epoch, which depend on the seed and the epoch only."""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cifarlab.data.augment import Draws, augment, cutmix, draw, draw_boxes
+from cifarlab.params.sections import TrainParams
+
+
+class Images(NamedTuple):
+    """Images, uint8 (N, height, width, 3), and labels, int64 (N,), on the training device."""
+
+    images: Tensor
+    labels: Tensor
+
+
+class Batches:
+    """Batches of augmented images.
+
+    `begin` draws all random choices of an epoch and puts them into tensors that stay where they
+    are in memory. `next` reads them at a position that is itself a tensor. So reading a batch
+    needs nothing of the CPU, and can be recorded as part of a CUDA graph.
+    """
+
+    def __init__(self, data: Images, params: TrainParams, classes: int) -> None:
+        self.data, self.params, self.classes = data, params, classes
+        # Images that are left over come in other epochs.
+        self.size = min(params.batch_size, len(data.labels))
+        self.steps = len(data.labels) // self.size
+        device = data.images.device
+        self.order = torch.zeros(self.steps, self.size, dtype=torch.int64, device=device)
+        self.draws: Draws | None = None
+        if params.flip != "none" or params.translate:
+            mirrored = torch.zeros_like(self.order, dtype=torch.bool)
+            self.draws = Draws(mirrored, torch.zeros_like(self.order)[..., None].repeat(1, 1, 2))
+        self.boxes = torch.zeros(self.steps, 4, dtype=torch.int64, device=device)
+        self.position = torch.zeros(1, dtype=torch.int64, device=device)
+
+    def begin(self, epoch: int) -> None:
+        """Draw the random choices of an epoch (1, 2, …) and go to its first batch.
+
+        It seeds torch's global generators, from which dropout draws in the steps.
+        """
+        labels, params = self.data.labels, self.params
+        torch.manual_seed(params.seed * 100_003 + epoch)
+        order = torch.randperm(len(labels))[: self.order.numel()].view_as(self.order)
+        self.order.copy_(order)
+        draws = draw(len(labels), params.seed, epoch, flip=params.flip, translate=params.translate)
+        for buffer, drawn in zip(self.draws or (), draws or (), strict=True):
+            buffer.copy_(drawn[order])
+        if params.cutmix:
+            height, seed = self.data.images.shape[1], params.seed
+            self.boxes.copy_(draw_boxes(self.steps, params.cutmix, height, seed, epoch))
+        self.position.zero_()
+
+    def next(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the batch at the position, and move on.
+
+        Returns
+        -------
+        Augmented images, uint8 (N, 3, height, width). Targets: the labels or, with CutMix, the
+        share of each class, float (N, classes). Labels, int64 (N,): with CutMix, the class of the
+        image that got a piece of another.
+        """
+        chosen = self.row(self.order)
+        labels = self.data.labels[chosen]
+        draws = self.draws and Draws(*map(self.row, self.draws))
+        images, targets = augment(self.data.images[chosen], draws), labels
+        if self.params.cutmix:
+            shares = F.one_hot(labels, self.classes).float()
+            images, targets = cutmix(images, shares, self.row(self.boxes))
+        self.position.add_(1).remainder_(self.steps)
+        return images, targets, labels
+
+    def row(self, values: Tensor) -> Tensor:
+        """Return what belongs to the batch at the position."""
+        return values.index_select(0, self.position)[0]
