@@ -133,7 +133,10 @@ class Trainer:
         self.parts |= {str(i): optimizer for i, optimizer in enumerate(self.optimizers)}
         self.highest = [[g["lr"] for g in optimizer.param_groups] for optimizer in self.optimizers]
         self.schedule = schedule(params.schedule, params.epochs * self.steps)
-        self.rates = torch.zeros(self.steps, device=self.device)  # of an epoch, the highest is 1
+        # The rates of an epoch, the highest is 1. Fused optimizers take float32 on CUDA; on a CPU,
+        # double precision is that of a plain number.
+        exact = torch.float64 if self.device.type == "cpu" else torch.float32
+        self.rates = torch.zeros(self.steps, dtype=exact, device=self.device)
         self.sums = torch.zeros(3, device=self.device)  # of losses, correct images, steps
         # Convolutions and matrix products compute in `dtype`.
         self.autocast = torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32)
