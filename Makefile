@@ -27,7 +27,7 @@ DEMO := -S data.name=digits -S 'model.widths=[16,32,64]' -S train.epochs=8 \
 	-S train.batch_size=32 -S train.flip=none
 PYTEST := python -m pytest --numprocesses auto --dist worksteal --max-worker-restart 0
 
-.PHONY: help setup demo repro notebook tiny strong photos bench bench-quick bench-scaling gpu-check same-bytes test \
+.PHONY: help setup demo repro notebook tiny strong photos bench bench-quick bench-scaling gpu-check same-bytes experiments test \
 	test-all lint audit format ui study studies confusion search backprop queue sync verify \
 	report results reference lock lock-check screenshots
 .DEFAULT_GOAL := help
@@ -71,6 +71,7 @@ demo: setup  ## offline, minutes: two variants on handwritten digits, compared
 	@echo "  make ui                                      compare the runs in MLflow"
 	@echo "  open dvc_plots/index.html                    confusion matrices and curves"
 	@echo "  source .venv/bin/activate                    then, as you like:"
+	@echo "  make experiments                             every experiment in one table"
 	@echo "  dvc exp diff demo-6-layers demo-3-layers     what differs: parameters and metrics"
 	@echo "  dvc metrics diff --targets metrics/per_class.json -- demo-6-layers demo-3-layers"
 	@echo "  dvc exp run -S data.name=digits -S train.flip=none -S model.activation=relu"
@@ -82,6 +83,10 @@ repro: setup  ## run what params.yaml asks for (dvc repro)
 
 notebook tiny strong photos: setup  ## a variant of variants.yaml, as an experiment beside the workspace
 	cifarlab variant $@
+
+# Not shown: hashes of outputs, times, and the metrics with _ in their names, for which there is no room.
+experiments: setup  ## all experiments in one table that fits a terminal (dvc exp show)
+	dvc exp show --only-changed --drop '[^.]*[/_]|data$$|models$$|images$$|Created'
 
 ui: setup  ## compare runs in MLflow; prints the address (PORT=…)
 	cifarlab ui --port "$${PORT:-5000}"
