@@ -21,7 +21,7 @@ serve() {
     until (exec 3<>"/dev/tcp/127.0.0.1/$port") 2>/dev/null; do kill -0 $!; sleep 0.2; done
 }
 """
-# The whole test suite does not run in one of its tests. tests/pipeline/test_study.py runs this study.
+# The whole test suite does not run in one of its tests. test_study.py runs this study.
 INSTEAD = {
     "make test": "make --dry-run test",
     "make study NAME=demo": "make --dry-run study NAME=demo",
