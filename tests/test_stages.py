@@ -114,7 +114,7 @@ def test_train_and_evaluate_write_their_files(folder: Path) -> None:
     assert history["epoch"].tolist() == [1, 2]
     final = json.loads((folder / "metrics/train.json").read_text())
     network = load(folder / "models/network.safetensors")
-    counts = {"parameters": network.count_parameters(), "images": 45}
+    counts = {"parameters": network.count_parameters(), "training_images": 45}
     assert final == counts | history.iloc[-1][results].to_dict()
 
     assert len(list(folder.glob(".cache/checkpoints/*.pt"))) == 1

@@ -57,7 +57,7 @@ def test_experiments_overlapping_without_a_database(project: Project) -> None:
             2,
         ]
         assert {"test_accuracy", "per_class/9", "parameters"} <= run.data.metrics.keys()
-        assert len(project.artifacts(run.info.run_id)) == 11
+        assert len(project.artifacts(run.info.run_id)) == 12
     # The same trainings one after the other, without DVC's run cache, give the same bytes.
     project.run("git", "checkout", "--quiet", "stages/plot.py")
     for seed in seeds:

@@ -219,7 +219,7 @@ def run(point: points.Point, **metrics: float) -> pipeline.Revision:
     epochs = pd.DataFrame({"epoch": [1, 2], "train_accuracy": [0.4, 0.5]})
     files = {
         "params.yaml": yaml.safe_dump(parameters),
-        "metrics/train.json": json.dumps({"parameters": 1234567, "images": 900}),
+        "metrics/train.json": json.dumps({"parameters": 1234567, "training_images": 900}),
         "metrics/evaluate.json": json.dumps(metrics | {"loss": 0.5}),
         "plots/history.csv": epochs.to_csv(index=False),
         "plots/per_class.csv": per_class.to_csv(index=False),
