@@ -190,9 +190,14 @@ def read(path: Path, commit: str) -> bytes:
     from dvc.exceptions import DvcException
 
     try:
-        return bytes(dvc.api.read(str(path), rev=commit, mode="rb"))
+        return bytes(dvc.api.read(_in_git(path), rev=commit, mode="rb"))
     except (DvcException, OSError) as error:
         raise UserError(f"{path} of {commit[:10]} cannot be read: {first_line(error)}") from error
+
+
+def _in_git(path: Path) -> str:
+    """Return a path as DVC wants it for a commit: from the top of the Git repository."""
+    return f"{git('rev-parse', '--show-prefix').strip()}{path}"
 
 
 @contextmanager
@@ -205,11 +210,12 @@ def tree(revision: Revision) -> Iterator[Callable[[Path], BinaryIO]]:
     from dvc.api import DVCFileSystem
     from dvc.exceptions import DvcException
 
-    with closing(DVCFileSystem(rev=revision.commit or None)) as found:
+    with closing(DVCFileSystem(rev=revision.commit or None, subrepos=True)) as found:
 
         def open_file(path: Path) -> BinaryIO:
             try:
-                return cast(BinaryIO, found.open(str(path), "rb"))
+                place = _in_git(path) if revision.commit else str(path)
+                return cast(BinaryIO, found.open(place, "rb"))
             except (DvcException, OSError) as error:
                 place = f"{path} of {revision.label}"
                 raise UserError(f"{place} is neither in Git nor in DVC's cache") from error
