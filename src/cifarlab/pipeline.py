@@ -139,8 +139,10 @@ def experiment_names() -> list[str]:
 def remove_experiments(revisions: Sequence[Revision]) -> None:
     """Remove experiments from DVC. UserError: DVC cannot do it."""
     # By their references: experiments on two commits may have one name.
-    options = ("--format=%(refname)", *(f"--points-at={r.commit}" for r in revisions), "refs/exps")
-    _dvc("exp", "remove", "--quiet", *git("for-each-ref", *options).split())
+    listed = ("for-each-ref", "--format=%(refname)", "refs/exps", "--points-at")
+    refs = [ref for revision in revisions for ref in git(*listed, revision.commit).split()]
+    if refs:
+        _dvc("exp", "remove", "--quiet", *refs)
 
 
 def clean_cache() -> None:
@@ -190,14 +192,14 @@ def read(path: Path, commit: str) -> bytes:
     from dvc.exceptions import DvcException
 
     try:
-        return bytes(dvc.api.read(_in_git(path), rev=commit, mode="rb"))
+        return bytes(dvc.api.read(f"{_top()}{path}", rev=commit, mode="rb"))
     except (DvcException, OSError) as error:
         raise UserError(f"{path} of {commit[:10]} cannot be read: {first_line(error)}") from error
 
 
-def _in_git(path: Path) -> str:
-    """Return a path as DVC wants it for a commit: from the top of the Git repository."""
-    return f"{git('rev-parse', '--show-prefix').strip()}{path}"
+def _top() -> str:
+    """Return what comes before a path of the project in a commit: DVC starts at Git's top."""
+    return git("rev-parse", "--show-prefix").strip()
 
 
 @contextmanager
@@ -210,12 +212,12 @@ def tree(revision: Revision) -> Iterator[Callable[[Path], BinaryIO]]:
     from dvc.api import DVCFileSystem
     from dvc.exceptions import DvcException
 
+    top = _top() if revision.commit else ""
     with closing(DVCFileSystem(rev=revision.commit or None, subrepos=True)) as found:
 
         def open_file(path: Path) -> BinaryIO:
             try:
-                place = _in_git(path) if revision.commit else str(path)
-                return cast(BinaryIO, found.open(place, "rb"))
+                return cast(BinaryIO, found.open(f"{top}{path}", "rb"))
             except (DvcException, OSError) as error:
                 place = f"{path} of {revision.label}"
                 raise UserError(f"{place} is neither in Git nor in DVC's cache") from error
