@@ -206,6 +206,35 @@ def test_an_experiment_of_the_same_name_is_replaced() -> None:
     assert pipeline.read(Path("params.yaml"), revision.commit) == b"n: 20\n"
 
 
+def test_only_the_given_experiments_are_removed(
+    small_project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(shutil.copytree(small_project, tmp_path / "copy", symlinks=True))
+    first, second = pipeline.experiments()
+    pipeline.remove_experiments([])
+    assert pipeline.experiments() == [first, second]
+    pipeline.remove_experiments([first])
+    assert pipeline.experiments() == [second]
+
+
+def test_files_of_a_commit_are_read_in_a_project_in_a_subfolder(
+    small_project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    outer, inner = tmp_path / "outer", tmp_path / "outer/inner"
+    shutil.copytree(small_project, inner, symlinks=True)
+    shutil.rmtree(inner / ".git")
+    monkeypatch.chdir(inner)
+    identity = ("-c", "user.name=test", "-c", "user.email=test@localhost")
+    for command in (("init", str(outer)), ("add", "."), ("commit", "--message=outer")):
+        subprocess.run(["git", *identity, *command], check=True, capture_output=True)
+    head = pipeline.find("HEAD")
+    with pipeline.tree(head) as open_file:
+        for name in ("params.yaml", "train.txt"):
+            assert pipeline.read(Path(name), head.commit) == b"n: 1\n"
+            with open_file(Path(name)) as file:
+                assert file.read() == b"n: 1\n"
+
+
 @pytest.mark.usefixtures("project")
 def test_a_failed_experiment_names_its_log() -> None:
     with pytest.raises(UserError, match=r"broken failed: .*broken\.log"):
