@@ -7,28 +7,16 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 import pytest
 import yaml
-from scipy import stats
 
 from cifarlab import pipeline
 from cifarlab.errors import UserError
 from cifarlab.studies import page, points, study
-from cifarlab.studies.question import Study
 
 REPO = Path(__file__).resolve().parents[2]
 QUESTIONS = sorted({*(REPO / "studies").glob("*.yaml")} - {REPO / "studies/search.yaml"})
-
-
-def results(**accuracies: list[float]) -> pd.DataFrame:
-    rows = [
-        (variant, seed, value)
-        for variant, values in accuracies.items()
-        for seed, value in enumerate(values)
-    ]
-    return pd.DataFrame(rows, columns=["variant", "seed", "accuracy"])
 
 
 @pytest.fixture
@@ -41,79 +29,6 @@ def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "studies").mkdir()
     monkeypatch.chdir(tmp_path)
     return tmp_path
-
-
-@pytest.mark.parametrize("n", [2, 3, 10])
-def test_95_percent_intervals_contain_the_true_difference_95_times_in_a_hundred(n: int) -> None:
-    rng, truth, trials = np.random.default_rng(0), 0.7, 4000
-    luck = rng.normal(0.8, 0.05, n)  # of a seed, the same for all variants: pairing removes it
-    names = ["base", *(f"v{i}" for i in range(trials))]
-    others = {name: list(luck + truth / 100 + rng.normal(0, 0.005, n)) for name in names[1:]}
-    found = page.effects(results(base=list(luck), **others), names)[1:]
-    contained = ((found.difference - truth).abs() <= found.difference_margin).mean()
-    # Three standard errors of a share of 0.95 in this number of trials.
-    assert contained == pytest.approx(0.95, abs=3 * (0.95 * 0.05 / trials) ** 0.5)
-
-
-def test_without_any_effect_at_most_5_percent_of_the_studies_find_one(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr("gc.collect", lambda: 0)  # statsmodels calls it every time: 0.1 s each
-    rng, trials, names = np.random.default_rng(1), 600, [f"v{i}" for i in range(8)]
-    wrong = 0
-    for _ in range(trials):
-        frame = results(**{name: list(rng.normal(0.8, 0.01, 4)) for name in names})
-        wrong += page.effects(frame, names).significant.any()
-    assert wrong / trials <= 0.05 + 3 * (0.05 * 0.95 / trials) ** 0.5
-
-
-def test_effects_by_hand() -> None:
-    base, up, other = [0.80, 0.82, 0.84], [0.83, 0.8501, 0.8699], [0.84, 0.80, 0.83]
-    frame = results(base=base, up=up, other=other)
-    found = page.effects(frame, ["base", "up", "other"])
-    assert list(found.index) == ["base", "up", "other"]
-    first, better, noise = found.itertuples()
-    assert (first.accuracy, first.difference, first.significant) == (pytest.approx(82), 0, False)
-    # The quantile of Student's t with 2 degrees of freedom, and a standard deviation of 2.
-    assert first.accuracy_margin == pytest.approx(4.302652729911275 * 2 / 3**0.5)
-    assert better.difference == pytest.approx(3)
-    # Holm: the smaller of the two p is doubled, the other one stays.
-    assert better.p == pytest.approx(2 * stats.ttest_rel(up, base).pvalue)
-    assert noise.p == pytest.approx(stats.ttest_rel(other, base).pvalue)
-    assert (better.significant, noise.significant) == (True, False)
-
-
-def test_no_difference_at_all_is_no_effect_and_a_difference_without_spread_is_one() -> None:
-    base, up = [0.25, 0.5, 0.75], [0.375, 0.625, 0.875]
-    found = page.effects(results(base=base, same=base, up=up), ["base", "same", "up"])
-    columns = ["difference", "difference_margin", "p", "significant"]
-    expected = [[0, 0, 1, False], [0, 0, 1, False], [12.5, 0, 0, True]]
-    assert found[columns].to_numpy().tolist() == expected
-
-
-def test_a_grid_is_compared_one_parameter_at_a_time() -> None:
-    grid = {"model.layers": [1, 2], "model.norm": ["batch", "none"]}
-    frame = results(
-        **{"layers 1, norm batch": [0.5, 0.6, 0.7], "layers 1, norm none": [0.5, 0.6, 0.7]},
-        **{"layers 2, norm batch": [0.8, 0.8, 0.8], "layers 2, norm none": [0.59, 0.7, 0.81]},
-    )
-    asked = Study(question="?", grid=grid, seeds=[0, 1, 2])
-    found = page.one_parameter_at_a_time(asked, frame)
-    # Comparisons with the first variant are in the main table and are not repeated.
-    assert found[["variant", "reference"]].to_numpy().tolist() == [
-        ["layers 2, norm none", "layers 1, norm none"],
-        ["layers 2, norm none", "layers 2, norm batch"],
-    ]
-    # Differences of 9, 10 and 11 points: t = 10 / (1 / √3); of -21, -10 and 1: t = -10 / (11 / √3).
-    first, second = (2 * stats.t.sf(10 * 3**0.5 / spread, 2) for spread in (1, 11))
-    assert list(found.difference) == pytest.approx([10, -10])
-    margin = 4.302652729911275 / 3**0.5
-    assert list(found.difference_margin) == pytest.approx([margin, 11 * margin])
-    assert list(found.p) == pytest.approx([2 * first, second])  # Holm doubles the smaller p
-    assert list(found.significant) == [True, False]
-
-    without_grid = Study(question="?", variants={"a": {}, "b": {"train.lr": 1}}, seeds=[0, 1])
-    assert page.one_parameter_at_a_time(without_grid, frame).empty
 
 
 @pytest.mark.parametrize("path", QUESTIONS, ids=lambda path: path.stem)
@@ -145,6 +60,15 @@ def test_a_grid_is_every_combination(checkout: Path) -> None:
         ("question: [", "is not valid YAML"),
         ("question: a?", "seeds Field required"),
         ("{question: a, seeds: [0, 1]}", "at least two variants"),
+        ("{question: a, seeds: 5..15, variants: {a: {}, b: {}}}", "together with stop: decided"),
+        (
+            "{question: a, seeds: 5..5, stop: decided, variants: {a: {}, b: {}}}",
+            "seeds are a list, or like 5..15",
+        ),
+        (
+            "{question: a, seeds: [0, 1, 2], looks: [3, 2], variants: {a: {}, b: {}}}",
+            "looks are growing numbers",
+        ),
         ("{question: a, seeds: [0, 0], variants: {a: {}, b: {}}}", "a seed is listed twice"),
         ("{question: a, seeds: [0, 1], variants: {a b: {}, a-b: {}}}", "with different names"),
         (
@@ -394,11 +318,13 @@ def test_a_page_is_rewritten_from_the_tables_and_says_whether_its_rows_count(
     run_all(demo)
     path = study.rewrite_page("demo")
     believed = path.read_text()
-    assert believed.startswith("# Which?\n\n![effects")
+    assert believed.startswith("# Which?\n\nCompared with *four* (81.00 %), better")
     assert "> These figures" not in believed
-    assert "Compared with *four* (81.00 %), better: one (+3.00 points)." in believed
+    assert "better: one (+3.00 points).\n\n![effects" in believed
+    assert "> Only 3 seeds." in believed
+    assert "Every comparison is decided." in believed
     # 900 images, 2 epochs, 2 seconds; all three differences are 3 points.
-    row = r"\| one \| 84.00 ± 2.48 \| \+3.00 \| \+3.00 … \+3.00 \| \*\*yes\*\*, p = \S+ "
+    row = r"\| one \| 84.00 ± 2.48 \| \+3.00 \| \+3.00 … \+3.00 \| \*\*different\*\*, p = 0 "
     assert re.search(row + r"\| 0.5 ± 0 \| 1,234,567 \| 2.0 \| 900 \|", believed)
     assert path.with_suffix(".png").stat().st_size > 20_000
     study.report()

@@ -19,17 +19,25 @@ ROWS = 12  # variants for which the effect on each class is drawn: those with th
 
 
 def draw_study(
-    path: Path, title: str, label: str, effects: DataFrame, *, tables: Tables, grid: DataFrame
+    path: Path,
+    title: str,
+    label: str,
+    effects: DataFrame,
+    *,
+    tables: Tables,
+    grid: DataFrame,
+    margin: float,
 ) -> None:
     """Draw the effects with intervals, the learning curves with bands, and each class.
 
     Parameters
     ----------
     label : what is compared, "test accuracy" or "validation accuracy"
-    effects : what `studies.page.effects` returns
+    effects : what `studies.statistics.effects` returns
     tables : the results and the epochs of the study
     grid : the values of each parameter of a grid, one row per variant; without columns if there is
         no grid
+    margin : differences below it, in points, count as equivalent
     """
     style.apply()
     (results, epochs), names = tables, list(effects.index)
@@ -39,15 +47,19 @@ def draw_study(
     grid_of_axes = figure.add_gridspec(2, 2, height_ratios=heights)
     left, middle = (figure.add_subplot(grid_of_axes[0, column]) for column in range(2))
     right = figure.add_subplot(grid_of_axes[1, :])
-    interval = ("se", stats.t.ppf(0.975, results.seed.nunique() - 1))  # 95 %, by Student's t
-    look: dict[str, Any] = {"errorbar": interval, "err_kws": {"alpha": min(0.1, 0.7 / len(names))}}
+    look: dict[str, Any] = {"errorbar": _interval, "err_kws": {"alpha": min(0.1, 0.7 / len(names))}}
     if len(grid.columns) and is_numeric_dtype(grid.iloc[:, 0]) and grid.iloc[:, 0].nunique() > 2:
         parameter, *others = grid.columns
         line = ", ".join(others) or None
         if line:
             grid = grid.assign(**{line: grid[others].astype(str).agg(", ".join, axis=1)})
         results, epochs = (table.join(grid, on="variant") for table in tables)
-        bars = {"err_style": "bars", "err_kws": {"capsize": 3}, "errorbar": interval, "marker": "o"}
+        bars = {
+            "err_style": "bars",
+            "err_kws": {"capsize": 3},
+            "errorbar": _interval,
+            "marker": "o",
+        }
         percent = results.assign(accuracy=100 * results.accuracy)
         sns.lineplot(percent, x=parameter, y="accuracy", hue=line, style=line, ax=left, **bars)
         ticks = sorted(results[parameter].unique())
@@ -55,7 +67,7 @@ def draw_study(
         look |= {"hue": parameter, "style": line, "palette": "flare", "legend": "full"}
     else:
         palette = ["black", *sns.color_palette("husl", len(names) - 1)]
-        _effects(left, effects, palette, label)
+        _effects(left, effects, palette, label, margin)
         look |= {"hue": "variant", "hue_order": names, "palette": palette, "legend": False}
         middle.set(xlabel="epoch (colours as on the left)")
     _learning_curves(middle, epochs, look)
@@ -101,16 +113,23 @@ def draw_layers(path: Path, layers: DataFrame, names: list[str]) -> None:
     style.save(figure, path, dpi=100)
 
 
-def _effects(axes: Axes, effects: DataFrame, palette: list[Any], label: str) -> None:
+def _interval(values: Any) -> tuple[float, float]:
+    """Return the 95 % interval of the mean, by Student's t."""
+    margin = stats.t.ppf(0.975, len(values) - 1) * values.sem()
+    return values.mean() - margin, values.mean() + margin
+
+
+def _effects(axes: Axes, effects: DataFrame, palette: list[Any], label: str, margin: float) -> None:
     first, places = effects.index[0], range(len(effects))
     for place, colour, (_, row) in zip(places, palette, effects.iterrows(), strict=True):
-        margin = row.difference_margin if place else row.accuracy_margin
-        fill = colour if row.significant or not place else "white"
-        look = {"fmt": "o", "color": colour, "mfc": fill, "capsize": 3}
-        axes.errorbar(row.difference, place, xerr=margin, **look)
+        interval = row.difference_margin if place else row.accuracy_margin
+        fill = "white" if row.verdict == "undecided" and place else colour
+        look = {"fmt": "s" if row.verdict == "equivalent" else "o", "color": colour, "mfc": fill}
+        axes.errorbar(row.difference, place, xerr=interval, capsize=3, **look)
     axes.axvline(0, color="0.4", lw=1)
+    axes.axvspan(-margin, margin, color="0.5", alpha=0.15, lw=0)
     axes.set(yticks=places, yticklabels=effects.index, ylim=(len(effects) - 0.5, -0.5))
-    axes.set(title="Effect, 95 % interval (hollow: not significant)")
+    axes.set(title="Effect, 95 % interval (hollow: undecided, square: equivalent)")
     axes.set(xlabel=f"{label}, points compared with {first}")
 
 

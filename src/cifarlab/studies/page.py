@@ -1,22 +1,28 @@
 """The page docs/studies/NAME.md, its statistics and its pictures."""
 
-import itertools
 import re
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 from pandas import DataFrame
 from scipy import stats
-from statsmodels.stats.multitest import multipletests
 
 from cifarlab.errors import UserError
 from cifarlab.figures.study import draw_layers, draw_study
 from cifarlab.files import ANSWERS, atomic
-from cifarlab.studies.points import Point, Tables
+from cifarlab.studies.points import Point, Tables, needed
 from cifarlab.studies.question import Study
+from cifarlab.studies.statistics import (
+    DIFFERENT,
+    EQUIVALENT,
+    UNDECIDED,
+    effects,
+    one_parameter_at_a_time,
+)
 
-SIGNIFICANCE = 0.05
-COMPARISON = ["difference", "95 % interval", "significant (5 %)"]
+COMPARISON = ["difference", "95 % interval", "answer"]
+FEW = 5
 NOTICE = "> These figures were made by other code or parameters"
 
 
@@ -34,23 +40,28 @@ def write_page(name: str, study: Study, points: list[Point], tables: Tables) -> 
     """
     results, epochs = tables
     have = set(results.experiment) & set(epochs.experiment)
-    if missing := [point.experiment for point in points if point.experiment not in have]:
+    asked = needed(study, points, results)
+    if missing := [point.experiment for point in asked if point.experiment not in have]:
         lacking = f"{name}.csv and {name}-epochs.csv lack {len(missing)} points ({missing[0]}, …)"
         advice = "runs them; if it just did, `git status` shows code that is not in Git"
         raise UserError(f"{ANSWERS}/{lacking}; `make study NAME={name}` {advice}")
-    comparison = effects(results, list(study.variants))
+    comparison = effects(study, results)
     grid = DataFrame.from_dict(study.variants, orient="index")[list(study.grid)]
     title, label = study.question, f"{study.answer_by} accuracy"
     data = _and(results.data)
     folder = folder_of(name, data)
-    draw_study(folder / f"{name}.png", title, label, comparison, tables=tables, grid=grid)
+    picture, margin = folder / f"{name}.png", study.margin
+    draw_study(picture, title, label, comparison, tables=tables, grid=grid, margin=margin)
     pictures = [f"![effects, learning curves and classes]({name}.png)"]
     layers = epochs.set_index(["variant", "epoch"]).filter(like="/").dropna(axis=1, how="all")
     if len(layers.columns):
         draw_layers(folder / f"{name}-layers.png", layers, list(study.variants))
         pictures.append(f"![layer by layer]({name}-layers.png)")
-    text = _text(name, study, comparison, tables)
-    path = write_answer(folder / f"{name}.md", [f"# {study.question}", *pictures, *text])
+    alone = one_parameter_at_a_time(study, results)
+    answer = f"{_filled(study.findings, comparison, alone, results)} {_summary(study, comparison)}"
+    text = [*_tables(study, comparison, alone, tables), *_open(study, comparison, alone)]
+    paragraphs = [f"# {study.question}", answer.strip(), *pictures, *text]
+    path = write_answer(folder / f"{name}.md", [*paragraphs, *_how(name, study, results)])
     update_notice(name, results, folder)
     return path
 
@@ -98,76 +109,80 @@ def markdown_table(head: list[str], rows: list[list[str]]) -> str:
     return "\n".join([head_line, "|---" * len(head) + "|", *lines])
 
 
-def effects(results: DataFrame, names: list[str]) -> DataFrame:
-    """Compare variants with the first of `names`.
+def _filled(findings: str, comparison: DataFrame, alone: DataFrame, results: DataFrame) -> str:
+    """Put the numbers of the tables into a person's findings.
 
-    Parameters
-    ----------
-    results : columns variant, seed and accuracy (a share), one row per point
+    {difference[VARIANT]}, {difference[VARIANT / REFERENCE]}, {accuracy[VARIANT]} in percent, and
+    {MEASURE[VARIANT]}, the mean of any other column of the results.
 
-    Returns
-    -------
-    One row per variant, in percent:
-
-    - accuracy, accuracy_margin: mean over the seeds, half of its 95 % interval (Student's t)
-    - difference, difference_margin: mean difference, paired by seed, half of its 95 % interval
-    - p: of the paired t test, corrected for all comparisons (Holm 1979)
-    - significant: p is below 5 %
+    Raises
+    ------
+    UserError
+        The tables have no such number.
     """
-    table = results.pivot(index="seed", columns="variant", values="accuracy")[names] * 100
-    difference = table.sub(table[names[0]], axis=0)
-    quantile = stats.t.ppf(0.975, len(table) - 1)
-    # A change that does not reach the network at all gives 0 / 0.
-    statistic = (difference.mean() / difference.sem()).abs().fillna(0)
-    p = 2 * stats.t.sf(statistic, len(table) - 1)
-    p[1:] = multipletests(p[1:], method="holm")[1]
-    columns = {"accuracy": table.mean(), "accuracy_margin": quantile * table.sem()}
-    columns |= {"difference": difference.mean(), "difference_margin": quantile * difference.sem()}
-    return DataFrame(columns).assign(p=p, significant=p < SIGNIFICANCE)
+    numbers = results.groupby("variant").mean(numeric_only=True).map("{:.3g}".format)
+    columns = {str(column).removeprefix("test_"): numbers[column] for column in numbers}
+    margins = comparison.accuracy_margin.map(" ± {:.1f}".format)
+    columns["accuracy"] = comparison.accuracy.map("{:.1f}".format) + margins
+    pairs = zip(alone.variant, alone.reference, strict=True)
+    named = alone.set_axis([f"{variant} / {reference}" for variant, reference in pairs])
+    both = pd.concat([table[["difference", "difference_margin"]] for table in (comparison, named)])
+    margins = both.difference_margin.map(" ± {:.1f}".format)
+    columns["difference"] = both.difference.map("{:+.1f}".format) + margins
+    try:
+        return findings.format_map(columns)
+    except (KeyError, ValueError, IndexError) as error:
+        raise UserError(f"findings: {{{error}}} is not a number of the tables") from error
 
 
-def one_parameter_at_a_time(study: Study, results: DataFrame) -> DataFrame:
-    """Compare each variant of a grid with the one that has the first value of one parameter.
-
-    Comparisons with the first variant are left out, because `effects` has them.
-
-    Returns
-    -------
-    Columns variant, reference and those of `effects`, one row per comparison. p is corrected for
-    all of them. Empty if the study has no grid.
-    """
-    found = []
-    for key, (name, changes) in itertools.product(study.grid, study.variants.items()):
-        wanted = changes | {key: study.grid[key][0]}
-        reference = next(n for n, other in study.variants.items() if other == wanted)
-        if reference not in (name, next(iter(study.variants))):
-            effect = effects(results, [reference, name]).loc[name]
-            found.append({"variant": name, "reference": reference, **effect})
-    if not found:
-        return DataFrame()
-    p = multipletests([comparison["p"] for comparison in found], method="holm")[1]
-    return DataFrame(found).assign(p=p, significant=p < SIGNIFICANCE)
-
-
-def _text(name: str, study: Study, comparison: DataFrame, tables: Tables) -> list[str]:
-    """Return the paragraphs of the page below the pictures."""
-    results = tables.results
-    alone = one_parameter_at_a_time(study, results)
-    others = []
+def _tables(study: Study, comparison: DataFrame, alone: DataFrame, tables: Tables) -> list[str]:
+    """Return the tables, with a warning if there are few seeds."""
+    paragraphs = [_main_table(study, comparison, tables)]
     if len(alone):
         rows = [[row.variant, row.reference, *_compared(row)] for _, row in alone.iterrows()]
         table = markdown_table(["variant", "compared with", *COMPARISON], rows)
-        others = ["The effect of one parameter alone, compared with its first value:", table]
-    data, machine = _and(results.data), _and(results.machine)
+        paragraphs += ["The effect of one parameter alone, compared with its first value:", table]
+    if len(study.seeds) < FEW:
+        warning = "With so few, only large differences can be told from chance."
+        return [f"> Only {len(study.seeds)} seeds. {warning}", *paragraphs]
+    return paragraphs
+
+
+def _open(study: Study, comparison: DataFrame, alone: DataFrame) -> list[str]:
+    """Return what could not be found out: undecided comparisons, and the power of the study."""
+    pairs = pd.concat([comparison[1:].reset_index(), alone])
+    undecided = pairs[pairs.verdict == UNDECIDED]
+    left = [f"{row.variant} or {row.reference}" for row in undecided.itertuples()]
+    low, high = (f"{value:.1f}" for value in (pairs.detectable.min(), pairs.detectable.max()))
+    smallest = low if low == high else f"{low} to {high}"
     return [
-        f"{study.findings} {_summary(comparison)}".strip(),
-        _main_table(study, comparison, tables),
-        *others,
-        f"{len(study.seeds)} seeds ({', '.join(map(str, study.seeds))}), "
+        "## What could not be found out",
+        f"Undecided: {'; '.join(left)}." if left else "Every comparison is decided.",
+        f"A true difference of {smallest} points, depending on the comparison, would have been "
+        "found with a probability of 80 %. Smaller ones may exist. Differences of less than "
+        f"{study.margin:g} points count as equivalent.",
+    ]
+
+
+def _how(name: str, study: Study, results: DataFrame) -> list[str]:
+    """Return how the study was made, and how to repeat it."""
+    data, machine = _and(results.data), _and(results.machine)
+    looks = ""
+    if len(study.looks) > 1:
+        after = ", ".join(map(str, study.looks))
+        looks = (
+            f"After {after} seeds, only variants with undecided comparisons got more. The error "
+            "rate was divided among these looks (Lan and DeMets 1983), and the intervals hold "
+            "whenever the study stops.\n"
+        )
+    return [
+        "## How it was measured",
+        f"{results.seed.nunique()} seeds ({', '.join(map(str, sorted(set(results.seed))))}), "
         f"{results.images.max():,} training images of {data}.\n"
         "± and intervals are 95 % intervals by Student's t. Differences are paired by seed.\n"
-        "p is corrected for all comparisons of a table by Holm's method.\n"
-        f"{study.shared}\nMachine: {machine}.",
+        "*Different*: paired t test. *Equivalent*: two one-sided t tests. p is corrected for all "
+        "comparisons of a table by Holm's method; 5 % is the limit.\n"
+        f"{looks}{study.shared}\nMachine: {machine}.",
         f"    make study NAME={name}",
         f"asks studies/{name}.yaml again. {name}.csv lists every point with its DVC experiment and "
         "its MLflow run.",
@@ -184,7 +199,7 @@ def _main_table(study: Study, comparison: DataFrame, tables: Tables) -> str:
     trained = results.images * results.experiment.map(epochs.groupby("experiment").size())
     groups = results.assign(speed=trained / results.seconds).groupby("variant")
     means, margins = groups.mean(numeric_only=True), groups.sem(numeric_only=True)
-    margins *= stats.t.ppf(0.975, len(study.seeds) - 1)
+    margins = margins.mul(stats.t.ppf(0.975, groups.size() - 1), axis=0)
     rows: list[list[str]] = []
     for name in study.variants:
         effect, mean, margin = comparison.loc[name], means.loc[name], margins.loc[name]
@@ -200,20 +215,22 @@ def _main_table(study: Study, comparison: DataFrame, tables: Tables) -> str:
 
 
 def _compared(effect: Any) -> list[str]:
-    """Return the cells that show a difference, its interval and its significance."""
+    """Return the cells that show a difference, its interval and the answer."""
     low, high = (effect.difference + side * effect.difference_margin for side in (-1, 1))
-    verdict = f"{'**yes**' if effect.significant else 'no'}, p = {effect.p:.2g}"
-    return [f"{effect.difference:+.2f}", f"{low:+.2f} … {high:+.2f}", verdict]
+    p = f", p = {effect.p_equivalent if effect.verdict == EQUIVALENT else effect.p:.2g}"
+    answer = {DIFFERENT: f"**different**{p}", EQUIVALENT: f"equivalent{p}", UNDECIDED: UNDECIDED}
+    return [f"{effect.difference:+.2f}", f"{low:+.2f} … {high:+.2f}", answer[effect.verdict]]
 
 
-def _summary(comparison: DataFrame) -> str:
-    """Return a sentence that says which variants differ significantly from the first."""
+def _summary(study: Study, comparison: DataFrame) -> str:
+    """Return a sentence with the answer for each variant, compared with the first."""
     others = comparison[1:].sort_values("difference", key=abs, ascending=False, kind="stable")
-    shown = others.index + others.difference.map(" ({:+.2f} points)".format)
+    shown, answer = others.index + others.difference.map(" ({:+.2f} points)".format), others.verdict
     groups = {
-        "better": list(shown[others.significant & (others.difference > 0)]),
-        "worse": list(shown[others.significant & (others.difference < 0)]),
-        "no significant difference": list(others.index[~others.significant]),
+        "better": list(shown[(answer == DIFFERENT) & (others.difference > 0)]),
+        "worse": list(shown[(answer == DIFFERENT) & (others.difference < 0)]),
+        f"equivalent within {study.margin:g} points": list(others.index[answer == EQUIVALENT]),
+        "undecided": list(others.index[answer == UNDECIDED]),
     }
     parts = [f"{word}: {'; '.join(names)}" for word, names in groups.items() if names]
     first = f"*{comparison.index[0]}* ({comparison.accuracy.iloc[0]:.2f} %)"

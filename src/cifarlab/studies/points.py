@@ -24,6 +24,7 @@ from cifarlab.params.load import changed
 from cifarlab.params.sections import DEFAULT_FOLDER
 from cifarlab.pipeline import Revision
 from cifarlab.studies.question import Parameters, Study, slug
+from cifarlab.studies.statistics import seeds_needed
 from cifarlab.tracking.studies import timing_of
 from cifarlab.tracking.upload import read_table
 
@@ -87,6 +88,13 @@ def load(name: str) -> tuple[Study, list[Point]]:
         experiment = f"{slug(name)}-{slug(variant)}-{seed}"
         points.append(Point(variant, seed, experiment, changes, parameters))
     return study, points
+
+
+def needed(study: Study, points: list[Point], results: DataFrame) -> list[Point]:
+    """Return the points that the study needs, as far as the results can tell."""
+    seeds = seeds_needed(study, results)
+    order = {seed: place for place, seed in enumerate(study.seeds)}
+    return [point for point in points if order[point.seed] < seeds[point.variant]]
 
 
 def read_links(path: Path = files.EQUAL_CODE) -> list[Link]:

@@ -70,10 +70,28 @@ class Study(Question):
     grid: dict[str, list[Any]] = {}
     """Instead of variants: the values of each parameter. Every combination is a variant."""
     seeds: Annotated[list[int], Field(min_length=2)]
+    """The seeds. `seeds: 5..15` with `stop: decided` stands for seeds 0 to 14 and looks after 5, 10
+    and 15 of them."""
+    looks: list[int] = []
+    """Numbers of seeds. After so many, only variants whose answer is undecided get more."""
+    margin: Annotated[float, Field(gt=0)] = 1
+    """Differences of less than this, in percentage points of accuracy, count as equivalent."""
     answer_by: Literal["test", "validation"] = "test"
     """The accuracy that is compared. To choose between variants, use validation."""
     measures: list[str] = []
     """More columns for the table, by their names in metrics/evaluate.json: calibration_error."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _expand_seeds(cls, content: Any) -> Any:
+        if not isinstance(content, dict) or not isinstance(content.get("seeds"), str):
+            return content
+        bounds = re.fullmatch(r"(\d+)\.\.(\d+)", content["seeds"])
+        first, last = map(int, bounds.groups()) if bounds else (0, 0)
+        if not 2 <= first < last or content.get("stop") != "decided":
+            raise ValueError("seeds are a list, or like 5..15 together with stop: decided")
+        others = {key: value for key, value in content.items() if key != "stop"}
+        return others | {"seeds": [*range(last)], "looks": [*range(first, last, first), last]}
 
     @model_validator(mode="after")
     def _expand_grid_and_check(self) -> Self:
@@ -85,6 +103,9 @@ class Study(Question):
             raise ValueError("a study needs at least two variants, or a grid, with different names")
         if len(set(self.seeds)) < len(self.seeds):
             raise ValueError("a seed is listed twice")
+        self.looks = self.looks or [len(self.seeds)]
+        if self.looks != sorted({*self.looks, len(self.seeds)}) or self.looks[0] < 2:
+            raise ValueError("looks are growing numbers of seeds; the last one is all seeds")
         return self
 
 

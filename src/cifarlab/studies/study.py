@@ -15,7 +15,7 @@ from cifarlab.errors import UserError
 from cifarlab.files import QUESTIONS
 from cifarlab.params.load import read_yaml
 from cifarlab.studies.page import made_by, update_notice, write_page
-from cifarlab.studies.points import Point, chosen, load, paths, record
+from cifarlab.studies.points import Point, chosen, load, needed, paths, record
 from cifarlab.studies.question import names
 from cifarlab.tracking.studies import publish
 
@@ -31,13 +31,17 @@ def run(name: str, jobs: int) -> Path:
     finished, so a study that was stopped continues where it was, also on another machine.
     """
     study, points = load(name)
-    done = set(record(name, study, points).results.experiment)  # also what a killed study has run
-    missing = [point for point in points if point.experiment not in done]
-    counts = f"{len(points)} points, {len(done)} done, {len(missing)} to run"
-    print(f"{study.question}\n{counts}", flush=True)
-    if missing:
+    print(study.question)
+    before: list[Point] = []
+    while True:
+        tables = record(name, study, points)  # also what a killed study has run
+        done, asked = set(tables.results.experiment), needed(study, points, tables.results)
+        missing = [point for point in asked if point.experiment not in done]
+        print(f"{len(asked)} points, {len(done)} done, {len(missing)} to run", flush=True)
+        if missing == before or not missing:  # the same again: the code is not in Git
+            break
         run_points(missing, jobs, lambda: record(name, study, points))
-    tables = record(name, study, points)
+        before = missing
     page = write_page(name, study, points, tables)
     pictures = [page.with_name(f"{name}{suffix}") for suffix in (".png", "-layers.png")]
     files = [path for path in (page, *pictures, *paths(name)) if path.exists()]
