@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 REPO = Path(__file__).resolve().parents[2]
-EXECUTED = ("README.md", "docs/tutorial.md", "docs/recipes.md")
+EXECUTED = ("README.md", "docs/tutorial.md", "docs/recipes.md", "docs/questions.md")
 
 
 def blocks(page: str, language: str = "bash") -> list[str]:
