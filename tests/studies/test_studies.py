@@ -40,6 +40,27 @@ def test_every_study_of_the_project_is_valid(path: Path, monkeypatch: pytest.Mon
     assert len(experiments) == len(found) == len(asked.variants) * len(asked.seeds)
 
 
+@pytest.mark.parametrize("path", QUESTIONS, ids=lambda path: path.stem)
+def test_every_number_of_a_finding_comes_from_the_table(path: Path) -> None:
+    findings = yaml.safe_load(path.read_text("utf-8")).get("findings", "")
+    assert not re.search(r"\d", re.sub(r"{\w+\[[^]]+\]}", "", findings))
+
+
+def test_numbers_of_findings_are_those_of_the_table(
+    demo: list[pipeline.Revision], checkout: Path
+) -> None:
+    path = checkout / "studies/demo.yaml"
+    text = "One: {accuracy[one]} %, {difference[one]} points, loss {loss[one]}."
+    path.write_text(yaml.safe_dump(DEMO | {"findings": text}))
+    run_all(demo)
+    # Seeds 0, 1, 2: 80, 81, 82 % and three points more.
+    text = "One: 84.0 ± 2.5 %, +3.0 ± 0.0 points, loss 0.5."
+    assert text in study.rewrite_page("demo").read_text("utf-8")
+    path.write_text(yaml.safe_dump(DEMO | {"findings": "{accuracy[two]}"}))
+    with pytest.raises(UserError, match=r"findings: .*two.* is not a number of the tables"):
+        study.rewrite_page("demo")
+
+
 def test_a_grid_is_every_combination(checkout: Path) -> None:
     grid = {"model.layers": [3, 6], "model.norm": ["batch", "none"]}
     content = {"question": "?", "grid": grid, "seeds": [4, 5]}

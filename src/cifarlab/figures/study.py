@@ -130,7 +130,7 @@ def _effects(axes: Axes, effects: DataFrame, palette: list[Any], label: str, mar
     axes.axvspan(-margin, margin, color="0.5", alpha=0.15, lw=0)
     axes.set(yticks=places, yticklabels=effects.index, ylim=(len(effects) - 0.5, -0.5))
     axes.set(title="Effect, 95 % interval (hollow: undecided, square: equivalent)")
-    axes.set(xlabel=f"{label}, points compared with {first}")
+    axes.set(xlabel=f"{label}, points compared with {first} (grey: up to {margin:g})")
 
 
 def _learning_curves(axes: Axes, epochs: DataFrame, look: dict[str, Any]) -> None:

@@ -152,15 +152,14 @@ def _open(study: Study, comparison: DataFrame, alone: DataFrame) -> list[str]:
     """Return what could not be found out: undecided comparisons, and the power of the study."""
     pairs = pd.concat([comparison[1:].reset_index(), alone])
     undecided = pairs[pairs.verdict == UNDECIDED]
-    left = [f"{row.variant} or {row.reference}" for row in undecided.itertuples()]
+    left = [f"{row.variant} compared with {row.reference}" for row in undecided.itertuples()]
     low, high = (f"{value:.1f}" for value in (pairs.detectable.min(), pairs.detectable.max()))
-    smallest = low if low == high else f"{low} to {high}"
+    smallest = low if low == high else f"{low} to {high} (depending on the comparison)"
     return [
         "## What could not be found out",
         f"Undecided: {'; '.join(left)}." if left else "Every comparison is decided.",
-        f"A true difference of {smallest} points, depending on the comparison, would have been "
-        "found with a probability of 80 %. Smaller ones may exist. Differences of less than "
-        f"{study.margin:g} points count as equivalent.",
+        f"A true difference of {smallest} points would have been found with a probability of "
+        f"80 %. Smaller ones may exist. Differences below {study.within} count as equivalent.",
     ]
 
 
@@ -229,7 +228,7 @@ def _summary(study: Study, comparison: DataFrame) -> str:
     groups = {
         "better": list(shown[(answer == DIFFERENT) & (others.difference > 0)]),
         "worse": list(shown[(answer == DIFFERENT) & (others.difference < 0)]),
-        f"equivalent within {study.margin:g} points": list(others.index[answer == EQUIVALENT]),
+        f"equivalent within {study.within}": list(others.index[answer == EQUIVALENT]),
         "undecided": list(others.index[answer == UNDECIDED]),
     }
     parts = [f"{word}: {'; '.join(names)}" for word, names in groups.items() if names]

@@ -108,6 +108,11 @@ class Study(Question):
             raise ValueError("looks are growing numbers of seeds; the last one is all seeds")
         return self
 
+    @property
+    def within(self) -> str:
+        """The margin in words: 1 point, 0.5 points."""
+        return f"{self.margin:g} point{'' if self.margin == 1 else 's'}"
+
 
 class Range(BaseModel, extra="forbid"):
     """Numbers from low to high."""
