@@ -36,7 +36,7 @@ history = history.assign(val_loss=[2.1, 1.6], val_accuracy=[0.3, 0.4])
 style.apply()
 figures = {
     "confusion": run.confusion_heatmap(counts.set_index("actual/predicted"), normalized=False),
-    "curves": run.curves(history, "training"),
+    "curves": run.curves(history, "training", 0.2),
 }
 for name, figure in figures.items():
     style.save(figure, Path(name + ".png"), 60)

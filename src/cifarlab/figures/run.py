@@ -83,7 +83,7 @@ def confusion_heatmap(counts: pd.DataFrame, *, normalized: bool) -> Figure:
     texts = values.map(("{:.2f}" if normalized else "{:d}").format).where(counts > 0, "")
     cells = {"annot": False if many else texts, "fmt": "", "annot_kws": {"size": 10}}
     quantity = "share of the actual class" if normalized else "test images"
-    bar = {"shrink": 0.8, "label": f"{quantity} (the colour follows the square root)"}
+    bar = {"shrink": 0.8, "label": f"{quantity}\n(the colour follows the square root)"}
     look = {"norm": norm, "cmap": "Blues", "square": True, "linewidths": 0 if many else 0.5}
     labels = {"xticklabels": names, "yticklabels": names}
     sns.heatmap(values, ax=axes, cbar_kws=bar, **look, **cells, **labels)

@@ -1,7 +1,7 @@
 """The trained network as an MLflow model: raw images in, names of classes out, and no pickle."""
 
+import platform
 import shutil
-import warnings
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from cifarlab.nn import weights
 from cifarlab.nn.export import export_torch
 
 CLASSIFIER = Path(__file__).with_name("classifier.py")
+PACKAGES = ("mlflow", "numpy", "pandas", "pillow", "torch")
 
 
 def write(folder: Path, network_file: Path, model: Any) -> None:
@@ -27,34 +28,36 @@ def write(folder: Path, network_file: Path, model: Any) -> None:
     """
     import mlflow
     import torch
+    import yaml
     from mlflow.types import ColSpec, Schema, TensorSpec
 
     network = weights.load(network_file)
-    exported = folder.with_name("network.pt2")
-    export_torch(network, exported)
+    for name in ("artifacts", "pytorch"):  # MLflow's loader for PyTorch wants a folder
+        (folder / name).mkdir(parents=True)
+    export_torch(network, folder / "pytorch/model.pt2")
+    shutil.copy(network_file, folder / "artifacts")
+    shutil.copy(CLASSIFIER, folder)
+    packages = [f"{name}=={version(name)}" for name in PACKAGES]
+    (folder / "requirements.txt").write_text("\n".join(packages), "utf-8")
+    python = {"python": platform.python_version(), "dependencies": ["-r requirements.txt"]}
+    (folder / "python_env.yaml").write_text(yaml.safe_dump(python), "utf-8")
+
     names = ["probability", *(f"probability/{name}" for name in network.classes)]
     columns = [ColSpec("string", "class"), *(ColSpec("double", name) for name in names)]
     images = Schema([TensorSpec(np.dtype(np.uint8), (-1, -1, -1, 3))])
-    packages = ("mlflow", "numpy", "pandas", "pillow", "torch")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # MLflow's: it has no example of the input
-        mlflow.pyfunc.save_model(
-            folder,
-            python_model=str(CLASSIFIER),
-            artifacts={"network": str(exported), "weights": str(network_file)},
-            model_config={"classes": network.classes, "image_size": network.image_size},
-            signature=mlflow.models.ModelSignature(images, Schema(columns)),
-            pip_requirements=[f"{name}=={version(name)}" for name in packages],
-            mlflow_model=model,
-        )
-    # MLflow's loader for PyTorch wants a folder with this name in it.
-    (folder / "pytorch").mkdir()
-    shutil.move(folder / "artifacts/network.pt2", folder / "pytorch/model.pt2")
-    function = model.flavors["python_function"]
+    model.signature = mlflow.models.ModelSignature(images, Schema(columns))
     paths = {"network": "pytorch/model.pt2", "weights": f"artifacts/{network_file.name}"}
-    # Without the paths of this machine.
-    function["artifacts"] = {name: {"path": path, "uri": path} for name, path in paths.items()}
-    function["model_code_path"] = CLASSIFIER.name
+    # Not save_model, which reads the files of every installed package, and that takes seconds.
+    mlflow.pyfunc.add_to_model(
+        model,
+        "mlflow.pyfunc.loaders.code_model",
+        python_env="python_env.yaml",
+        model_config={"classes": network.classes, "image_size": network.image_size},
+        model_code_path=CLASSIFIER.name,
+        artifacts={name: {"path": path, "uri": path} for name, path in paths.items()},
+        streamable=False,
+    )
     torch_version = str(torch.__version__)
     model.add_flavor("pytorch", model_data="pytorch", pytorch_version=torch_version, code=None)
+    model.model_size_bytes = sum(f.stat().st_size for f in folder.rglob("*") if f.is_file())
     model.save(folder / "MLmodel")
