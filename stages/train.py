@@ -18,12 +18,16 @@ def train(params: Params) -> None:
     if there.type == "cuda":
         lock = device.take_gpu(files.cache(), torch.cuda.device_count())  # noqa: F841, held to the end
     data = Dataset.load(files.DATA)
-    network, images, validation = loop.prepare(params, data, there)
+    # The training itself needs memory, too.
+    stream = data.images["train"].nbytes > device.free_memory(there) / 2
+    network, images, validation = loop.prepare(params, data, there, stream=stream)
     key, conditions = pipeline.training_key(params), device.conditions(params.train, there)
     checkpoint = checkpoints.Checkpoint(key, conditions)
     alone = checkpoint.claim()
     size, variant = network.count_parameters(), params.model.describe()
     print(f"{data.name}: {variant}, {size:,} parameters, on {conditions['device']}", flush=True)
+    if stream:
+        print("the images do not fit into memory: they are read from disk", flush=True)
 
     with track("train", params, conditions) as tracked, interrupted_once():
         progress = timings.Progress(key, conditions, params.train.epochs)

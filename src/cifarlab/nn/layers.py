@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+from cifarlab.data.mapped import Mapped
 from cifarlab.params.geometry import STEM_CHANNELS
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {
@@ -20,17 +21,23 @@ POOLS: dict[str, type[nn.Module]] = {"max": nn.MaxPool2d, "avg": nn.AvgPool2d}
 class Normalize(nn.Module):
     """Scales pixels (0…255) so that each channel of the training images has mean 0, variance 1."""
 
+    IMAGES = 1000  # that are measured at a time
+
     def __init__(self) -> None:
         super().__init__()
         self.mean = nn.Buffer(torch.full((3, 1, 1), 127.5))
         self.std = nn.Buffer(torch.full((3, 1, 1), 127.5))
 
-    def measure(self, images: Tensor) -> None:
+    def measure(self, images: Tensor | Mapped) -> None:
         """Set mean and standard deviation to those of uint8 images (N, height, width, 3)."""
         # A histogram of the 256 values gives exact sums and needs no float copy of the images.
         values = torch.arange(256, dtype=torch.float64)
-        for channel in range(3):
-            count = torch.bincount(images[..., channel].flatten().cpu(), minlength=256).double()
+        counts = torch.zeros(3, 256, dtype=torch.int64)
+        for start in range(0, len(images), self.IMAGES):
+            block = images[start : start + self.IMAGES].cpu()
+            for channel in range(3):
+                counts[channel] += torch.bincount(block[..., channel].flatten(), minlength=256)
+        for channel, count in enumerate(counts.double()):
             mean = (count * values).sum() / count.sum()
             variance = (count * (values - mean) ** 2).sum() / count.sum()
             self.mean[channel] = mean.float()

@@ -7,6 +7,7 @@ from typing import Literal, cast
 import torch
 from torch import Tensor, nn
 
+from cifarlab.data.mapped import Mapped
 from cifarlab.nn.layers import ACTIVATIONS, POOLS, GlobalPool, Normalize, StridedPointwise, Whiten
 from cifarlab.params.geometry import Convolution, ModelParams
 
@@ -110,7 +111,7 @@ class Network(nn.Module):
         features = self.stages(self.stem(self.normalize(images)))
         return cast(Tensor, self.head(self.global_pool(features)) * self.params.logit_scale)
 
-    def measure(self, images: Tensor) -> None:
+    def measure(self, images: Tensor | Mapped) -> None:
         """Set normalisation and stem, which are not trained, from the training images.
 
         Parameters
@@ -129,7 +130,12 @@ class Network(nn.Module):
 
 
 @torch.inference_mode()
-def predict(network: Network, images: Tensor, batch_size: int | Literal["auto"] = "auto") -> Tensor:
+def predict(
+    network: Network,
+    images: Tensor | Mapped,
+    batch_size: int | Literal["auto"] = "auto",
+    view: Callable[[Tensor], Tensor] = lambda images: images,
+) -> Tensor:
     """Return the logits, float32 (N, classes), of uint8 images (N, height, width, 3).
 
     The network predicts in evaluation mode. Afterwards it is back in the mode it was in.
@@ -137,6 +143,7 @@ def predict(network: Network, images: Tensor, batch_size: int | Literal["auto"] 
     Parameters
     ----------
     batch_size : images at a time; auto: 2,000 of 32×32 pixels on CUDA, 100 of any size on a CPU
+    view : changes the images of a batch before they are used
     """
     if batch_size == "auto":
         height, width = images.shape[1:3]
@@ -144,7 +151,8 @@ def predict(network: Network, images: Tensor, batch_size: int | Literal["auto"] 
         batch_size = on_cuda if images.device.type == "cuda" else 100
     was_training = network.training
     network.eval()
-    batches = torch.split(images.permute(0, 3, 1, 2), batch_size)
-    logits = torch.cat([network(batch) for batch in batches])
+    starts = range(0, len(images), batch_size)
+    batches = (view(images[start : start + batch_size]) for start in starts)
+    logits = torch.cat([network(batch.permute(0, 3, 1, 2)) for batch in batches])
     network.train(was_training)
     return logits

@@ -6,9 +6,11 @@ import itertools
 import os
 import platform
 import re
+import resource
 import sys
 from pathlib import Path
 
+import psutil
 import torch
 from filelock import FileLock, Timeout
 
@@ -66,6 +68,24 @@ def take_gpu(locks: Path, count: int) -> FileLock:
         if attempt == count - 1:
             print("every GPU trains another experiment; this one waits for its turn", flush=True)
     raise AssertionError
+
+
+def free_memory(device: torch.device) -> int:
+    """Return the bytes that a process may use: what is free on the device and in main memory.
+
+    The limits of `ulimit -d` and of the control groups of a container (version 2) count, too.
+    """
+    free = [psutil.virtual_memory().available]
+    free += [torch.cuda.mem_get_info(device)[0]] if device.type == "cuda" else []
+    limit, _ = resource.getrlimit(resource.RLIMIT_DATA)
+    free += [] if limit == resource.RLIM_INFINITY else [limit]
+    groups, tree = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
+    text = groups.read_text() if groups.exists() else ""
+    group = tree / text.rpartition("0::/")[2].strip()
+    for folder in (group, *group.parents):
+        with contextlib.suppress(OSError, ValueError):  # it says "max", or there is none
+            free.append(int((folder / "memory.max").read_text()))
+    return min(free)
 
 
 def precision(params: TrainParams, device: torch.device) -> torch.dtype:

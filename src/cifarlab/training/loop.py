@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cifarlab.data.dataset import Dataset
+from cifarlab.data.mapped import Mapped
 from cifarlab.errors import UserError, first_line
 from cifarlab.nn.diagnostics import diagnose
 from cifarlab.nn.network import Network, predict
@@ -33,11 +34,15 @@ class Checkpoint(Protocol):
 
 
 def prepare(
-    params: Params, data: Dataset, device: torch.device
+    params: Params, data: Dataset, device: torch.device, *, stream: bool = False
 ) -> tuple[Network, Images, Images | None]:
     """Split the training images, build the network and measure its normalisation and stem.
 
     The initial weights depend on train.seed.
+
+    Parameters
+    ----------
+    stream : leave the images on disk, instead of copying them to the memory of the device
 
     Returns
     -------
@@ -55,8 +60,9 @@ def prepare(
         raise UserError(f"{left}, too few for a batch; lower it")
 
     def select(indices: npt.NDArray[np.int64]) -> Images:
-        arrays = data.images["train"][indices], data.labels["train"][indices]
-        return Images(*(torch.from_numpy(array).to(device) for array in arrays))
+        images = Mapped(data.images["train"], indices, device)
+        labels = torch.from_numpy(data.labels["train"][indices]).to(device)
+        return Images(images if stream else images[:], labels)
 
     train = select(kept)
     torch.manual_seed(params.train.seed)
@@ -189,6 +195,9 @@ class Trainer:
         are as before, and `Batches.begin` seeds the random generators.
         """
         if self.device.type not in graph.DEVICES or self.params.graph == "off":
+            return self.step
+        if isinstance(self.batches.data.images, Mapped):
+            print("no CUDA graph, the training is slower: the images stay on disk", flush=True)
             return self.step
         before = [(tensor, tensor.clone()) for tensor in self.tensors()]
         self.rates.zero_()
