@@ -121,8 +121,11 @@ class Network(nn.Module):
         self.normalize.measure(images)
         if isinstance(self.stem, nn.Sequential):
             # From the whole range, because a folder's images are sorted by class.
-            sample = images[:: max(1, len(images) // Whiten.IMAGES)].cpu()
-            cast(Whiten, self.stem[0]).measure(self.normalize(sample.permute(0, 3, 1, 2)))
+            step = max(1, len(images) // Whiten.IMAGES)
+            starts = range(0, len(images), step * Whiten.BATCH)
+            batches = (images[i : i + step * Whiten.BATCH : step].cpu() for i in starts)
+            normal = (self.normalize(batch.permute(0, 3, 1, 2)) for batch in batches)
+            cast(Whiten, self.stem[0]).measure(normal)
 
     def count_parameters(self) -> int:
         """Return the number of trained parameters."""
@@ -151,8 +154,10 @@ def predict(
         batch_size = on_cuda if images.device.type == "cuda" else 100
     was_training = network.training
     network.eval()
-    starts = range(0, len(images), batch_size)
-    batches = (view(images[start : start + batch_size]) for start in starts)
-    logits = torch.cat([network(batch.permute(0, 3, 1, 2)) for batch in batches])
+    # All at once: small results between the large blocks of the batches would scatter the memory.
+    logits = torch.empty(len(images), len(network.classes), device=images.device)
+    for start in range(0, len(images), batch_size):
+        batch = view(images[start : start + batch_size])
+        logits[start : start + batch_size] = network(batch.permute(0, 3, 1, 2))
     network.train(was_training)
     return logits

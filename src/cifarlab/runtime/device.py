@@ -42,6 +42,10 @@ def set_up(params: TrainParams) -> torch.device:
     available = torch.cuda.is_available()
     if params.device == "cuda" and not available:
         raise UserError("train.device = cuda: no CUDA device found; use train.device: auto or cpu")
+    gpus = torch.cuda.device_count() if params.device != "cpu" else 0
+    if 0 < gpus < params.processes:
+        advice = "lower it, or set train.device=cpu"
+        raise UserError(f"train.processes = {params.processes}: there are {gpus} GPUs; {advice}")
     # The same as use_deterministic_algorithms(True), which also imports the compiler: 2 s.
     torch.set_deterministic_debug_mode("error")
     # This code never reads memory that it has not written: no need to fill it first.

@@ -10,6 +10,7 @@ from torch import Tensor
 from cifarlab.data.augment import Draws, augment, cutmix, draw, draw_boxes
 from cifarlab.data.mapped import Mapped
 from cifarlab.params.sections import TrainParams
+from cifarlab.training.ranks import ALONE, Ranks
 
 
 class Images(NamedTuple):
@@ -23,7 +24,7 @@ class Images(NamedTuple):
 
 
 class Batches:
-    """Batches of augmented images.
+    """Batches of augmented images; of several processes, each has its part of every batch.
 
     `begin` draws all random choices of an epoch and puts them into tensors that stay where they
     are in memory. `next` reads them at a position that is itself a tensor. So reading a batch
@@ -31,13 +32,17 @@ class Batches:
     on disk.
     """
 
-    def __init__(self, data: Images, params: TrainParams, classes: int) -> None:
-        self.data, self.params, self.classes = data, params, classes
+    def __init__(
+        self, data: Images, params: TrainParams, classes: int, ranks: Ranks = ALONE
+    ) -> None:
+        self.data, self.params, self.classes, self.ranks = data, params, classes, ranks
         # Images that are left over come in other epochs.
         self.size = min(params.batch_size, len(data.labels))
         self.steps = len(data.labels) // self.size
         device = data.images.device
-        self.order = torch.zeros(self.steps, self.size, dtype=torch.int64, device=device)
+        self.part = ranks.part(self.size)
+        own = self.part.stop - self.part.start
+        self.order = torch.zeros(self.steps, own, dtype=torch.int64, device=device)
         self.draws: Draws | None = None
         if params.flip != "none" or params.translate:
             mirrored = torch.zeros_like(self.order, dtype=torch.bool)
@@ -53,7 +58,10 @@ class Batches:
         """
         labels, params = self.data.labels, self.params
         torch.manual_seed(params.seed * 100_003 + epoch)
-        order = torch.randperm(len(labels))[: self.order.numel()].view_as(self.order)
+        order = torch.randperm(len(labels))[: self.steps * self.size].view(self.steps, self.size)
+        order = order[:, self.part]
+        if self.ranks.rank:  # dropout draws in each process for itself
+            torch.manual_seed(params.seed * 100_003 + epoch + self.ranks.rank * 2**40)
         self.order.copy_(order)
         draws = draw(len(labels), params.seed, epoch, flip=params.flip, translate=params.translate)
         for buffer, drawn in zip(self.draws or (), draws or (), strict=True):
