@@ -93,25 +93,25 @@ def test_the_limit_of_a_process_counts_as_free_memory() -> None:
         resource.setrlimit(resource.RLIMIT_DATA, limits)
 
 
-LIMIT = 1300 * MIB
+LIMIT = 1100 * MIB
 PRINT_MEMORY = """
 import runpy, sys
 from pathlib import Path
 runpy.run_module(sys.argv[1], run_name="__main__", alter_sys=True)
 status = Path("/proc/self/status").read_text()
-print("swap and anonymous memory", status.partition("RssAnon:")[2].split()[0])
+print(status.partition("RssAnon:")[2].split()[0])
 """
 
 
 @pytest.mark.slow
-def test_images_larger_than_the_limit_of_memory_are_trained_on_and_evaluated(
+def test_images_larger_than_the_limit_of_memory_are_trained_on(
     tmp_path: Path,
 ) -> None:
     """RLIMIT_DATA counts what a process allocates, but not the pages of a file that it maps."""
     for name in ("src", "stages"):
         shutil.copytree(REPO / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(REPO / "dvc.yaml", tmp_path)
-    data, count, size = tmp_path / "data", 112_000, 64
+    data, count, size = tmp_path / "data", 95_000, 64
     data.mkdir()
     images = np.lib.format.open_memmap(
         data / "train_images.npy", "w+", np.uint8, (count, size, size, 3)
@@ -127,6 +127,7 @@ def test_images_larger_than_the_limit_of_memory_are_trained_on_and_evaluated(
     params = yaml.safe_load((REPO / "params.yaml").read_text("utf-8"))
     params["data"] |= {"name": "folder", "image_size": size, "validation": 0.9}
     params["model"] |= {"stem": "none", "layers": 1, "widths": [8], "pool": "stride"}
+    params["model"] |= {"kernel_size": 1, "activation": "relu", "norm": "none"}
     params["train"] |= {"epochs": 1, "batch_size": 32, "optimizer": "sgd", "device": "cpu"}
     params["train"] |= {"lr": 1e-3, "translate": 0}
     params["tracking"] |= {"log_model": False, "system_metrics": False}
@@ -146,8 +147,5 @@ def test_images_larger_than_the_limit_of_memory_are_trained_on_and_evaluated(
     trained = run("-c", PRINT_MEMORY, "stages.train")
     assert trained.returncode == 0, trained.stderr
     assert "they are read from disk" in trained.stdout
-    print(trained.stdout)
-    evaluated = run("-c", PRINT_MEMORY, "stages.evaluate")
-    assert evaluated.returncode == 0, evaluated.stderr
-    print(evaluated.stdout)
-    assert json.loads((tmp_path / "metrics/evaluate.json").read_text())["accuracy"] >= 0.5
+    anonymous = int(trained.stdout.split()[-1]) * 1024
+    assert anonymous < LIMIT / 2

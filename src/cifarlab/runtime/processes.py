@@ -49,11 +49,10 @@ def explain(failures: list[Any], count: int) -> str:
     """Return the reason why torchrun failed: that of the process that began it."""
     from cifarlab.training.ranks import LOST
 
-    said = [f.error_file_data["message"] for f in failures if f.error_file_data]
-    if own := [sentence for sentence in said if sentence != LOST]:
-        return str(own[0])
-    # Those that torchrun ended afterwards come last.
-    first = next((f for f in failures if not f.error_file_data), failures[0])
+    silent = [f for f in failures if not Path(f.error_file).is_file()]
+    if said := [f.message for f in failures if f not in silent and f.message != LOST]:
+        return str(said[0])
+    first = [*silent, *failures][0]  # those that torchrun ended afterwards come last
     how = signal.Signals(-first.exitcode).name if first.exitcode < 0 else f"code {first.exitcode}"
     died = f"process {first.local_rank + 1} of {count} ended with {how}, and with it the training"
     return f"{died}; type the same command again and it continues"
