@@ -1,7 +1,5 @@
 """Train the network: data/ → models/, plots/history.csv, metrics/train.json."""
 
-from typing import Any
-
 from stages import Params, interrupted_once, processes, run
 
 
@@ -18,15 +16,15 @@ def train(params: Params) -> None:
     from cifarlab.runtime import checkpoints, device, timings
     from cifarlab.tracking.run import track
     from cifarlab.training import loop
-    from cifarlab.training.ranks import ALONE, Ranks
+    from cifarlab.training.ranks import Ranks
 
     there = device.set_up(params.train)
     if there.type == "cuda":
         lock = device.take_gpu(files.cache(), torch.cuda.device_count())  # noqa: F841, held to the end
-    ranks = Ranks.join(there) if processes.started() else ALONE
+    ranks = Ranks.join(there)
     data = Dataset.load(files.DATA)
     # The training itself needs memory, too.
-    stream = data.images["train"].nbytes * ranks.size > device.free_memory(there) / 2
+    stream = data.images["train"].nbytes > device.free_memory(there, ranks.size) / 2
     network, images, validation = loop.prepare(params, data, there, stream=stream)
     dtype = device.precision(params.train, there)
     if ranks.rank:  # the first process writes, logs and validates
@@ -34,11 +32,10 @@ def train(params: Params) -> None:
         return
     key, conditions = pipeline.training_key(params), device.conditions(params.train, there)
     checkpoint = checkpoints.Checkpoint(key, conditions)
-    alone = checkpoint.claim()
+    kept = checkpoint if checkpoint.claim() else None
     size, variant = network.count_parameters(), params.model.describe()
-    print(f"{data.name}: {variant}, {size:,} parameters, on {conditions['device']}", flush=True)
-    if stream:
-        print("the images do not fit into memory: they are read from disk", flush=True)
+    place = conditions["device"] + ("; images that do not fit into memory stay on disk" * stream)
+    print(f"{data.name}: {variant}, {size:,} parameters, on {place}", flush=True)
 
     with track("train", params, conditions) as tracked, interrupted_once():
         progress = timings.Progress(key, conditions, params.train.epochs)
@@ -48,9 +45,8 @@ def train(params: Params) -> None:
             progress.epoch(history[-1])
             tracked.log_epochs()
 
-        inputs, kept = (network, params.train, images, validation), checkpoint if alone else None
-        more: dict[str, Any] = {"dtype": dtype, "checkpoint": kept, "ranks": ranks}
-        history = loop.fit(*inputs, on_epoch, on_batch=progress.batch, **more)
+        inputs, see = (network, params.train, images, validation, on_epoch), progress.batch
+        history = loop.fit(*inputs, on_batch=see, dtype=dtype, checkpoint=kept, ranks=ranks)
         files.write_csv(files.HISTORY, history)  # also if the checkpoint had all epochs
         weights.save(network, files.WEIGHTS)
         last = {k: v for k, v in history[-1].items() if k.endswith(("loss", "accuracy"))}

@@ -113,7 +113,7 @@ def test_the_parts_of_all_processes_are_the_batches_of_one(
 ) -> None:
     params = train_params(translate=1, flip="random", cutmix=0.5, processes=size)
     data = coloured(50)
-    alone = Batches(data, params, 3)
+    alone = Batches(data, params, 3, Ranks())
     parts = [Batches(data, params, 3, Ranks(rank, size)) for rank in range(size)]
     for epoch in (1, 2):
         alone.begin(epoch)

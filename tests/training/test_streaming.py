@@ -146,6 +146,6 @@ def test_images_larger_than_the_limit_of_memory_are_trained_on(
     assert "MemoryError" in copied.stderr
     trained = run("-c", PRINT_MEMORY, "stages.train")
     assert trained.returncode == 0, trained.stderr
-    assert "they are read from disk" in trained.stdout
+    assert "; images that do not fit into memory stay on disk" in trained.stdout
     anonymous = int(trained.stdout.split()[-1]) * 1024
     assert anonymous < LIMIT / 2

@@ -53,3 +53,7 @@ class Mapped:
         images = images.pin_memory() if self.device.type == "cuda" else images
         images.numpy()[places] = self.array[rows[places]]
         return images
+
+
+Rows = Tensor | Mapped
+"""Images, uint8 (N, height, width, 3), of which a slice is a tensor."""

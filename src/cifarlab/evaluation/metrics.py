@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from cifarlab.data.augment import Draws, augment
-from cifarlab.data.mapped import Mapped
+from cifarlab.data.mapped import Rows
 from cifarlab.errors import UserError
 from cifarlab.nn.network import Network, predict
 from cifarlab.params.sections import EvaluateParams
@@ -108,11 +108,7 @@ def evaluate(
 
 
 def accuracies_of_views(
-    network: Network,
-    images: Tensor | Mapped,
-    labels: Tensor,
-    logits: Tensor,
-    params: EvaluateParams,
+    network: Network, images: Rows, labels: Tensor, logits: Tensor, params: EvaluateParams
 ) -> dict[str, float]:
     """Return the accuracies that evaluate.mirror and evaluate.shifts ask for.
 

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from cifarlab.data.mapped import Mapped
+from cifarlab.data.mapped import Rows
 from cifarlab.params.geometry import STEM_CHANNELS
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {
@@ -30,7 +30,7 @@ class Normalize(nn.Module):
         self.mean = nn.Buffer(torch.full((3, 1, 1), 127.5))
         self.std = nn.Buffer(torch.full((3, 1, 1), 127.5))
 
-    def measure(self, images: Tensor | Mapped) -> None:
+    def measure(self, images: Rows) -> None:
         """Set mean and standard deviation to those of uint8 images (N, height, width, 3)."""
         # A histogram of the 256 values gives exact sums and needs no float copy of the images.
         values = torch.arange(256, dtype=torch.float64)

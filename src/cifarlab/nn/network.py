@@ -7,7 +7,7 @@ from typing import Literal, cast
 import torch
 from torch import Tensor, nn
 
-from cifarlab.data.mapped import Mapped
+from cifarlab.data.mapped import Rows
 from cifarlab.nn.layers import ACTIVATIONS, POOLS, GlobalPool, Normalize, StridedPointwise, Whiten
 from cifarlab.params.geometry import Convolution, ModelParams
 
@@ -111,7 +111,7 @@ class Network(nn.Module):
         features = self.stages(self.stem(self.normalize(images)))
         return cast(Tensor, self.head(self.global_pool(features)) * self.params.logit_scale)
 
-    def measure(self, images: Tensor | Mapped) -> None:
+    def measure(self, images: Rows) -> None:
         """Set normalisation and stem, which are not trained, from the training images.
 
         Parameters
@@ -132,12 +132,13 @@ class Network(nn.Module):
         return sum(p.numel() for p in self.parameters() if p.requires_grad)
 
 
+View = Callable[[Tensor], Tensor]
+same: View = nn.Identity()
+
+
 @torch.inference_mode()
 def predict(
-    network: Network,
-    images: Tensor | Mapped,
-    batch_size: int | Literal["auto"] = "auto",
-    view: Callable[[Tensor], Tensor] = lambda images: images,
+    network: Network, images: Rows, batch_size: int | Literal["auto"] = "auto", view: View = same
 ) -> Tensor:
     """Return the logits, float32 (N, classes), of uint8 images (N, height, width, 3).
 

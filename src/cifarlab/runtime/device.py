@@ -74,22 +74,21 @@ def take_gpu(locks: Path, count: int) -> FileLock:
     raise AssertionError
 
 
-def free_memory(device: torch.device) -> int:
-    """Return the bytes that a process may use: what is free on the device and in main memory.
+def free_memory(device: torch.device, processes: int = 1) -> int:
+    """Return the bytes that each process may use: what is free on the device and in main memory.
 
     The limits of `ulimit -d` and of the control groups of a container (version 2) count, too.
     """
-    free = [psutil.virtual_memory().available]
-    free += [torch.cuda.mem_get_info(device)[0]] if device.type == "cuda" else []
     limit, _ = resource.getrlimit(resource.RLIMIT_DATA)
-    free += [] if limit == resource.RLIM_INFINITY else [limit]
+    free = [psutil.virtual_memory().available, *([limit] if limit >= 0 else [])]
     groups, tree = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
     text = groups.read_text() if groups.exists() else ""
     group = tree / text.rpartition("0::/")[2].strip()
     for folder in (group, *group.parents):
         with contextlib.suppress(OSError, ValueError):  # it says "max", or there is none
             free.append(int((folder / "memory.max").read_text()))
-    return min(free)
+    on_device = [torch.cuda.mem_get_info(device)[0]] if device.type == "cuda" else []
+    return min([min(free) // processes, *on_device])
 
 
 def precision(params: TrainParams, device: torch.device) -> torch.dtype:

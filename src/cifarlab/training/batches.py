@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cifarlab.data.augment import Draws, augment, cutmix, draw, draw_boxes
-from cifarlab.data.mapped import Mapped
+from cifarlab.data.mapped import Mapped, Rows
 from cifarlab.params.sections import TrainParams
-from cifarlab.training.ranks import ALONE, Ranks
+from cifarlab.training.ranks import Ranks
 
 
 class Images(NamedTuple):
@@ -19,7 +19,7 @@ class Images(NamedTuple):
     Images that do not fit there stay on disk.
     """
 
-    images: Tensor | Mapped
+    images: Rows
     labels: Tensor
 
 
@@ -32,9 +32,7 @@ class Batches:
     on disk.
     """
 
-    def __init__(
-        self, data: Images, params: TrainParams, classes: int, ranks: Ranks = ALONE
-    ) -> None:
+    def __init__(self, data: Images, params: TrainParams, classes: int, ranks: Ranks) -> None:
         self.data, self.params, self.classes, self.ranks = data, params, classes, ranks
         # Images that are left over come in other epochs.
         self.size = min(params.batch_size, len(data.labels))

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from cifarlab.data.dataset import Dataset
 from cifarlab.data.mapped import Mapped
@@ -131,12 +131,7 @@ class Trainer:
     """
 
     def __init__(
-        self,
-        net: Network,
-        params: TrainParams,
-        data: Images,
-        dtype: torch.dtype,
-        ranks: Ranks = ALONE,
+        self, net: Network, params: TrainParams, data: Images, dtype: torch.dtype, ranks: Ranks
     ) -> None:
         self.network, self.params = net.to(memory_format=torch.channels_last), params
         self.device, classes = data.images.device, len(net.classes)
@@ -144,10 +139,7 @@ class Trainer:
         self.steps = self.batches.steps
         self.share = self.batches.order.shape[1] / self.batches.size  # of a batch, here
         self.trained = [p for p in net.parameters() if p.requires_grad]
-        norms = [m for m in net.modules() if isinstance(m, nn.BatchNorm2d)]
-        self.statistics = [
-            s for m in norms for s in (m.running_mean, m.running_var) if s is not None
-        ]
+        self.statistics = [b for name, b in net.named_buffers() if "running_" in name]
         balanced = params.class_weights == "balanced"
         weights = class_weights(data.labels, classes) if balanced else None
         self.loss_of = loss_function(params.loss, params.label_smoothing, weights)
@@ -223,8 +215,7 @@ class Trainer:
             return self.step
         if self.ranks.size > 1 or isinstance(self.batches.data.images, Mapped):
             reason = "several processes" if self.ranks.size > 1 else "the images stay on disk"
-            if self.ranks.rank == 0:
-                print(f"no CUDA graph, the training is slower: {reason}", flush=True)
+            self.ranks.say(f"no CUDA graph, the training is slower: {reason}")
             return self.step
         before = [(tensor, tensor.clone()) for tensor in self.tensors()]
         self.rates.zero_()
@@ -276,8 +267,7 @@ class Trainer:
         for name, part in self.parts.items():
             part.load_state_dict(state[name])
         history: list[Row] = state["history"]
-        if self.ranks.rank == 0:
-            print(f"continuing after epoch {len(history)} of {self.params.epochs}", flush=True)
+        self.ranks.say(f"continuing after epoch {len(history)} of {self.params.epochs}")
         return history
 
 

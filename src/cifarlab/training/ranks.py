@@ -28,9 +28,16 @@ class Ranks(NamedTuple):
     @classmethod
     def join(cls, device: torch.device) -> "Ranks":
         """Meet the other processes that torchrun started, all with devices of one kind."""
+        if not dist.is_torchelastic_launched():
+            return ALONE
         backend = "nccl" if device.type == "cuda" else "gloo"
         _together(partial(dist.init_process_group, timeout=LONGEST_WAIT), backend)
         return cls(dist.get_rank(), dist.get_world_size())
+
+    def say(self, text: str) -> None:
+        """Print a text once."""
+        if self.rank == 0:
+            print(text, flush=True)
 
     def part(self, images: int) -> slice:
         """Return which images of a batch are those of this process."""
