@@ -13,13 +13,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "src"))
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # Ctrl-C, kill, a closed terminal
 
-__all__ = ["Params", "interrupted_once", "run"]
+__all__ = ["Params", "interrupted_once", "processes", "run"]
 
 try:
     from cifarlab import pipeline
     from cifarlab.errors import UserError, tolerate_settings
     from cifarlab.params.load import load_params
     from cifarlab.params.sections import Params
+    from cifarlab.runtime import processes
 except ModuleNotFoundError as error:
     advice = "run `make setup`, then `source .venv/bin/activate`"
     sys.exit(f"error: {error.name} is not installed for {sys.executable}; {advice}")
@@ -32,6 +33,8 @@ def run(stage: Callable[[Params], None]) -> None:
     for number in (*SIGNALS, signal.SIGALRM):
         if number == signal.SIGINT or signal.getsignal(number) != signal.SIG_IGN:  # nohup
             signal.signal(number, _interrupt)
+    if processes.started():
+        processes.follow()
     try:
         with interrupted_once():
             pipeline.refuse_shallow_clone()
@@ -40,11 +43,14 @@ def run(stage: Callable[[Params], None]) -> None:
         for number in SIGNALS:
             signal.signal(number, signal.SIG_IGN)
         with suppress(OSError):  # the terminal may have been closed
-            print("interrupted; type the same command again and it continues", file=sys.stderr)
+            if not processes.started():  # the process that started this one says it
+                print("interrupted; type the same command again and it continues", file=sys.stderr)
             sys.stdout.flush()
         os._exit(1)  # all files are closed; unloading PyTorch and MLflow would take seconds
     except Exception as error:
         if sentence := explain(error):
+            if processes.started():
+                processes.give_up(sentence)
             sys.exit(f"error: {sentence}")
         raise
 

@@ -5,10 +5,12 @@ from stages import Params, interrupted_once, run
 
 def evaluate(params: Params) -> None:
     """Write accuracy, F1, calibration, the confusion matrix and every prediction."""
+    import numpy as np
     import torch
 
     from cifarlab import files, pipeline
     from cifarlab.data.dataset import Dataset
+    from cifarlab.data.mapped import Mapped
     from cifarlab.evaluation import metrics
     from cifarlab.nn import network, weights
     from cifarlab.runtime import checkpoints, device
@@ -21,7 +23,8 @@ def evaluate(params: Params) -> None:
     gpu_or_cpu = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     trained = weights.load(files.WEIGHTS).to(gpu_or_cpu)
     with track("evaluate", params), interrupted_once():
-        images = torch.from_numpy(data.images["test"].copy()).to(gpu_or_cpu)
+        pixels = data.images["test"]
+        images = Mapped(pixels, np.arange(len(pixels)), gpu_or_cpu)
         labels = torch.from_numpy(data.labels["test"]).to(gpu_or_cpu)
         logits = network.predict(trained, images, params.evaluate.batch_size)
         probabilities = logits.double().softmax(1).cpu().numpy()

@@ -1,10 +1,13 @@
 """Train the network: data/ → models/, plots/history.csv, metrics/train.json."""
 
-from stages import Params, interrupted_once, run
+from stages import Params, interrupted_once, processes, run
 
 
 def train(params: Params) -> None:
     """Train, and write history.csv after every epoch. A training that was killed resumes."""
+    if params.train.processes > 1 and not processes.started():
+        processes.launch(params.train.processes)
+        return
     import torch
 
     from cifarlab import files, pipeline
@@ -13,17 +16,26 @@ def train(params: Params) -> None:
     from cifarlab.runtime import checkpoints, device, timings
     from cifarlab.tracking.run import track
     from cifarlab.training import loop
+    from cifarlab.training.ranks import Ranks
 
     there = device.set_up(params.train)
     if there.type == "cuda":
         lock = device.take_gpu(files.cache(), torch.cuda.device_count())  # noqa: F841, held to the end
+    ranks = Ranks.join(there)
     data = Dataset.load(files.DATA)
-    network, images, validation = loop.prepare(params, data, there)
+    # The training itself needs memory, too.
+    stream = data.images["train"].nbytes > device.free_memory(there, ranks.size) / 2
+    network, images, validation = loop.prepare(params, data, there, stream=stream)
+    dtype = device.precision(params.train, there)
+    if ranks.rank:  # the first process writes, logs and validates
+        loop.fit(network, params.train, images, dtype=dtype, ranks=ranks)
+        return
     key, conditions = pipeline.training_key(params), device.conditions(params.train, there)
     checkpoint = checkpoints.Checkpoint(key, conditions)
-    alone = checkpoint.claim()
+    kept = checkpoint if checkpoint.claim() else None
     size, variant = network.count_parameters(), params.model.describe()
-    print(f"{data.name}: {variant}, {size:,} parameters, on {conditions['device']}", flush=True)
+    place = conditions["device"] + ("; images that do not fit into memory stay on disk" * stream)
+    print(f"{data.name}: {variant}, {size:,} parameters, on {place}", flush=True)
 
     with track("train", params, conditions) as tracked, interrupted_once():
         progress = timings.Progress(key, conditions, params.train.epochs)
@@ -33,9 +45,8 @@ def train(params: Params) -> None:
             progress.epoch(history[-1])
             tracked.log_epochs()
 
-        inputs = network, params.train, images, validation
-        dtype, kept = device.precision(params.train, there), checkpoint if alone else None
-        history = loop.fit(*inputs, on_epoch, on_batch=progress.batch, dtype=dtype, checkpoint=kept)
+        inputs, see = (network, params.train, images, validation, on_epoch), progress.batch
+        history = loop.fit(*inputs, on_batch=see, dtype=dtype, checkpoint=kept, ranks=ranks)
         files.write_csv(files.HISTORY, history)  # also if the checkpoint had all epochs
         weights.save(network, files.WEIGHTS)
         last = {k: v for k, v in history[-1].items() if k.endswith(("loss", "accuracy"))}

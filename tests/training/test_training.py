@@ -22,6 +22,7 @@ from cifarlab.runtime.device import precision, set_up
 from cifarlab.training import graph
 from cifarlab.training.batches import Images
 from cifarlab.training.loop import Row, Trainer, class_weights, fit, ignore, loss_function
+from cifarlab.training.ranks import ALONE
 from tests.conftest import NOTEBOOK, PLAIN_NETWORK, MakeTrain
 from tests.support.networks import (
     SIZE,
@@ -630,7 +631,7 @@ def test_a_step_reads_and_writes_the_same_memory_in_every_epoch(
 ) -> None:
     """A graph that was recorded in the first epoch works in the others."""
     params = train_params(epochs=3, cutmix=0.5, translate=1, class_weights="balanced")
-    trainer = Trainer(make_network(dropout=0.3), params, coloured(40), torch.float32)
+    trainer = Trainer(make_network(dropout=0.3), params, coloured(40), torch.float32, ALONE)
 
     def addresses() -> list[int]:
         batches = trainer.batches

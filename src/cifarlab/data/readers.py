@@ -23,8 +23,8 @@ from cifarlab.data.layout import UNREADABLE, Place, Problem
 from cifarlab.errors import UserError
 from cifarlab.params.sections import DataParams
 
-MAX_PIXELS = 2**32
-"""Bytes of the pixels of all images together."""
+MAX_PIXELS = 2**40
+"""Bytes of the pixels of all images together. They are on disk, and never all in memory."""
 BATCH = 128
 """Images that are decoded at the same time."""
 MAX_NAMES = 2**29

@@ -1,5 +1,6 @@
 """Accuracy, confusion and calibration on the test images, and accuracy on other views of them."""
 
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -8,6 +9,7 @@ import torch
 from torch import Tensor
 
 from cifarlab.data.augment import Draws, augment
+from cifarlab.data.mapped import Rows
 from cifarlab.errors import UserError
 from cifarlab.nn.network import Network, predict
 from cifarlab.params.sections import EvaluateParams
@@ -106,7 +108,7 @@ def evaluate(
 
 
 def accuracies_of_views(
-    network: Network, images: Tensor, labels: Tensor, logits: Tensor, params: EvaluateParams
+    network: Network, images: Rows, labels: Tensor, logits: Tensor, params: EvaluateParams
 ) -> dict[str, float]:
     """Return the accuracies that evaluate.mirror and evaluate.shifts ask for.
 
@@ -125,12 +127,11 @@ def accuracies_of_views(
 
     found: dict[str, float] = {}
     if params.mirror:
-        mirrored = predict(network, images.flip(2), params.batch_size)
+        mirrored = predict(network, images, params.batch_size, lambda batch: batch.flip(2))
         found["accuracy_mirrored"] = share(logits + mirrored)
     for n in range(1, params.shifts + 1):
-        # One view at a time: the four together take much memory.
-        views = (shifted(images, *by) for by in ((n, 0), (-n, 0), (0, n), (0, -n)))
-        shares = [share(predict(network, view, params.batch_size)) for view in views]
+        views = [partial(shifted, up=u, left=v) for u, v in ((n, 0), (-n, 0), (0, n), (0, -n))]
+        shares = [share(predict(network, images, params.batch_size, view)) for view in views]
         found[f"accuracy_shifted_{n}"] = sum(shares) / len(shares)
     return found
 

@@ -6,6 +6,7 @@ from contextlib import ExitStack
 import torch
 from torch import Tensor, nn
 
+from cifarlab.data.mapped import Rows
 from cifarlab.nn.layers import ACTIVATIONS
 from cifarlab.nn.network import Network
 
@@ -16,7 +17,7 @@ IMAGES = 512
 
 
 def diagnose(
-    network: Network, images: Tensor, labels: Tensor, loss_of: Callable[[Tensor, Tensor], Tensor]
+    network: Network, images: Rows, labels: Tensor, loss_of: Callable[[Tensor, Tensor], Tensor]
 ) -> dict[str, float]:
     """Examine each convolution in evaluation mode and float32. The network stays unchanged.
 

@@ -1,8 +1,11 @@
 """The layers that PyTorch does not have."""
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor, nn
 
+from cifarlab.data.mapped import Rows
 from cifarlab.params.geometry import STEM_CHANNELS
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {
@@ -20,17 +23,24 @@ POOLS: dict[str, type[nn.Module]] = {"max": nn.MaxPool2d, "avg": nn.AvgPool2d}
 class Normalize(nn.Module):
     """Scales pixels (0…255) so that each channel of the training images has mean 0, variance 1."""
 
+    PIXELS = 2**22  # that are counted at a time
+
     def __init__(self) -> None:
         super().__init__()
         self.mean = nn.Buffer(torch.full((3, 1, 1), 127.5))
         self.std = nn.Buffer(torch.full((3, 1, 1), 127.5))
 
-    def measure(self, images: Tensor) -> None:
+    def measure(self, images: Rows) -> None:
         """Set mean and standard deviation to those of uint8 images (N, height, width, 3)."""
         # A histogram of the 256 values gives exact sums and needs no float copy of the images.
         values = torch.arange(256, dtype=torch.float64)
-        for channel in range(3):
-            count = torch.bincount(images[..., channel].flatten().cpu(), minlength=256).double()
+        counts = torch.zeros(3, 256, dtype=torch.int64)
+        count = max(1, self.PIXELS // (images.shape[1] * images.shape[2]))
+        for start in range(0, len(images), count):
+            block = images[start : start + count].cpu()
+            for channel in range(3):
+                counts[channel] += torch.bincount(block[..., channel].flatten(), minlength=256)
+        for channel, count in enumerate(counts.double()):
             mean = (count * values).sum() / count.sum()
             variance = (count * (values - mean) ** 2).sum() / count.sum()
             self.mean[channel] = mean.float()
@@ -64,17 +74,17 @@ class Whiten(nn.Conv2d):
     """
 
     IMAGES = 2000  # enough for a covariance matrix of 12 × 12
+    BATCH = 32  # images at a time: the patches take twelve times their memory
     EPSILON = 5e-4  # added to the variances, so that the weakest components are not only noise
 
     def __init__(self) -> None:
         super().__init__(3, STEM_CHANNELS, 2)
         self.weight.requires_grad = False
 
-    def measure(self, images: Tensor) -> None:
-        """Compute the filters from normalised images, float32 (N, 3, height, width)."""
+    def measure(self, batches: Iterable[Tensor]) -> None:
+        """Compute the filters from normalised images, float32 (n, 3, height, width) each."""
         moments, count = torch.zeros(12, 12, dtype=torch.float64), 0
-        # The patches take twelve times the memory of the images: a few images at a time.
-        for batch in torch.split(images, 32):
+        for batch in batches:
             patches = batch.unfold(2, 2, 1).unfold(3, 2, 1).permute(0, 2, 3, 1, 4, 5)
             rows = patches.reshape(-1, 12).double()
             moments, count = moments + rows.T @ rows, count + len(rows)

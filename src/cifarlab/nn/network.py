@@ -7,6 +7,7 @@ from typing import Literal, cast
 import torch
 from torch import Tensor, nn
 
+from cifarlab.data.mapped import Rows
 from cifarlab.nn.layers import ACTIVATIONS, POOLS, GlobalPool, Normalize, StridedPointwise, Whiten
 from cifarlab.params.geometry import Convolution, ModelParams
 
@@ -110,7 +111,7 @@ class Network(nn.Module):
         features = self.stages(self.stem(self.normalize(images)))
         return cast(Tensor, self.head(self.global_pool(features)) * self.params.logit_scale)
 
-    def measure(self, images: Tensor) -> None:
+    def measure(self, images: Rows) -> None:
         """Set normalisation and stem, which are not trained, from the training images.
 
         Parameters
@@ -120,16 +121,25 @@ class Network(nn.Module):
         self.normalize.measure(images)
         if isinstance(self.stem, nn.Sequential):
             # From the whole range, because a folder's images are sorted by class.
-            sample = images[:: max(1, len(images) // Whiten.IMAGES)].cpu()
-            cast(Whiten, self.stem[0]).measure(self.normalize(sample.permute(0, 3, 1, 2)))
+            step = max(1, len(images) // Whiten.IMAGES)
+            starts = range(0, len(images), step * Whiten.BATCH)
+            batches = (images[i : i + step * Whiten.BATCH : step].cpu() for i in starts)
+            normal = (self.normalize(batch.permute(0, 3, 1, 2)) for batch in batches)
+            cast(Whiten, self.stem[0]).measure(normal)
 
     def count_parameters(self) -> int:
         """Return the number of trained parameters."""
         return sum(p.numel() for p in self.parameters() if p.requires_grad)
 
 
+View = Callable[[Tensor], Tensor]
+same: View = nn.Identity()
+
+
 @torch.inference_mode()
-def predict(network: Network, images: Tensor, batch_size: int | Literal["auto"] = "auto") -> Tensor:
+def predict(
+    network: Network, images: Rows, batch_size: int | Literal["auto"] = "auto", view: View = same
+) -> Tensor:
     """Return the logits, float32 (N, classes), of uint8 images (N, height, width, 3).
 
     The network predicts in evaluation mode. Afterwards it is back in the mode it was in.
@@ -137,6 +147,7 @@ def predict(network: Network, images: Tensor, batch_size: int | Literal["auto"] 
     Parameters
     ----------
     batch_size : images at a time; auto: 2,000 of 32×32 pixels on CUDA, 100 of any size on a CPU
+    view : changes the images of a batch before they are used
     """
     if batch_size == "auto":
         height, width = images.shape[1:3]
@@ -144,7 +155,10 @@ def predict(network: Network, images: Tensor, batch_size: int | Literal["auto"] 
         batch_size = on_cuda if images.device.type == "cuda" else 100
     was_training = network.training
     network.eval()
-    batches = torch.split(images.permute(0, 3, 1, 2), batch_size)
-    logits = torch.cat([network(batch) for batch in batches])
+    # All at once: small results between the large blocks of the batches would scatter the memory.
+    logits = torch.empty(len(images), len(network.classes), device=images.device)
+    for start in range(0, len(images), batch_size):
+        batch = view(images[start : start + batch_size])
+        logits[start : start + batch_size] = network(batch.permute(0, 3, 1, 2))
     network.train(was_training)
     return logits

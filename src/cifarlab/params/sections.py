@@ -104,10 +104,19 @@ class TrainParams(Section):
     device: Literal["auto", "cpu", "cuda"]
     threads: Annotated[int, Field(ge=1, le=1024)] | Literal["auto"]
     """CPU threads."""
+    processes: Annotated[int, Field(ge=1, le=64)]
+    """Processes that share each batch, on one machine, and on CUDA as many GPUs (docs/scale.md)."""
     graph: Literal["auto", "off"]
     """auto: on CUDA, each step is one launch, a CUDA graph."""
     diagnostics: bool
     """After every epoch, examine each layer and add the results to history.csv."""
+
+    @model_validator(mode="after")
+    def _every_process_has_images(self) -> "TrainParams":
+        if self.batch_size < 2 * self.processes:
+            few = f"leaves fewer than two images of train.batch_size = {self.batch_size} for each"
+            raise ValueError(f"train.processes = {self.processes}: {few}; lower it")
+        return self
 
 
 class EvaluateParams(Section):

@@ -6,9 +6,11 @@ import itertools
 import os
 import platform
 import re
+import resource
 import sys
 from pathlib import Path
 
+import psutil
 import torch
 from filelock import FileLock, Timeout
 
@@ -40,6 +42,10 @@ def set_up(params: TrainParams) -> torch.device:
     available = torch.cuda.is_available()
     if params.device == "cuda" and not available:
         raise UserError("train.device = cuda: no CUDA device found; use train.device: auto or cpu")
+    gpus = torch.cuda.device_count() if params.device != "cpu" else 0
+    if 0 < gpus < params.processes:
+        advice = "lower it, or set train.device=cpu"
+        raise UserError(f"train.processes = {params.processes}: there are {gpus} GPUs; {advice}")
     # The same as use_deterministic_algorithms(True), which also imports the compiler: 2 s.
     torch.set_deterministic_debug_mode("error")
     # This code never reads memory that it has not written: no need to fill it first.
@@ -66,6 +72,23 @@ def take_gpu(locks: Path, count: int) -> FileLock:
         if attempt == count - 1:
             print("every GPU trains another experiment; this one waits for its turn", flush=True)
     raise AssertionError
+
+
+def free_memory(device: torch.device, processes: int = 1) -> int:
+    """Return the bytes that each process may use: what is free on the device and in main memory.
+
+    The limits of `ulimit -d` and of the control groups of a container (version 2) count, too.
+    """
+    limit, _ = resource.getrlimit(resource.RLIMIT_DATA)
+    free = [psutil.virtual_memory().available, *([limit] if limit >= 0 else [])]
+    groups, tree = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
+    text = groups.read_text() if groups.exists() else ""
+    group = tree / text.rpartition("0::/")[2].strip()
+    for folder in (group, *group.parents):
+        with contextlib.suppress(OSError, ValueError):  # it says "max", or there is none
+            free.append(int((folder / "memory.max").read_text()))
+    on_device = [torch.cuda.mem_get_info(device)[0]] if device.type == "cuda" else []
+    return min([min(free) // processes, *on_device])
 
 
 def precision(params: TrainParams, device: torch.device) -> torch.dtype:

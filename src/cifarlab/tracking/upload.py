@@ -173,7 +173,8 @@ class Upload:
         sources = ["sklearn.datasets.load_digits"] if params.name == "digits" else sources
         source, images = CodeDatasetSource({"sources": sources}), data.images["train"]
         # MLflow takes 36 characters. Its own digest would cover only the first 10,000 values.
-        names = {"name": data.name, "digest": data.digest()[:32]}
+        known = files.read_json(self._path(files.DATA / "dataset.json"))
+        names = {"name": data.name, "digest": known["digest"][:32]}
         dataset = mlflow.data.from_numpy(images, source, targets=data.labels["train"], **names)
         tags = [InputTag("mlflow.data.context", "training")]
         self.client.log_inputs(self.run_id, [DatasetInput(dataset._to_mlflow_entity(), tags)])

@@ -1,5 +1,6 @@
 """The batches of an epoch, which depend on the seed and the epoch only."""
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -7,37 +8,46 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cifarlab.data.augment import Draws, augment, cutmix, draw, draw_boxes
+from cifarlab.data.mapped import Mapped, Rows
 from cifarlab.params.sections import TrainParams
+from cifarlab.training.ranks import Ranks
 
 
 class Images(NamedTuple):
-    """Images, uint8 (N, height, width, 3), and labels, int64 (N,), on the training device."""
+    """Images, uint8 (N, height, width, 3), and labels, int64 (N,), on the training device.
 
-    images: Tensor
+    Images that do not fit there stay on disk.
+    """
+
+    images: Rows
     labels: Tensor
 
 
 class Batches:
-    """Batches of augmented images.
+    """Batches of augmented images; of several processes, each has its part of every batch.
 
     `begin` draws all random choices of an epoch and puts them into tensors that stay where they
     are in memory. `next` reads them at a position that is itself a tensor. So reading a batch
-    needs nothing of the CPU, and can be recorded as part of a CUDA graph.
+    needs nothing of the CPU, and can be recorded as part of a CUDA graph, unless the images are
+    on disk.
     """
 
-    def __init__(self, data: Images, params: TrainParams, classes: int) -> None:
-        self.data, self.params, self.classes = data, params, classes
+    def __init__(self, data: Images, params: TrainParams, classes: int, ranks: Ranks) -> None:
+        self.data, self.params, self.classes, self.ranks = data, params, classes, ranks
         # Images that are left over come in other epochs.
         self.size = min(params.batch_size, len(data.labels))
         self.steps = len(data.labels) // self.size
         device = data.images.device
-        self.order = torch.zeros(self.steps, self.size, dtype=torch.int64, device=device)
+        self.part = ranks.part(self.size)
+        own = self.part.stop - self.part.start
+        self.order = torch.zeros(self.steps, own, dtype=torch.int64, device=device)
         self.draws: Draws | None = None
         if params.flip != "none" or params.translate:
             mirrored = torch.zeros_like(self.order, dtype=torch.bool)
             self.draws = Draws(mirrored, torch.zeros_like(self.order)[..., None].repeat(1, 1, 2))
         self.boxes = torch.zeros(self.steps, 4, dtype=torch.int64, device=device)
         self.position = torch.zeros(1, dtype=torch.int64, device=device)
+        self.reading: Iterator[Tensor] = iter(())  # of images on disk
 
     def begin(self, epoch: int) -> None:
         """Draw the random choices of an epoch (1, 2, …) and go to its first batch.
@@ -46,7 +56,10 @@ class Batches:
         """
         labels, params = self.data.labels, self.params
         torch.manual_seed(params.seed * 100_003 + epoch)
-        order = torch.randperm(len(labels))[: self.order.numel()].view_as(self.order)
+        order = torch.randperm(len(labels))[: self.steps * self.size].view(self.steps, self.size)
+        order = order[:, self.part]
+        if self.ranks.rank:  # dropout draws in each process for itself
+            torch.manual_seed(params.seed * 100_003 + epoch + self.ranks.rank * 2**40)
         self.order.copy_(order)
         draws = draw(len(labels), params.seed, epoch, flip=params.flip, translate=params.translate)
         for buffer, drawn in zip(self.draws or (), draws or (), strict=True):
@@ -55,6 +68,8 @@ class Batches:
             height, seed = self.data.images.shape[1], params.seed
             self.boxes.copy_(draw_boxes(self.steps, params.cutmix, height, seed, epoch))
         self.position.zero_()
+        if isinstance(self.data.images, Mapped):
+            self.reading = self.data.images.batches(order)
 
     def next(self) -> tuple[Tensor, Tensor, Tensor]:
         """Return the batch at the position, and move on.
@@ -68,7 +83,9 @@ class Batches:
         chosen = self.row(self.order)
         labels = self.data.labels[chosen]
         draws = self.draws and Draws(*map(self.row, self.draws))
-        images, targets = augment(self.data.images[chosen], draws), labels
+        images = self.data.images
+        pixels = next(self.reading) if isinstance(images, Mapped) else images[chosen]
+        images, targets = augment(pixels, draws), labels
         if self.params.cutmix:
             shares = F.one_hot(labels, self.classes).float()
             images, targets = cutmix(images, shares, self.row(self.boxes))

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cifarlab.data.dataset import Dataset
+from cifarlab.data.mapped import Mapped
 from cifarlab.errors import UserError, first_line
 from cifarlab.nn.diagnostics import diagnose
 from cifarlab.nn.network import Network, predict
@@ -18,6 +19,7 @@ from cifarlab.params.sections import Params, TrainParams
 from cifarlab.training import graph
 from cifarlab.training.batches import Batches, Images
 from cifarlab.training.optimizers import make_optimizers, schedule
+from cifarlab.training.ranks import ALONE, Ranks
 
 Row = dict[str, float | None]  # of history.csv
 
@@ -33,11 +35,15 @@ class Checkpoint(Protocol):
 
 
 def prepare(
-    params: Params, data: Dataset, device: torch.device
+    params: Params, data: Dataset, device: torch.device, *, stream: bool = False
 ) -> tuple[Network, Images, Images | None]:
     """Split the training images, build the network and measure its normalisation and stem.
 
     The initial weights depend on train.seed.
+
+    Parameters
+    ----------
+    stream : leave the images on disk, instead of copying them to the memory of the device
 
     Returns
     -------
@@ -47,16 +53,17 @@ def prepare(
     Raises
     ------
     UserError
-        Fewer than two images are left to train on.
+        Fewer than two images are left to train on, for each process.
     """
     kept, held_out = data.split(params.data.validation)
-    if len(kept) < 2:
+    if len(kept) < 2 * params.train.processes:
         left = f"data.validation = {params.data.validation} leaves {len(kept)} images to train on"
         raise UserError(f"{left}, too few for a batch; lower it")
 
     def select(indices: npt.NDArray[np.int64]) -> Images:
-        arrays = data.images["train"][indices], data.labels["train"][indices]
-        return Images(*(torch.from_numpy(array).to(device) for array in arrays))
+        images = Mapped(data.images["train"], indices, device)
+        labels = torch.from_numpy(data.labels["train"][indices]).to(device)
+        return Images(images if stream else images[:], labels)
 
     train = select(kept)
     torch.manual_seed(params.train.seed)
@@ -79,6 +86,7 @@ def fit(
     on_batch: Callable[..., None] = ignore,
     dtype: torch.dtype = torch.float32,
     checkpoint: Checkpoint | None = None,
+    ranks: Ranks = ALONE,
 ) -> list[Row]:
     """Train `network` in place and return the rows of history.csv.
 
@@ -92,14 +100,16 @@ def fit(
         in all of it, and a function that returns the epoch's loss and accuracy so far. It does
         not wait for a GPU, so these may be a little older.
     dtype : for convolutions and matrix products; the weights stay float32
+    ranks : the processes of this training, each of which calls this function; the first one may
+        have a checkpoint
 
     Raises
     ------
     UserError
         The loss or a weight became NaN or infinite.
     """
-    trainer = Trainer(network, params, train, dtype)
-    history = trainer.resume(checkpoint) if checkpoint else []
+    trainer = Trainer(network, params, train, dtype, ranks)
+    history = trainer.resume(checkpoint)
     for epoch in range(len(history) + 1, params.epochs + 1):
         row = trainer.epoch(epoch, on_batch) | trainer.validate(validation)
         check_finite(network, row, params)
@@ -120,11 +130,16 @@ class Trainer:
     in such tensors. So the same function runs on a CPU and can be recorded as a CUDA graph.
     """
 
-    def __init__(self, net: Network, params: TrainParams, data: Images, dtype: torch.dtype) -> None:
+    def __init__(
+        self, net: Network, params: TrainParams, data: Images, dtype: torch.dtype, ranks: Ranks
+    ) -> None:
         self.network, self.params = net.to(memory_format=torch.channels_last), params
         self.device, classes = data.images.device, len(net.classes)
-        self.batches = Batches(data, params, classes)
+        self.batches, self.ranks = Batches(data, params, classes, ranks), ranks
         self.steps = self.batches.steps
+        self.share = self.batches.order.shape[1] / self.batches.size  # of a batch, here
+        self.trained = [p for p in net.parameters() if p.requires_grad]
+        self.statistics = [b for name, b in net.named_buffers() if "running_" in name]
         balanced = params.class_weights == "balanced"
         weights = class_weights(data.labels, classes) if balanced else None
         self.loss_of = loss_function(params.loss, params.label_smoothing, weights)
@@ -143,15 +158,19 @@ class Trainer:
         self.run_step: Callable[[], None] | None = None
 
     def epoch(self, epoch: int, on_batch: Callable[..., None]) -> Row:
-        """Train for an epoch and return its mean loss and its accuracy, over all batches."""
-        size, steps = self.batches.size, self.steps
+        """Train for an epoch and return its mean loss and its accuracy, over all batches.
+
+        Of several processes, each normalises its part of a batch by the statistics of that part.
+        After the epoch, the running statistics become the mean over the processes.
+        """
+        size, steps, own = self.batches.size, self.steps, self.batches.order.shape[1]
         shown = torch.zeros(3, pin_memory=self.device.type == "cuda")
 
         def results(wait: bool = False) -> tuple[float, float]:
             # A GPU copies the sums when it gets there. Without `wait`, older ones are returned.
             shown.copy_(self.sums, non_blocking=not wait)
             loss, correct, count = shown.tolist()
-            return loss / max(count, 1), correct / max(count * size, 1)
+            return loss / max(count, 1), correct / max(count * own, 1)
 
         self.network.train()
         self.run_step = self.run_step or self.record()
@@ -161,7 +180,10 @@ class Trainer:
         for step in range(1, steps + 1):
             self.run_step()
             on_batch(epoch, step * size, steps * size, results)
-        mean_loss, accuracy = results(wait=True)
+        found = torch.tensor(results(wait=True), dtype=torch.float64, device=self.device)
+        self.ranks.average([found], self.share)
+        self.ranks.average(self.statistics, 1 / self.ranks.size)
+        mean_loss, accuracy = found.tolist()
         return {"epoch": epoch, "train_loss": mean_loss, "train_accuracy": accuracy}
 
     def step(self) -> None:
@@ -173,6 +195,7 @@ class Trainer:
         loss = self.loss_of(logits.float(), targets)
         self.network.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
+        self.ranks.average([p.grad for p in self.trained if p.grad is not None], self.share)
         recorded = self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
         for optimizer, highest in zip(self.optimizers, self.highest, strict=True):
             for group, peak in zip(optimizer.param_groups, highest, strict=True):
@@ -189,6 +212,10 @@ class Trainer:
         are as before, and `Batches.begin` seeds the random generators.
         """
         if self.device.type not in graph.DEVICES or self.params.graph == "off":
+            return self.step
+        if self.ranks.size > 1 or isinstance(self.batches.data.images, Mapped):
+            reason = "several processes" if self.ranks.size > 1 else "the images stay on disk"
+            self.ranks.say(f"no CUDA graph, the training is slower: {reason}")
             return self.step
         before = [(tensor, tensor.clone()) for tensor in self.tensors()]
         self.rates.zero_()
@@ -233,14 +260,14 @@ class Trainer:
         """Return what a resumed training needs: weights and optimizers."""
         return {name: part.state_dict() for name, part in self.parts.items()}
 
-    def resume(self, checkpoint: Checkpoint) -> list[Row]:
-        """Continue from the checkpoint, if there is one, and return the rows it has."""
-        if (state := checkpoint.load()) is None:
+    def resume(self, checkpoint: Checkpoint | None) -> list[Row]:
+        """Continue from the checkpoint of the first process, if there is one; return its rows."""
+        if (state := self.ranks.from_first(checkpoint and checkpoint.load())) is None:
             return []
         for name, part in self.parts.items():
             part.load_state_dict(state[name])
         history: list[Row] = state["history"]
-        print(f"continuing after epoch {len(history)} of {self.params.epochs}", flush=True)
+        self.ranks.say(f"continuing after epoch {len(history)} of {self.params.epochs}")
         return history
 
 
