@@ -82,7 +82,8 @@ def compare(rev: str, without: Parameters) -> bool:
     print(f"{'identical' if same else 'DIFFERENT'}: {len(compared)} variants")
     if same and code["base_code"] != code["code"]:
         added = {key: value for key, value in new.items() if key not in old}
-        limits = {"new_parameters": added, "without": without}
+        removed = {key: value for key, value in old.items() if key not in new}
+        limits = {"new_parameters": added, "old_parameters": removed, "without": without}
         rest = {"variants": len(compared), "machine": processor()}
         record({"base": commit, **code, **limits, **rest})
     return same

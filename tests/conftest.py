@@ -213,7 +213,7 @@ def with_history(
             "--name",
             "with-mirror",
             "-S",
-            "evaluate.mirror=true",
+            "evaluate.views=2",
             "-S",
             "tracking.log_model=true",
         )

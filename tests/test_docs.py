@@ -115,5 +115,5 @@ def test_the_reference_explains_every_parameter() -> None:
     cells = {row[0].strip("| `"): row[1:] for row in rows}
     assert cells["train.epochs"][1] == "whole number ≥ 1 and ≤ 1,000,000"
     assert cells["train.flip"][1] == "`none`, `random`, `alternating`"
-    assert cells["evaluate.mirror"][-1] == "evaluate |"
+    assert cells["evaluate.views"][-1] == "evaluate |"
     assert cells["tracking.log_model"][-1] == "none |"

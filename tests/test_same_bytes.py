@@ -98,7 +98,8 @@ def test_the_same_arithmetic_is_identical_and_recorded_once(
     assert machine
     digests = {"base_code": stage_code(REPO), "code": stage_code(clone)}
     base = git(clone, "rev-parse", "HEAD").strip()
-    rest = {"new_parameters": {"model.unread": 7}, "without": {}, "variants": 3}
+    rest = {"new_parameters": {"model.unread": 7}, "old_parameters": {}, "without": {}}
+    rest |= {"variants": 3}
     assert entry == {"base": base, **digests, **rest}
 
 

@@ -92,7 +92,7 @@ def test_train_and_evaluate_write_their_files(folder: Path) -> None:
     size = {"name": "folder", "sources": ["a.zip"], "sha256": None, "image_size": 8}
     edit(folder, data=size | {"validation": 0.25}, model={"layers": 2, "widths": [8, 16]})
     edit(folder, train={"epochs": 2, "batch_size": 16, "device": "cpu", "threads": 1})
-    edit(folder, evaluate={"mirror": True, "shifts": 2, "batch_size": 7})
+    edit(folder, evaluate={"views": 2, "shifts": 2, "batch_size": 7})
     images, labels = (t.numpy() for t in coloured(60))
     names = ["a,b", "say what", "c"]
     data = Dataset(
@@ -129,7 +129,7 @@ def test_train_and_evaluate_write_their_files(folder: Path) -> None:
     metrics = json.loads((folder / "metrics/evaluate.json").read_text())
     found = predict(network, torch.from_numpy(images), 60).argmax(1)
     assert metrics["accuracy"] == pytest.approx(accuracy_score(labels, found), abs=1e-6)
-    extra = {"accuracy_mirrored", "accuracy_shifted_1", "accuracy_shifted_2"}
+    extra = {"accuracy_views_2", "accuracy_shifted_1", "accuracy_shifted_2"}
     assert extra < metrics.keys()
     predictions = pd.read_csv(folder / "plots/predictions.csv")
     assert predictions["predicted"].tolist() == [names[i] for i in found]

@@ -36,22 +36,28 @@ def test_accuracies_on_mirrored_and_shifted_images(
     def logits(pictures: Pictures) -> torch.Tensor:
         return predict(network, torch.from_numpy(pictures.copy()), 60)
 
-    mean = (logits(images) + logits(images[:, :, ::-1])) / 2
-    labels = torch.where(torch.arange(60) % 4 == 0, 0, mean.argmax(1))
-    plain = accuracy_score(labels, logits(images).argmax(1))
-    mirrored = accuracy_score(labels, mean.argmax(1))
-    assert plain != mirrored
-
-    def shifted(pixels: int) -> float:
-        n = pixels
+    def crop(n: int, down: int, right: int) -> Pictures:
         padded = np.pad(images, [(0, 0), (n, n), (n, n), (0, 0)], mode="reflect")
-        corners = [(0, n), (2 * n, n), (n, 0), (n, 2 * n)]
-        views = [padded[:, y : y + SIZE, x : x + SIZE] for y, x in corners]
+        return padded[:, n + down : n + down + SIZE, n + right : n + right + SIZE]
+
+    def both(pictures: Pictures) -> torch.Tensor:
+        return (logits(pictures) + logits(pictures[:, :, ::-1])) / 2
+
+    two = both(images)
+    six = two / 2 + (both(crop(1, -1, -1)) + both(crop(1, 1, 1))) / 4
+    labels = torch.where(torch.arange(60) % 4 == 0, 0, two.argmax(1))
+    ways = [accuracy_score(labels, found.argmax(1)) for found in (logits(images), two, six)]
+    assert len(set(ways)) == 3
+
+    def shifted(n: int) -> float:
+        views = [crop(n, *by) for by in ((-n, 0), (n, 0), (0, -n), (0, n))]
         return float(np.mean([accuracy_score(labels, logits(v).argmax(1)) for v in views]))
 
     arguments = network, torch.from_numpy(images), labels, logits(images)
-    expected = {"accuracy_mirrored": pytest.approx(mirrored)}
-    assert accuracies_of_views(*arguments, evaluate_params(mirror=True)) == expected
+    expected = {"accuracy_views_2": pytest.approx(ways[1])}
+    assert accuracies_of_views(*arguments, evaluate_params(views=2)) == expected
+    expected |= {"accuracy_views_6": pytest.approx(ways[2])}
+    assert accuracies_of_views(*arguments, evaluate_params(views=6)) == expected
     expected = {f"accuracy_shifted_{n}": pytest.approx(shifted(n), abs=1e-6) for n in (1, 2)}
     assert accuracies_of_views(*arguments, evaluate_params(shifts=2)) == expected
     assert accuracies_of_views(*arguments, evaluate_params()) == {}

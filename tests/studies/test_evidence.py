@@ -90,6 +90,19 @@ def test_a_row_of_newer_code_counts_if_its_new_parameters_have_the_compared_valu
     assert not counts(("newer", POINT), links)
 
 
+def test_parameters_that_were_removed_count_with_the_values_that_were_compared() -> None:
+    removed = {"evaluate.mirror": False}
+    changed = {"new_parameters": {"evaluate.views": 1}, "old_parameters": removed}
+    point = OLDER | {"evaluate.views": 1}
+    links = [Link(base_code="older", code="present", **changed)]
+    assert counts(("older", OLDER | removed), links, point)
+    assert not counts(("older", OLDER), links, point)
+    assert not counts(("older", OLDER | removed), links, point | {"evaluate.views": 6})
+    links = [Link(base_code="present", code="newer", **changed)]
+    assert counts(("newer", point), links, OLDER | removed)
+    assert not counts(("newer", point), links, OLDER | {"evaluate.mirror": True})
+
+
 def test_the_key_depends_on_deciding_parameters_only() -> None:
     assert key_of(POINT) == key_of(dict(reversed(POINT.items())))
     same = {"plot.dpi": 120, "tracking.log_model": True, "evaluate.batch_size": 7}

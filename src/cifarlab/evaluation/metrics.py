@@ -110,11 +110,12 @@ def evaluate(
 def accuracies_of_views(
     network: Network, images: Rows, labels: Tensor, logits: Tensor, params: EvaluateParams
 ) -> dict[str, float]:
-    """Return the accuracies that evaluate.mirror and evaluate.shifts ask for.
+    """Return the accuracies that evaluate.views and evaluate.shifts ask for.
 
-    accuracy_mirrored is that of the mean over each image and its mirror image.
-    accuracy_shifted_1, 2, … are those on images shifted by 1, 2, … pixels, each the mean of the
-    four directions.
+    accuracy_views_2 is that of the mean over each image and its mirror image. accuracy_views_6 also
+    takes both after shifts by one pixel, to the top left and to the bottom right (Jordan 2024,
+    airbench). accuracy_shifted_1, 2, … are those on images shifted by 1, 2, … pixels, each the mean
+    of the four directions.
 
     Parameters
     ----------
@@ -125,22 +126,28 @@ def accuracies_of_views(
     def share(logits: Tensor) -> float:
         return int((logits.argmax(1) == labels).sum()) / len(labels)
 
+    def seen(up: int, left: int, *, mirrored: bool = False) -> Tensor:
+        view = partial(moved, up=up, left=left, mirrored=mirrored)
+        return predict(network, images, params.batch_size, view)
+
     found: dict[str, float] = {}
-    if params.mirror:
-        mirrored = predict(network, images, params.batch_size, lambda batch: batch.flip(2))
-        found["accuracy_mirrored"] = share(logits + mirrored)
+    if params.views > 1:
+        logits = logits + seen(0, 0, mirrored=True)
+        found["accuracy_views_2"] = share(logits)
+    if params.views > 2:
+        corners = [seen(n, n, mirrored=way) for n in (1, -1) for way in (False, True)]
+        found["accuracy_views_6"] = share(logits + sum(corners) / 2)
     for n in range(1, params.shifts + 1):
-        views = [partial(shifted, up=u, left=v) for u, v in ((n, 0), (-n, 0), (0, n), (0, -n))]
-        shares = [share(predict(network, images, params.batch_size, view)) for view in views]
+        shares = [share(seen(*by)) for by in ((n, 0), (-n, 0), (0, n), (0, -n))]
         found[f"accuracy_shifted_{n}"] = sum(shares) / len(shares)
     return found
 
 
-def shifted(images: Tensor, up: int, left: int) -> Tensor:
-    """Return uint8 images (N, height, width, 3), shifted by some pixels."""
-    mirrored = torch.zeros(len(images), dtype=torch.bool, device=images.device)
+def moved(images: Tensor, up: int, left: int, *, mirrored: bool) -> Tensor:
+    """Return uint8 images (N, height, width, 3), shifted by some pixels and perhaps mirrored."""
+    mirrors = torch.full((len(images),), mirrored, device=images.device)
     shifts = torch.tensor((up, left), device=images.device).expand(len(images), 2)
-    return augment(images, Draws(mirrored, shifts)).permute(0, 2, 3, 1)
+    return augment(images, Draws(mirrors, shifts)).permute(0, 2, 3, 1)
 
 
 def _table(**columns: npt.NDArray[Any]) -> Table:

@@ -47,23 +47,16 @@ def draw_study(
     grid_of_axes = figure.add_gridspec(2, 2, height_ratios=heights)
     left, middle = (figure.add_subplot(grid_of_axes[0, column]) for column in range(2))
     right = figure.add_subplot(grid_of_axes[1, :])
-    look: dict[str, Any] = {"errorbar": _interval, "err_kws": {"alpha": min(0.1, 0.7 / len(names))}}
+    look: dict[str, Any] = {"errorbar": _interval}
+    look["err_kws"] = {"alpha": min(0.1, 0.7 / len(names))}
     if len(grid.columns) and is_numeric_dtype(grid.iloc[:, 0]) and grid.iloc[:, 0].nunique() > 2:
         parameter, *others = grid.columns
         line = ", ".join(others) or None
         if line:
             grid = grid.assign(**{line: grid[others].astype(str).agg(", ".join, axis=1)})
         results, epochs = (table.join(grid, on="variant") for table in tables)
-        bars = {
-            "err_style": "bars",
-            "err_kws": {"capsize": 3},
-            "errorbar": _interval,
-            "marker": "o",
-        }
-        percent = results.assign(accuracy=100 * results.accuracy)
-        sns.lineplot(percent, x=parameter, y="accuracy", hue=line, style=line, ax=left, **bars)
-        ticks = sorted(results[parameter].unique())
-        left.set(title="Mean and 95 % interval", ylabel=f"{label}, %", xticks=ticks)
+        _lines(left, results, parameter, line)
+        left.set(ylabel=f"{label}, %")
         look |= {"hue": parameter, "style": line, "palette": "flare", "legend": "full"}
     else:
         palette = ["black", *sns.color_palette("husl", len(names) - 1)]
@@ -117,6 +110,14 @@ def _interval(values: Any) -> tuple[float, float]:
     """Return the 95 % interval of the mean, by Student's t."""
     margin = stats.t.ppf(0.975, len(values) - 1) * values.sem()
     return values.mean() - margin, values.mean() + margin
+
+
+def _lines(axes: Axes, results: DataFrame, parameter: str, line: str | None) -> None:
+    """Draw the accuracy against a parameter that is a number, a line for each value of `line`."""
+    bars = {"err_style": "bars", "err_kws": {"capsize": 3}, "errorbar": _interval, "marker": "o"}
+    percent = results.assign(accuracy=100 * results.accuracy)
+    sns.lineplot(percent, x=parameter, y="accuracy", hue=line, style=line, ax=axes, **bars)
+    axes.set(title="Mean and 95 % interval", xticks=sorted(results[parameter].unique()))
 
 
 def _effects(axes: Axes, effects: DataFrame, palette: list[Any], label: str, margin: float) -> None:

@@ -125,9 +125,10 @@ class EvaluateParams(Section):
     batch_size: Count | Literal["auto"]
     """Images at a time."""
     calibration_bins: Count
-    mirror: bool
-    """Test-time augmentation: also report the accuracy of the mean prediction for each image and
-    its mirror image."""
+    views: Literal[1, 2, 6]
+    """Test-time augmentation: also report the accuracy of the mean prediction for several views of
+    each image. 2: the image and its mirror image. 6: also both shifted by one pixel to the top left
+    and to the bottom right, with half of the weight (Jordan 2024, airbench)."""
     shifts: Annotated[int, Field(ge=0, le=16)]
     """Also report the accuracy on test images shifted by 1, 2, … up to this many pixels, as the
     mean over the four directions."""

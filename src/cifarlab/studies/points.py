@@ -45,6 +45,8 @@ class Link(BaseModel):
     """Digest of the newer code."""
     new_parameters: Parameters = {}
     """Parameters that only the newer code has, with the values under which both were compared."""
+    old_parameters: Parameters = {}
+    """Parameters that only the older code has, likewise."""
     without: Parameters = {}
     """Parameters that were left out: the link says nothing about points with one of them."""
 
@@ -125,9 +127,9 @@ def valid_origins(parameters: Parameters, code: str, links: list[Link]) -> set[t
     """Return the pairs (code, key) whose results are valid for these parameters and this code.
 
     Starting from the present code, links are followed in both directions and over several steps.
-    On the way to older code, the parameters that it does not have are left out of the key; they
-    must have the values under which the two codes were compared. On the way to newer code, they
-    are added.
+    On the way, the parameters that the other code does not have are left out of the key; they must
+    have the values under which the two codes were compared. Those that only the other code has are
+    added with the values that were compared.
     """
     found: set[tuple[str, str]] = set()
     to_visit = [(code, parameters)]
@@ -137,14 +139,15 @@ def valid_origins(parameters: Parameters, code: str, links: list[Link]) -> set[t
             continue
         found.add(origin)
         for link in links:
-            new = link.new_parameters
+            new, old = link.new_parameters, link.old_parameters
             if any(values.get(key) == value for key, value in link.without.items()):
                 continue
             if link.code == here and new.items() <= values.items():
                 older = {key: value for key, value in values.items() if key not in new}
-                to_visit.append((link.base_code, older))
-            if link.base_code == here:
-                to_visit.append((link.code, values | new))
+                to_visit.append((link.base_code, older | old))
+            if link.base_code == here and old.items() <= values.items():
+                newer = {key: value for key, value in values.items() if key not in old}
+                to_visit.append((link.code, newer | new))
     return found
 
 
