@@ -404,6 +404,17 @@ def queued() -> dict[str, Revision]:
     return {task["name"]: Revision(task["name"], task["rev"], "") for task in waiting}
 
 
+def differences(revision: Revision) -> dict[str, Any]:
+    """Return the parameters that a revision has, valid or not, and the workspace has not."""
+    now, then = (_yaml(read_text(files.PARAMS, place)) for place in (WORKSPACE, revision))
+    return {
+        f"{section}.{key}": value
+        for section, values in then.items()
+        for key, value in values.items()
+        if now[section].get(key) != value
+    }
+
+
 def _outs(stage: str, folder: Path) -> list[Path]:
     entry = _stages(folder)[stage]
     listed = [*entry["outs"], *entry.get("metrics", [])]

@@ -19,7 +19,7 @@ from typing import NamedTuple
 # It reads the process group of each command that starts. If its standard input ends without a 0,
 # this process has died: the group is told to stop, and killed after three seconds.
 WATCHER = """while read -r next; do group=$next; done
-[ "$group" = 0 ] || { kill -TERM -- -$group; sleep 3; kill -KILL -- -$group; sleep 1; }
+[ "$group" = 0 ] || { kill -TERM -$group; sleep 3; kill -KILL -$group; sleep 1; }
 rm -rf "$1" """
 NO_SERVER = "http://127.0.0.1:9"  # where nothing listens
 TIMES = """import sys; sys.path.insert(0, "src")
@@ -85,7 +85,7 @@ def work(order: Order, name: str, options: Sequence[str]) -> dict[str, str]:
         env["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{env['PATH']}"
         env.setdefault("MLFLOW_TRACKING_URI", NO_SERVER)
         env.setdefault("CIFARLAB_CHECKPOINTS", str(shared / "checkpoints"))
-    with watcher(folder) as watching, log.open("w+", encoding="utf-8", errors="replace") as output:
+    with watcher(folder) as watching, log.open("w") as output:
 
         def run(*command: str, where: Path = folder / "clone" / order.prefix) -> str:
             process = subprocess.Popen(
@@ -101,8 +101,8 @@ def work(order: Order, name: str, options: Sequence[str]) -> dict[str, str]:
             watching(process.pid)
             answer, _ = process.communicate()
             if process.returncode:
-                output.seek(0)
-                last = (output.read().strip() or f"{command[0]} failed").splitlines()[-1]
+                said = log.read_text("utf-8", "replace").strip() or f"{command[0]} failed"
+                last = said.splitlines()[-1]
                 raise RuntimeError(f"{last} ({log})" if order.checkout else last)
             return answer or ""
 

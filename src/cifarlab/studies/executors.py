@@ -9,7 +9,6 @@ from pathlib import Path
 
 from cifarlab import files, pipeline
 from cifarlab.errors import UserError
-from cifarlab.params.load import load_params
 from cifarlab.pipeline import git
 from cifarlab.studies import clone, cluster
 from cifarlab.studies.question import Parameters
@@ -58,15 +57,12 @@ def run_queue(execute: Executor) -> None:
     UserError
         Some failed, or the code has changed since they were queued.
     """
-    now, changes = load_params().flat(), dict[str, Parameters]()
-    code = pipeline.dependencies(stages=pipeline.EVERY)
+    changes, code = dict[str, Parameters](), pipeline.dependencies(stages=pipeline.EVERY)
     for name, task in pipeline.queued().items():
-        different = git("diff", "--name-only", task.commit, "--", *code).split()
-        params = pipeline.params_of(task)
-        if different or not params:
-            reason = f"{' '.join(different) or files.PARAMS} changed since {name} was queued"
+        if different := git("diff", "--name-only", task.commit, "--", *code).split():
+            reason = f"{' '.join(different)} changed since {name} was queued"
             raise UserError(f"{reason}; `dvc queue start` runs it as it was")
-        changes[name] = {key: value for key, value in params.flat().items() if now[key] != value}
+        changes[name] = pipeline.differences(task)
     print(f"{len(changes)} queued", flush=True)
     run(changes, execute, lambda name: pipeline.dvc("queue", "remove", name))
 
