@@ -3,6 +3,7 @@
 import os
 import signal
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,12 +13,21 @@ import psutil
 import pytest
 import yaml
 
+from tests.conftest import REPO
 from tests.support.project import Project
 
 ray = pytest.importorskip("ray", reason="Ray is not installed: `make cluster-test` installs it")
 cluster_utils = pytest.importorskip("ray.cluster_utils")
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 STUDY = ("python", "-m", "cifarlab.cli", "study", "demo", "--workers")
+
+
+@pytest.fixture
+def scratch(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A folder for the workers. Ray's sockets need a short path."""
+    with tempfile.TemporaryDirectory(prefix="w-", ignore_cleanup_errors=True) as folder:
+        monkeypatch.setenv("TMPDIR", folder)
+        yield Path(folder)
 
 
 @pytest.fixture
@@ -36,15 +46,14 @@ def shared(project: Project, tmp_path: Path) -> Project:
     project.dvc("push", "--quiet")
     project.run("git", "init", "--quiet", "--bare", str(tmp_path / "remote.git"))
     project.run("git", "remote", "add", "origin", str(tmp_path / "remote.git"))
-    project.env |= {"PYTHONPATH": "src", "TMPDIR": str(tmp_path)}
+    project.env |= {"PYTHONPATH": "src"}
     project.env |= {"CIFARLAB_CHECKPOINTS": str(tmp_path / "checkpoints")}
     return project
 
 
 @pytest.fixture
-def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[object]:
+def cluster(scratch: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[object]:
     """A head without processors, and two nodes with one each; workers use the real programs."""
-    monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setenv("PATH", str(Path(sys.executable).parent), prepend=os.pathsep)
     memory = {"object_store_memory": 80_000_000}
     found = cluster_utils.Cluster(True, head_node_args={"num_cpus": 0, **memory})
@@ -61,21 +70,21 @@ def trainings(folder: Path) -> list[psutil.Process]:
 
 
 def test_a_node_and_the_coordinator_are_killed_and_nothing_is_lost_or_done_twice(
-    shared: Project, cluster: cluster_utils.Cluster, tmp_path: Path
+    shared: Project, cluster: cluster_utils.Cluster, tmp_path: Path, scratch: Path
 ) -> None:
     missing = shared.run(*STUDY, "ray", check=False, RAY_ADDRESS=cluster.address).stdout
     assert "the Git remote origin, which lacks this commit; `git push origin`" in missing
     shared.run("git", "push", "--quiet", "origin", "main")
     first = shared.start(*STUDY, "ray", RAY_ADDRESS=cluster.address)
     with first:
-        wait_until(lambda: len(trainings(tmp_path)) == 2)
+        wait_until(lambda: len(trainings(scratch)) == 2)
         wait_until(lambda: len([*(tmp_path / "checkpoints/checkpoints").glob("*.pt")]) == 2)
-        lost = trainings(tmp_path)
+        lost = trainings(scratch)
         cluster.remove_node(cluster.nodes[0], allow_graceful=False)
         wait_until(lambda: sum(process.is_running() for process in lost) < 2)
         assert first.wait_for("done, 3 left"), first.output
         first.end(signal.SIGKILL)
-    wait_until(lambda: not trainings(tmp_path))
+    wait_until(lambda: not trainings(scratch))
     sent = shared.run("git", "ls-remote", "origin", "refs/exps/*").stdout
     output = shared.run(*STUDY, "ray", RAY_ADDRESS=cluster.address, seconds=1500).stdout
     assert "4 points, 1 done, 3 to run" in output
@@ -134,13 +143,15 @@ def test_without_a_cluster_one_sentence_says_how_to_start_one(shared: Project) -
     assert "error: no Ray cluster answers at ray; `ray start --head` starts one" in done.stdout
 
 
-def test_a_slurm_job_asks_a_study(shared: Project, tmp_path: Path) -> None:
+def test_a_slurm_job_asks_a_study(shared: Project, tmp_path: Path, scratch: Path) -> None:
     shared.run("git", "push", "--quiet", "origin", "main")
-    text = Path("docs/scale.md").read_text("utf-8")
+    shared.env["TMPDIR"] = str(scratch)
+    text = (REPO / "docs/scale.md").read_text("utf-8")
     [script] = [block for block in text.split("```")[1::2] if "#SBATCH" in block]
     (shared.folder / "study.sbatch").write_text(script.partition("\n")[2], "utf-8")
     stand_ins = {
-        "sbatch": 'SLURM_JOB_ID=1 SLURM_JOB_NUM_NODES=1 SLURM_JOB_NODELIST=127.0.0.1 SLURM_SUBMIT_DIR=$PWD exec bash "$1"',
+        "sbatch": "export SLURM_JOB_NUM_NODES=1 SLURM_JOB_NODELIST=127.0.0.1 SLURM_SUBMIT_DIR=$PWD"
+        '\nexec bash "$1"',
         "srun": 'while [ "${1#--}" != "$1" ]; do shift; done; exec "$@"',
         "scontrol": "echo 127.0.0.1",
     }
