@@ -102,11 +102,11 @@ def postgres() -> Iterator[str]:
         with running(command, port, folder.with_suffix(".log")) as process:
             import psycopg2
 
-            address = f"postgresql://mlflow@127.0.0.1:{port}"
+            address = f"postgresql+psycopg2://mlflow@127.0.0.1:{port}"
             deadline = time.monotonic() + 60
             while True:
                 try:
-                    connection = psycopg2.connect(f"{address}/postgres")
+                    connection = psycopg2.connect(f"{address.replace('+psycopg2', '')}/postgres")
                     break
                 except psycopg2.OperationalError:
                     assert process.poll() is None

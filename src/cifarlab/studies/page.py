@@ -158,7 +158,8 @@ def _text(name: str, study: Study, comparison: DataFrame, tables: Tables) -> lis
         rows = [[row.variant, row.reference, *_compared(row)] for _, row in alone.iterrows()]
         table = markdown_table(["variant", "compared with", *COMPARISON], rows)
         others = ["The effect of one parameter alone, compared with its first value:", table]
-    data, machine = _and(results.data), _and(results.machine)
+    data, machines = _and(results.data), sorted(set(results.machine.fillna("unknown")))
+    mixed = "The points ran on different machines, whose sums differ by rounding: "
     return [
         f"{study.findings} {_summary(comparison)}".strip(),
         _main_table(study, comparison, tables),
@@ -167,7 +168,7 @@ def _text(name: str, study: Study, comparison: DataFrame, tables: Tables) -> lis
         f"{results.images.max():,} training images of {data}.\n"
         "± and intervals are 95 % intervals by Student's t. Differences are paired by seed.\n"
         "p is corrected for all comparisons of a table by Holm's method.\n"
-        f"{study.shared}\nMachine: {machine}.",
+        f"{study.shared}\n{mixed if machines[1:] else 'Machine: '}{'; '.join(machines)}.",
         f"    make study NAME={name}",
         f"asks studies/{name}.yaml again. {name}.csv lists every point with its DVC experiment and "
         "its MLflow run.",
