@@ -16,7 +16,8 @@ override JOBS := $(value JOBS)
 override PORT := $(value PORT)
 override TESTS := $(value TESTS)
 override WITHOUT := $(value WITHOUT)
-export PYTHON TORCH NAME REV BASE JOBS PORT TESTS WITHOUT
+override WORKERS := $(value WORKERS)
+export PYTHON TORCH NAME REV BASE JOBS PORT TESTS WITHOUT WORKERS
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 export PYTHONPATH := src
 export DVC_NO_ANALYTICS := 1
@@ -28,7 +29,7 @@ DEMO := -S data.name=digits -S 'model.widths=[16,32,64]' -S train.epochs=8 \
 PYTEST := python -m pytest --numprocesses auto --dist worksteal --max-worker-restart 0
 
 .PHONY: help setup demo repro notebook tiny strong photos bench bench-quick bench-scaling gpu-check same-bytes experiments test \
-	test-all lint audit format ui study studies confusion search backprop queue sync verify \
+	test-all cluster cluster-test lint audit format ui study studies confusion search backprop queue sync verify \
 	report results reference lock lock-check screenshots
 .DEFAULT_GOAL := help
 
@@ -91,8 +92,8 @@ experiments: setup  ## all experiments in one table that fits a terminal (dvc ex
 ui: setup  ## compare runs in MLflow; prints the address (PORT=…)
 	cifarlab ui --port "$${PORT:-5000}"
 
-study: setup  ## ask studies/NAME.yaml; the answer is docs/studies/NAME.md (NAME=…, JOBS=…)
-	cifarlab study --jobs "$${JOBS:-1}" -- "$$NAME"
+study: setup  ## ask studies/NAME.yaml; the answer is docs/studies/NAME.md (NAME=…, JOBS=…, WORKERS=…)
+	cifarlab study --jobs "$${JOBS:-1}" --workers "$$WORKERS" -- "$$NAME"
 
 studies: setup  ## list the studies, and which of their results the present code confirms
 	cifarlab studies
@@ -103,8 +104,8 @@ confusion: setup  ## which classes the network in the workspace confuses: docs/s
 search: setup  ## the best variant in a budget of time, as studies/NAME.yaml says (NAME=search)
 	cifarlab search -- "$$NAME"
 
-queue: setup  ## run the queued experiments and name one that hangs (JOBS=…)
-	cifarlab queue --jobs "$${JOBS:-1}"
+queue: setup  ## run the queued experiments (JOBS=…, WORKERS=…)
+	cifarlab queue --jobs "$${JOBS:-1}" --workers "$$WORKERS"
 
 sync: setup  ## log to MLflow what it misses of experiments, commits and the workspace
 	cifarlab sync
@@ -149,6 +150,12 @@ test: setup  ## the tests but the slow ones, on every core; TESTS=tests/nn for s
 test-all: setup  ## also the slow tests: more kills, more draws, long stalls
 	$(PYTEST) "$${TESTS:-tests}"
 
+cluster: setup  ## what many machines need: Ray, S3, PostgreSQL (docs/scale.md)
+	uv pip install --quiet --requirement requirements-cluster.txt
+
+cluster-test: cluster  ## the tests of Ray, S3 and PostgreSQL, which `make test-all` skips without them
+	python -m pytest tests/cluster
+
 lint: setup audit  ## ruff, mypy, import order, size, known vulnerabilities
 	ruff check .
 	ruff format --check .
@@ -176,6 +183,8 @@ reference: setup  ## write docs/parameters.md from params.yaml and its types
 lock: setup  ## compile requirements.in into requirements.txt, for every platform
 	uv pip compile --quiet --universal --python-version $(lastword $(PYTHONS)) requirements.in \
 		--output-file requirements.txt
+	uv pip compile --quiet --universal --python-version $(lastword $(PYTHONS)) --constraint \
+		requirements.txt requirements-cluster.in --output-file requirements-cluster.txt
 	@$(MAKE) --no-print-directory lock-check
 
 # antlr4-python3-runtime has no wheel. Nothing is installed.

@@ -11,6 +11,9 @@ from pathlib import Path
 # installed package would hide that.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "src"))
 
+# Clones in which experiments run use the caches and the MLflow store of the main checkout.
+os.environ["DVC_ROOT"] = os.environ.get("CIFARLAB_ROOT") or os.environ.get("DVC_ROOT", ".")
+
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # Ctrl-C, kill, a closed terminal
 
 __all__ = ["Params", "interrupted_once", "processes", "run"]

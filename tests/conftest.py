@@ -1,8 +1,10 @@
 """Fixtures: small variants of the committed parameters, checkouts of the project, servers."""
 
 import copy
+import os
 import shutil
 import signal
+import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,12 +13,14 @@ import pytest
 import torch
 import yaml
 
+from cifarlab import pipeline
 from cifarlab.data.dataset import Dataset
 from cifarlab.data.layout import Problem
 from cifarlab.data.readers import prepare
 from cifarlab.errors import UserError
 from cifarlab.params.load import load_params
 from cifarlab.params.sections import DataParams, Params, TrainParams
+from cifarlab.studies.executors import run_one
 from tests.support import cpu_seconds
 from tests.support import project as projects
 from tests.support.archives import ArchiveServer
@@ -226,6 +230,42 @@ def with_history(
 def used(with_history: Project, tmp_path: Path) -> Project:
     """A copy of `with_history` that a test may change."""
     return projects.copy(with_history, tmp_path / "copy")
+
+
+def run(*command: str) -> None:
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.fixture(scope="module")
+def small_project(
+    tmp_path_factory: pytest.TempPathFactory, fork_server: ForkServer
+) -> Iterator[Path]:
+    """A repository whose stages copy a parameter, with a commit and two experiments."""
+    folder = tmp_path_factory.mktemp("project")
+    with pytest.MonkeyPatch.context() as patch:
+        for name in [name for name in os.environ if name.startswith(("DVC", "GIT"))]:
+            patch.delenv(name)
+        for role in ("AUTHOR", "COMMITTER"):
+            patch.setenv(f"GIT_{role}_NAME", "a")
+            patch.setenv(f"GIT_{role}_EMAIL", "a@example.org")
+        patch.setenv("DVC_NO_ANALYTICS", "1")
+        patch.setenv("PATH", str(fork_server.folder), prepend=os.pathsep)
+        patch.chdir(folder)
+        run("git", "init", "--quiet", "--initial-branch=main")
+        run("dvc", "init", "--quiet")
+        stages = {
+            stage: {"cmd": f"cp params.yaml {stage}.txt", "params": ["n"], "outs": [f"{stage}.txt"]}
+            for stage in pipeline.STAGES
+        }
+        Path("dvc.yaml").write_text(yaml.safe_dump({"stages": stages}))
+        Path("params.yaml").write_text("n: 1\n")
+        run("dvc", "repro", "--quiet")
+        run("git", "add", "--all")
+        run("git", "commit", "--quiet", "--message=first")
+        for n in (2, 3):
+            run_one(f"n-{n}", {"n": n})
+        yield folder
 
 
 # Archives and downloads (tests/support/archives.py)

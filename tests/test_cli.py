@@ -142,6 +142,8 @@ def makefile(tmp_path: Path) -> Path:
         ("results", "NAME", "python"),
         ("queue", "JOBS", "cifarlab"),
         ("study", "JOBS", "cifarlab"),
+        ("study", "WORKERS", "cifarlab"),
+        ("queue", "WORKERS", "cifarlab"),
         ("ui", "PORT", "cifarlab"),
         ("test", "TESTS", "python"),
         ("test-all", "TESTS", "python"),
@@ -152,7 +154,18 @@ def test_a_value_that_is_given_to_make_reaches_the_program_as_one_argument(
     makefile: Path, target: str, variable: str, program: str, source: str
 ) -> None:
     given = [f"{variable}={HOSTILE}"] if source == "argument" else []
-    hidden = ("MAKE", "MFLAGS", "NAME", "REV", "BASE", "JOBS", "PORT", "TESTS", "WITHOUT")
+    hidden = (
+        "MAKE",
+        "MFLAGS",
+        "NAME",
+        "REV",
+        "BASE",
+        "JOBS",
+        "PORT",
+        "TESTS",
+        "WITHOUT",
+        "WORKERS",
+    )
     env = {key: value for key, value in os.environ.items() if not key.startswith(hidden)}
     env |= {variable: HOSTILE} if source == "environment" else {}
     command = ["make", target, *given]

@@ -65,7 +65,7 @@ def test_blocks_that_no_test_types_are_few() -> None:
     typed = sum(len(list(commands(page))) for page in EXECUTED)
     untyped = [words[0] for page in EXECUTED for words in commands(page, "sh")]
     assert typed > 60
-    assert set(untyped) <= {"cifarlab", "dvc", "docker", "pip"}
+    assert set(untyped) <= {"cifarlab", "dvc", "docker", "make"}
     assert len(untyped) < typed / 8
     languages = re.findall(r"^```(\w+)$", "".join((REPO / p).read_text() for p in EXECUTED), re.M)
     assert set(languages) == {"bash", "sh"}

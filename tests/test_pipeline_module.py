@@ -1,10 +1,8 @@
 """What the project asks DVC and Git: keys, outputs, experiments, commits, scratch copies."""
 
-import os
 import shutil
 import subprocess
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -126,40 +124,6 @@ def test_the_experiment_of_this_process(monkeypatch: pytest.MonkeyPatch) -> None
     assert pipeline.current_experiment() == ("try", "abc")
 
 
-def run(*command: str) -> None:
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-
-
-@pytest.fixture(scope="module")
-def small_project(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A repository whose stages copy a parameter, with a commit and two experiments."""
-    folder = tmp_path_factory.mktemp("project")
-    with pytest.MonkeyPatch.context() as patch:
-        for name in [name for name in os.environ if name.startswith(("DVC", "GIT"))]:
-            patch.delenv(name)
-        for role in ("AUTHOR", "COMMITTER"):
-            patch.setenv(f"GIT_{role}_NAME", "a")
-            patch.setenv(f"GIT_{role}_EMAIL", "a@example.org")
-        patch.setenv("DVC_NO_ANALYTICS", "1")
-        patch.setenv("PATH", str(Path(sys.executable).parent), prepend=os.pathsep)
-        patch.chdir(folder)
-        run("git", "init", "--quiet", "--initial-branch=main")
-        run("dvc", "init", "--quiet")
-        stages = {
-            stage: {"cmd": f"cp params.yaml {stage}.txt", "params": ["n"], "outs": [f"{stage}.txt"]}
-            for stage in pipeline.STAGES
-        }
-        Path("dvc.yaml").write_text(yaml.safe_dump({"stages": stages}))
-        Path("params.yaml").write_text("n: 1\n")
-        run("dvc", "repro", "--quiet")
-        run("git", "add", "--all")
-        run("git", "commit", "--quiet", "--message=first")
-        for n in (2, 3):
-            pipeline.run_experiment(f"n-{n}", {"n": n})
-        yield folder
-
-
 @pytest.fixture
 def project(small_project: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Enter the small project."""
@@ -199,13 +163,6 @@ def test_files_are_read_from_an_experiment_and_a_commit() -> None:
         pipeline.read(Path("missing.txt"), by_name["n-3"].commit)
 
 
-@pytest.mark.usefixtures("project")
-def test_an_experiment_of_the_same_name_is_replaced() -> None:
-    pipeline.run_experiment("n-2", {"n": 20})
-    [revision] = [revision for revision in pipeline.experiments() if revision.name == "n-2"]
-    assert pipeline.read(Path("params.yaml"), revision.commit) == b"n: 20\n"
-
-
 def test_only_the_given_experiments_are_removed(
     small_project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -233,12 +190,6 @@ def test_files_of_a_commit_are_read_in_a_project_in_a_subfolder(
             assert pipeline.read(Path(name), head.commit) == b"n: 1\n"
             with open_file(Path(name)) as file:
                 assert file.read() == b"n: 1\n"
-
-
-@pytest.mark.usefixtures("project")
-def test_a_failed_experiment_names_its_log() -> None:
-    with pytest.raises(UserError, match=r"broken failed: .*broken\.log"):
-        pipeline.run_experiment("broken", {"no-such-key": 1})
 
 
 def test_a_scratch_copy_has_the_outputs_and_can_be_repeated(project: Path) -> None:

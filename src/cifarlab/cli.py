@@ -12,6 +12,12 @@ from cifarlab.errors import UserError, first_line, tolerate_settings
 from cifarlab.params.load import changed, load_params, read_yaml
 
 JOBS = click.option("--jobs", type=click.IntRange(1, 64), default=1, help="Experiments at a time.")
+WORKERS = click.option(
+    "--workers",
+    default="",
+    metavar="CLUSTER",
+    help="Run on a Ray cluster: ray, or ray://HOST:PORT (docs/scale.md).",
+)
 FILE = click.Path(path_type=Path, dir_okay=False)
 STYLE = """body { font-family: system-ui, sans-serif; margin: 2rem }
 body > div { margin-bottom: 2.5rem; overflow-x: auto } img { max-width: 44vw; height: auto }"""
@@ -73,17 +79,22 @@ def variant(name: str) -> None:
 @main.command(epilog="Example: cifarlab study depth --jobs 2")
 @click.argument("name", required=False, default="")
 @JOBS
+@WORKERS
 @click.option("--page-only", is_flag=True, help="Write the page from the table, run nothing.")
-def study(name: str, jobs: int, page_only: bool) -> None:
+def study(name: str, jobs: int, workers: str, page_only: bool) -> None:
     """Run what the study NAME lacks, and write its page.
 
     The question is studies/NAME.yaml, the page docs/studies/NAME.md.
 
     Stop it whenever you like: the same command continues. Without NAME it lists the studies.
     """
+    from cifarlab.studies import executors
     from cifarlab.studies import study as studies
 
-    click.echo(studies.rewrite_page(name) if page_only else studies.run(name, jobs))
+    if page_only:
+        click.echo(studies.rewrite_page(name))
+    else:
+        click.echo(studies.run(name, executors.executor(jobs, workers)))
 
 
 @main.command(epilog="Example: cifarlab studies")
@@ -108,11 +119,12 @@ def search(name: str) -> None:
 
 @main.command(epilog="Example: cifarlab queue --jobs 2")
 @JOBS
-def queue(jobs: int) -> None:
-    """Run the queued experiments, and name a worker that hangs."""
-    from cifarlab.studies.study import watch
+@WORKERS
+def queue(jobs: int, workers: str) -> None:
+    """Run the queued experiments, and name those that fail."""
+    from cifarlab.studies import executors
 
-    watch(jobs)
+    executors.run_queue(executors.executor(jobs, workers))
 
 
 @main.command(epilog="Example: cifarlab sync --check")

@@ -26,6 +26,7 @@ from cifarlab.params.sections import Params
 
 STAGES = ("train", "evaluate", "plot")  # all but download, in the order in which they run
 RESULT = ("download", "train", "evaluate")  # those that make what a study compares
+EVERY = ("download", *STAGES)
 
 
 class Revision(NamedTuple):
@@ -142,15 +143,15 @@ def remove_experiments(revisions: Sequence[Revision]) -> None:
     listed = ("for-each-ref", "--format=%(refname)", "refs/exps", "--points-at")
     refs = [ref for revision in revisions for ref in git(*listed, revision.commit).split()]
     if refs:
-        _dvc("exp", "remove", "--quiet", *refs)
+        dvc("exp", "remove", "--quiet", *refs)
 
 
 def clean_cache() -> None:
     """Remove from DVC's cache what no commit and no experiment uses. UserError: DVC cannot."""
-    _dvc("gc", "--quiet", "--force", "--all-commits", "--all-experiments")
+    dvc("gc", "--quiet", "--force", "--all-commits", "--all-experiments")
 
 
-def _dvc(*arguments: str) -> str:
+def dvc(*arguments: str) -> str:
     """Run a command of DVC and return its output; UserError if it fails."""
     done = subprocess.run(["dvc", *arguments], capture_output=True, text=True, check=False)
     if done.returncode:
@@ -366,7 +367,7 @@ def scratch_copy(commit: str) -> Iterator[Path]:
         The cache lacks outputs.
     """
     with tracked_files(commit) as folder:
-        config = f"[core]\n    no_scm = true\n[cache]\n    dir = {_dvc('cache', 'dir').strip()}\n"
+        config = f"[core]\n    no_scm = true\n[cache]\n    dir = {dvc('cache', 'dir').strip()}\n"
         (folder / ".dvc" / "config.local").write_text(config, "utf-8")
         checkout = ["dvc", "checkout", "--quiet"]
         if subprocess.run(checkout, cwd=folder, capture_output=True, check=False).returncode:
@@ -380,34 +381,11 @@ def repeat(folder: Path) -> bool:
 
     The copy acts as a checkout of its own, which shares no checkpoint and no MLflow store.
     """
-    hidden = ("DVC_EXP", "DVC_ROOT", "MLFLOW_TRACKING")
+    hidden = ("CIFARLAB", "DVC_EXP", "DVC_ROOT", "MLFLOW_TRACKING")
     env = {key: value for key, value in os.environ.items() if not key.startswith(hidden)}
     options = ["--force", "--single-item", "--no-run-cache", "--no-commit"]
     command = ["dvc", "repro", *options, *STAGES]
     return subprocess.run(command, cwd=folder, env=env, check=False).returncode == 0
-
-
-def run_experiment(name: str, changes: dict[str, Any], *, queue: bool = False) -> None:
-    """Run an experiment in a temporary copy, or queue it; one of this name at HEAD is replaced.
-
-    Raises
-    ------
-    UserError
-        It failed; the message has its last line and the path of its log.
-    """
-    head = git_commit()
-    # `dvc exp run --force` would also replace the experiment, but run every stage again.
-    if same := [found for found in experiments() if (found.name, found.baseline) == (name, head)]:
-        remove_experiments(same)
-    log = files.scratch() / f"{name}.log"
-    log.parent.mkdir(exist_ok=True)  # a new checkout has no such folder
-    options = ["--queue" if queue else "--temp", "--name", name, *set_options(changes)]
-    command = ["dvc", "exp", "run", "--quiet", *options]
-    with log.open("w") as file:
-        failed = subprocess.run(command, stdout=file, stderr=file, check=False).returncode
-    if failed:
-        last = (log.read_text("utf-8", "replace").strip() or "no output").splitlines()[-1]
-        raise UserError(f"{name} failed: {last} ({log})")
 
 
 def set_options(changes: dict[str, Any]) -> list[str]:
@@ -416,21 +394,25 @@ def set_options(changes: dict[str, Any]) -> list[str]:
     return [option for text in texts for option in ("-S", text)]
 
 
-def queue_tasks() -> dict[str, dict[str, Any]]:
-    """Return the tasks of DVC's queue by revision.
-
-    Each has a name and a status: Queued, Running, Success or Failed.
-    """
+def queued() -> dict[str, Revision]:
+    """Return the experiments that wait in DVC's queue, by name."""
     from dvc.repo import Repo
 
     with Repo() as repo:
-        return {task["rev"]: task for task in repo.experiments.celery_queue.status()}
+        tasks = repo.experiments.celery_queue.status()
+    waiting = [task for task in tasks if task["status"] == "Queued"]
+    return {task["name"]: Revision(task["name"], task["rev"], "") for task in waiting}
 
 
-def start_queue(jobs: int, *options: str) -> None:
-    """Start workers of DVC's queue. They may outlive the queue, so they do not get our output."""
-    command = ["dvc", "queue", "start", "--jobs", str(jobs), *options]
-    subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=True)
+def differences(revision: Revision) -> dict[str, Any]:
+    """Return the parameters that a revision has, valid or not, and the workspace has not."""
+    now, then = (_yaml(read_text(files.PARAMS, place)) for place in (WORKSPACE, revision))
+    return {
+        f"{section}.{key}": value
+        for section, values in then.items()
+        for key, value in values.items()
+        if now[section].get(key) != value
+    }
 
 
 def _outs(stage: str, folder: Path) -> list[Path]:

@@ -14,6 +14,7 @@ from filelock import FileLock, Timeout
 
 from cifarlab import files
 from cifarlab.errors import first_line
+from cifarlab.runtime import timings
 
 KEPT_DAYS = 30
 DIGEST = 32  # bytes of the SHA-256 at the start of the file
@@ -83,4 +84,4 @@ class Checkpoint:
 
 def path_of(key: str) -> Path:
     """Return the file of a training's checkpoint."""
-    return files.cache() / "checkpoints" / f"{key}.pt"
+    return timings.kept() / "checkpoints" / f"{key}.pt"

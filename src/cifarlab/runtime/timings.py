@@ -5,6 +5,7 @@ not depend on the clock.
 """
 
 import contextlib
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -29,7 +30,7 @@ class Timings(NamedTuple):
 def read(key: str, checkout: Path | None = None) -> Timings:
     """Return the timings of the training with this key; empty if there are none."""
     try:
-        content = files.read_json(_path(key, checkout))
+        content = files.read_json(path_of(key, checkout))
         epochs = {number: (int(end), float(s)) for number, (end, s) in content["epochs"].items()}
         return Timings(dict(content["conditions"]), epochs)
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
@@ -44,7 +45,7 @@ class Progress:
     """
 
     def __init__(self, key: str, conditions: dict[str, str], epochs: int) -> None:
-        self.path, self.conditions, self.ended = _path(key), conditions, read(key).epochs
+        self.path, self.conditions, self.ended = path_of(key), conditions, read(key).epochs
         self.epochs, self.start = epochs, time.perf_counter()
         self.bar: tqdm[Any] | None = None
 
@@ -76,5 +77,15 @@ class Progress:
             files.write_json(self.path, Timings(self.conditions, self.ended)._asdict())
 
 
-def _path(key: str, checkout: Path | None = None) -> Path:
-    return files.cache(checkout) / "trainings" / f"{key}.json"
+def path_of(key: str, checkout: Path | None = None) -> Path:
+    """Return the file of a training's timings."""
+    return kept(checkout) / "trainings" / f"{key}.json"
+
+
+def kept(checkout: Path | None = None) -> Path:
+    """Return the folder that holds timings and checkpoints.
+
+    CIFARLAB_CHECKPOINTS may name one that several machines share.
+    """
+    named = os.environ.get("CIFARLAB_CHECKPOINTS")
+    return files.cache(checkout) if checkout or not named else Path(named)

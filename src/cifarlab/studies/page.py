@@ -165,7 +165,8 @@ def _open(study: Study, comparison: DataFrame, alone: DataFrame) -> list[str]:
 
 def _how(name: str, study: Study, results: DataFrame) -> list[str]:
     """Return how the study was made, and how to repeat it."""
-    data, machine = _and(results.data), _and(results.machine)
+    data, machines = _and(results.data), sorted(set(results.machine.fillna("unknown")))
+    mixed = "The points ran on different machines, whose sums differ by rounding: "
     looks = ""
     if len(study.looks) > 1:
         after = ", ".join(map(str, study.looks))
@@ -181,7 +182,7 @@ def _how(name: str, study: Study, results: DataFrame) -> list[str]:
         "± and intervals are 95 % intervals by Student's t. Differences are paired by seed.\n"
         "*Different*: paired t test. *Equivalent*: two one-sided t tests. p is corrected for all "
         "comparisons of a table by Holm's method; 5 % is the limit.\n"
-        f"{looks}{study.shared}\nMachine: {machine}.",
+        f"{looks}{study.shared}\n{mixed if machines[1:] else 'Machine: '}{'; '.join(machines)}.",
         f"    make study NAME={name}",
         f"asks studies/{name}.yaml again. {name}.csv lists every point with its DVC experiment and "
         "its MLflow run.",

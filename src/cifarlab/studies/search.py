@@ -11,6 +11,7 @@ from optuna.trial import FrozenTrial, TrialState
 from cifarlab import files, pipeline
 from cifarlab.errors import UserError
 from cifarlab.params.load import changed
+from cifarlab.studies.executors import run_one
 from cifarlab.studies.page import markdown_table, write_answer
 from cifarlab.studies.points import Point, finished, key_of
 from cifarlab.studies.question import Range, Search
@@ -64,7 +65,7 @@ def _train(name: str, search: Search, trial: optuna.Trial) -> float:
         except UserError as error:  # a combination that is not possible
             raise optuna.TrialPruned(str(error)) from error
         experiment = f"{name}-{trial.number}-{epochs}"
-        pipeline.run_experiment(experiment, changes)
+        run_one(experiment, changes)
         point = Point(f"trial {trial.number}", 0, experiment, changes, parameters)
         row = next((row for row, _ in finished([point])), {})
         if row.get("val_accuracy") is None or row.get("seconds") is None:

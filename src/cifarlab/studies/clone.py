@@ -1,0 +1,181 @@
+"""What a worker does: run an experiment in a clone of its own, on this machine or another one.
+
+Experiments in clones share no lock of DVC. Started side by side in one checkout, they would take
+each other's parameters from its stash. This module imports the standard library only: Ray sends it
+to machines that have no checkout.
+"""
+
+import configparser
+import contextlib
+import getpass
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+# It reads the process group of each command that starts. If its standard input ends without a 0,
+# this process has died: the group is told to stop, and killed after three seconds.
+WATCHER = """while read -r next; do group=$next; done
+[ "$group" = 0 ] || { kill -TERM -$group; sleep 3; kill -KILL -$group; sleep 1; }
+rm -rf "$1" """
+NO_SERVER = "http://127.0.0.1:9"  # where nothing listens
+TIMES = """import sys; sys.path.insert(0, "src")
+from cifarlab import pipeline
+from cifarlab.params.load import load_params
+from cifarlab.runtime import timings
+print(timings.path_of(pipeline.training_key(load_params())))"""  # where they are
+GIT = ("git", "-c", "core.autocrlf=false", "-c", "gc.auto=0")
+
+watchers = set[subprocess.Popen[str]]()
+
+
+class Order(NamedTuple):
+    """What the experiments of one command have in common."""
+
+    source: str
+    """The Git repository: a folder, or the URL of a remote."""
+    baseline: str
+    """The commit that the experiments start from."""
+    snapshot: str
+    """A commit with the changes of the workspace; `baseline` if there are none."""
+    prefix: str
+    """The folder of the project in the repository."""
+    env: Mapping[str, str]
+    """Variables for Git, DVC and the stages; on another machine, beside those that it has."""
+    checkout: str = ""
+    """The main checkout if it is on this machine: its caches and its MLflow store are used."""
+    cache: str = ""
+    """The cache of DVC; if empty, one that all workers of a machine share."""
+    settings: str = ""
+    """The content of the checkout's .dvc/config.local."""
+
+
+def reference(baseline: str, name: str) -> str:
+    """Return the Git reference of an experiment."""
+    return f"refs/exps/{baseline[:2]}/{baseline[2:]}/{name}"
+
+
+def work(order: Order, name: str, options: Sequence[str]) -> dict[str, str]:
+    """Run an experiment in a new clone, and send it to the repository that was cloned.
+
+    Over a remote, its outputs and the run cache go to DVC's remote. If the repository of a remote
+    has an experiment of this name, nothing runs: an earlier try may have ended after it was sent.
+
+    Returns
+    -------
+    The epoch times of the training: content by file name. Empty if nothing was trained, or if the
+    times are in `order.checkout`.
+
+    Raises
+    ------
+    RuntimeError
+        A command failed. The message has its last line, and the path of the log if there is one.
+    """
+    shared = Path(tempfile.gettempdir(), f"cifarlab-{getpass.getuser()}")
+    base = Path(order.checkout, ".dvc/tmp/clones") if order.checkout else shared
+    base.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix=f"{name}-", dir=base))
+    log = Path(order.checkout, ".dvc/tmp", f"{name}.log") if order.checkout else folder / "log"
+    env = {**order.env, "CIFARLAB_ROOT": order.checkout}
+    if not order.checkout:
+        env = os.environ | env
+        env["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{env['PATH']}"
+        env.setdefault("MLFLOW_TRACKING_URI", NO_SERVER)
+        env.setdefault("CIFARLAB_CHECKPOINTS", str(shared / "checkpoints"))
+    with watcher(folder) as watching, log.open("w") as output:
+
+        def run(*command: str, where: Path = folder / "clone" / order.prefix) -> str:
+            process = subprocess.Popen(
+                command,
+                cwd=where,
+                env=env,
+                process_group=0,
+                stdin=subprocess.DEVNULL,
+                stdout=output if command[0] == "dvc" else subprocess.PIPE,
+                stderr=output,
+                text=True,
+            )
+            watching(process.pid)
+            answer, _ = process.communicate()
+            if process.returncode:
+                said = log.read_text("utf-8", "replace").strip() or f"{command[0]} failed"
+                last = said.splitlines()[-1]
+                raise RuntimeError(f"{last} ({log})" if order.checkout else last)
+            return answer or ""
+
+        return _work(order, name, options, run, folder)
+
+
+def _work(
+    order: Order, name: str, options: Sequence[str], run: Callable[..., str], folder: Path
+) -> dict[str, str]:
+    """Do the commands of `work` with the function `run`."""
+    top, ref, remote = folder / "clone", reference(order.baseline, name), not order.checkout
+    if remote and run("git", "ls-remote", order.source, ref, where=folder):
+        return {}
+    alike = () if remote else ("--shared",)
+    run(*GIT, "clone", "--quiet", "--no-checkout", *alike, order.source, str(top), where=folder)
+    run(*GIT, "checkout", "--quiet", "--detach", order.snapshot, where=top)
+    run(*GIT, "reset", "--quiet", "--soft", order.baseline, where=top)
+    configure(top / order.prefix, order.settings, order.cache or str(folder.parent / "dvc"))
+    more = ("--pull",) if remote else ()
+    run("dvc", "exp", "run", "--quiet", *more, "--name", name, *options)
+    if not remote:
+        run(*GIT, "push", "--quiet", "--force", "--no-verify", order.source, f"{ref}:{ref}")
+        return {}
+    run("dvc", "exp", "push", "--quiet", "origin", name)
+    # If the name is taken, `dvc exp push` sends nothing and does not fail.
+    if run("git", "ls-remote", "origin", ref) != run("git", "ls-remote", ".", ref):
+        raise RuntimeError(f"another experiment with the name {name} was sent meanwhile")
+    times = Path(run(sys.executable, "-c", TIMES).strip())
+    return {times.name: times.read_text("utf-8")} if times.exists() else {}
+
+
+def configure(project: Path, settings: str, cache: str) -> None:
+    """Write .dvc/config.local: the settings, with another cache, which processes may share."""
+    config = configparser.RawConfigParser()
+    config.read_string(settings)
+    for section, option, value in (
+        ("cache", "dir", cache),
+        ("core", "site_cache_dir", str(project / ".dvc/tmp/site")),
+    ):
+        if not config.has_section(section):
+            config.add_section(section)
+        config.set(section, option, value)
+    with (project / ".dvc/config.local").open("w", encoding="utf-8") as file:
+        config.write(file)
+
+
+@contextlib.contextmanager
+def watcher(folder: Path) -> Iterator[Callable[[int], None]]:
+    """Delete a folder when the block ends, or when this process dies.
+
+    Yields a function for the process group of each command. If this process dies or calls `stop`,
+    the last one is ended before.
+    """
+    command = ["sh", "-c", WATCHER, "sh", str(folder)]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, start_new_session=True
+    ) as process:
+        assert process.stdin
+
+        def watch(group: int) -> None:
+            if process.stdin and not process.stdin.closed:
+                print(group, file=process.stdin, flush=True)
+
+        watchers.add(process)
+        try:
+            yield watch
+        finally:
+            watch(0)
+            watchers.discard(process)
+
+
+def stop() -> None:
+    """End all experiments that this process runs."""
+    for process in list(watchers):
+        if process.stdin:
+            process.stdin.close()

@@ -1,0 +1,103 @@
+"""Ways to run experiments: one after the other, several at a time, or on a cluster."""
+
+import os
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import closing
+from functools import partial
+from pathlib import Path
+
+from cifarlab import files, pipeline
+from cifarlab.errors import UserError
+from cifarlab.pipeline import git
+from cifarlab.studies import clone, cluster
+from cifarlab.studies.question import Parameters
+
+Changes = Mapping[str, Parameters]
+"""Changes to params.yaml by the name of the experiment."""
+Executor = Callable[[Changes], Iterator[tuple[str, str]]]
+"""Runs experiments. Whenever one has ended, it yields its name and what went wrong, or ""."""
+
+
+def executor(jobs: int, workers: str) -> Executor:
+    """Return the executor that two options of the command line ask for."""
+    return partial(cluster.run, workers) if workers else partial(_here, jobs)
+
+
+def run(changes: Changes, execute: Executor, on_end: Callable[[str], object]) -> None:
+    """Run experiments at the present commit; one of the same name is replaced.
+
+    Parameters
+    ----------
+    on_end : called with the name of each experiment that has succeeded
+
+    Raises
+    ------
+    UserError
+        Some failed. The others have been run.
+    """
+    failed: list[str] = []
+    with closing(execute(changes)) as outcomes:  # type: ignore[type-var]
+        for ended, (name, problem) in enumerate(outcomes, 1):
+            failed += [f"{name} failed: {problem}"] if problem else []
+            if not problem:
+                on_end(name)
+            print(
+                f"{name} {'failed' if problem else 'done'}, {len(changes) - ended} left", flush=True
+            )
+    if failed:
+        raise UserError("; ".join(failed[:5]) + ("; …" if failed[5:] else ""))
+
+
+def run_queue(execute: Executor) -> None:
+    """Run the experiments in DVC's queue. Each is removed from it when it has succeeded.
+
+    Raises
+    ------
+    UserError
+        Some failed, or the code has changed since they were queued.
+    """
+    changes, code = dict[str, Parameters](), pipeline.dependencies(stages=pipeline.EVERY)
+    for name, task in pipeline.queued().items():
+        if different := git("diff", "--name-only", task.commit, "--", *code).split():
+            reason = f"{' '.join(different)} changed since {name} was queued"
+            raise UserError(f"{reason}; `dvc queue start` runs it as it was")
+        changes[name] = pipeline.differences(task)
+    print(f"{len(changes)} queued", flush=True)
+    run(changes, execute, lambda name: pipeline.dvc("queue", "remove", name))
+
+
+def run_one(name: str, changes: Parameters) -> None:
+    """Run an experiment in a clone of the checkout; UserError if it fails."""
+    for _, problem in _here(1, {name: changes}):
+        if problem:
+            raise UserError(f"{name} failed: {problem}")
+
+
+def _here(jobs: int, changes: Changes) -> Iterator[tuple[str, str]]:
+    """Run experiments on this machine, in clones of the checkout with what is not committed yet."""
+    local, head = Path(".dvc/config.local"), pipeline.git_commit()
+    order = clone.Order(
+        source=git("rev-parse", "--show-toplevel").strip(),
+        baseline=head,
+        snapshot=git("stash", "create").strip() or head,
+        prefix=git("rev-parse", "--show-prefix").strip(),
+        env={k: v for k, v in os.environ.items() if k not in pipeline.OTHER_CHECKOUT},
+        checkout=str(files.root()),
+        cache=pipeline.dvc("cache", "dir").strip(),
+        settings=local.read_text("utf-8") if local.exists() else "",
+    )
+    pool = ThreadPoolExecutor(jobs)
+    try:
+        futures = {
+            pool.submit(clone.work, order, name, pipeline.set_options(values)): name
+            for name, values in changes.items()
+        }
+        for future in as_completed(futures):
+            error = future.exception()
+            if error and not isinstance(error, RuntimeError):
+                raise error
+            yield futures[future], str(error or "")
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+        clone.stop()
