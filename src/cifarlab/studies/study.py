@@ -53,14 +53,16 @@ def report() -> None:
     rows: list[tuple[object, ...]] = []
     for name in names():
         if "space" in read_yaml(QUESTIONS / f"{name}.yaml", ""):
-            rows.append((name, "a search: `make search` judges its trials", "", "", "", ""))
+            rows.append((name, "a search: `make search` judges its trials", *[""] * 5))
             continue
-        _, points = load(name)
+        study, points = load(name)
         results = chosen(name, points, any_origin=True).results
-        others = results[~results.counts]
-        counts = (len(points), results.counts.sum(), len(others))
-        data = " ".join(sorted(results.data.dropna().unique()))
-        rows.append((name, *counts, made_by(others), data))
+        made = results.reindex(columns=["data", "machine", "variant"]).fillna("unknown")
+        seeds = made.groupby("variant").size().min()
+        asked, valid = needed(study, points, results), results.counts.sum()
+        counts = (len(asked), f"{valid} of {len(results)}", seeds if len(results) else 0)
+        places = ("; ".join(sorted(set(made[column]))) for column in ("data", "machine"))
+        rows.append((name, *counts, made_by(results), *places))
         update_notice(name, results)
-    columns = ["study", "points", "valid rows", "rows of other code", "made by commit", "data"]
+    columns = ["study", "points", "valid rows", "seeds", "commit", "data", "machine"]
     print(pd.DataFrame(rows, columns=columns).to_string(index=False))
