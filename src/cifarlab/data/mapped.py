@@ -3,7 +3,7 @@
 import mmap
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -66,9 +66,10 @@ class Mapped:
         other, and much around each.
         """
         array = self.array
-        if isinstance(array, np.memmap) and len(rows):
-            size, page, kernel = array[:1].nbytes, mmap.ALLOCATIONGRANULARITY, cast(Any, array.base)
-            first = array.offset % page  # where the array begins in its map
+        kernel: Any = array.base
+        if isinstance(kernel, mmap.mmap) and len(rows):
+            size, page = array[:1].nbytes, mmap.ALLOCATIONGRANULARITY
+            first = array.ctypes.data % page  # where the array begins in its map
             for run in np.split(rows, np.flatnonzero(np.diff(rows) != 1) + 1):
                 start, end = first + int(run[0]) * size, first + (int(run[-1]) + 1) * size
                 for part in range(start - start % page, end, READ):
