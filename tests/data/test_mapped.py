@@ -1,5 +1,7 @@
 """Images that stay on disk: the same pixels as in memory, read in order and one batch ahead."""
 
+import itertools
+import mmap
 import threading
 from pathlib import Path
 from typing import Any
@@ -26,7 +28,7 @@ class Noting:
     """An array that notes which rows are read."""
 
     def __init__(self, array: Any) -> None:
-        self.array, self.shape, self.read = array, array.shape, []
+        self.array, self.shape, self.read, self.base = array, array.shape, [], None
         self.reading = threading.Event()
 
     def __getitem__(self, rows: Any) -> Any:
@@ -68,3 +70,27 @@ def test_an_error_of_the_thread_is_raised(array: Any) -> None:
     next(batches)
     with pytest.raises(IndexError):
         next(batches)
+
+
+def test_the_kernel_is_asked_for_the_images_and_for_nothing_else(
+    tmp_path: Path,
+) -> None:
+    """Of 128 KiB at most in each call, because it may read no more than that."""
+    size, asked = 3 * 2**17, []
+    np.save(tmp_path / "a.npy", np.zeros((9, 256, 512, 3), np.uint8))
+
+    class Noting(mmap.mmap):
+        def madvise(self, option: int, start: int = 0, length: int = 0) -> None:
+            asked.append((start, start + length))
+            super().madvise(option, start, length)
+
+    with (tmp_path / "a.npy").open("r+b") as file:
+        noting = Noting(file.fileno(), 0)
+    offset = noting.size() - 9 * size
+    images = np.ndarray((9, 256, 512, 3), np.uint8, noting, offset)
+    Mapped(images, np.arange(9), CPU)[5:7]
+    assert asked[0][0] % mmap.PAGESIZE == 0
+    assert asked[0][0] <= offset + 5 * size < asked[0][0] + mmap.PAGESIZE
+    assert asked[-1][1] == offset + 7 * size
+    assert all(end == start for (_, end), (start, _) in itertools.pairwise(asked))
+    assert all(end - start <= 2**17 for start, end in asked)

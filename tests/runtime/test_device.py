@@ -163,3 +163,22 @@ def test_kept_memory_is_reused_without_the_kernel() -> None:
         text=True,
     ).stdout
     assert int(printed) < 1000  # of 24,576 pages
+
+
+def test_more_processes_than_gpus_are_refused(
+    train_params: MakeTrain, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(UserError, match=r"train\.processes = 3: there are 2 GPUs"):
+        set_up(train_params(processes=3, device="auto"))
+
+
+def test_processes_that_the_parameters_do_not_name_are_refused(
+    train_params: MakeTrain, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Somebody typed `torchrun -m stages.train`: the training key would not know."""
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", "error")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match=r"train\.processes = 1: torchrun started others"):
+        set_up(train_params())

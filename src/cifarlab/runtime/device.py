@@ -16,6 +16,7 @@ from filelock import FileLock, Timeout
 
 from cifarlab.errors import UserError
 from cifarlab.params.sections import TrainParams
+from cifarlab.runtime import processes
 
 # NAME=value of what chooses the instructions, algorithms or threads of a library. Most cannot be
 # asked what they chose. How many threads there are is a condition of its own.
@@ -37,15 +38,16 @@ def set_up(params: TrainParams) -> torch.device:
     Raises
     ------
     UserError
-        CUDA was asked for, but there is none.
+        CUDA was asked for, but there is none, or train.processes does not fit.
     """
     available = torch.cuda.is_available()
     if params.device == "cuda" and not available:
         raise UserError("train.device = cuda: no CUDA device found; use train.device: auto or cpu")
-    gpus = torch.cuda.device_count() if params.device != "cpu" else 0
-    if 0 < gpus < params.processes:
-        advice = "lower it, or set train.device=cpu"
-        raise UserError(f"train.processes = {params.processes}: there are {gpus} GPUs; {advice}")
+    wrong, gpus = f"train.processes = {params.processes}", torch.cuda.device_count()
+    if params.device != "cpu" and 0 < gpus < params.processes:
+        raise UserError(f"{wrong}: there are {gpus} GPUs; lower it, or set train.device=cpu")
+    if processes.started() and os.environ["WORLD_SIZE"] != str(params.processes):
+        raise UserError(f"{wrong}: torchrun started others; set it, and type `dvc repro` instead")
     # The same as use_deterministic_algorithms(True), which also imports the compiler: 2 s.
     torch.set_deterministic_debug_mode("error")
     # This code never reads memory that it has not written: no need to fill it first.
