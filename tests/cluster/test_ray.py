@@ -12,6 +12,7 @@ import pandas as pd
 import psutil
 import pytest
 import yaml
+from filelock import FileLock
 
 from tests.conftest import REPO
 from tests.support.project import Project
@@ -20,6 +21,13 @@ ray = pytest.importorskip("ray", reason="Ray is not installed: `make cluster-tes
 cluster_utils = pytest.importorskip("ray.cluster_utils")
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 STUDY = ("python", "-m", "cifarlab.cli", "study", "demo", "--workers")
+
+
+@pytest.fixture(autouse=True)
+def alone() -> Iterator[None]:
+    """Wait until no other test runs a cluster: Ray finds clusters of this machine."""
+    with FileLock(Path(tempfile.gettempdir(), "cifarlab-test-ray.lock")):
+        yield
 
 
 @pytest.fixture
@@ -145,20 +153,26 @@ def test_without_a_cluster_one_sentence_says_how_to_start_one(shared: Project) -
 
 def test_a_slurm_job_asks_a_study(shared: Project, tmp_path: Path, scratch: Path) -> None:
     shared.run("git", "push", "--quiet", "origin", "main")
-    shared.env["TMPDIR"] = str(scratch)
+    question = shared.folder / "studies/demo.yaml"
+    question.write_text(question.read_text("utf-8").replace("train.epochs: 12", "train.epochs: 1"))
     text = (REPO / "docs/scale.md").read_text("utf-8")
     [script] = [block for block in text.split("```")[1::2] if "#SBATCH" in block]
     (shared.folder / "study.sbatch").write_text(script.partition("\n")[2], "utf-8")
     stand_ins = {
         "sbatch": "export SLURM_JOB_NUM_NODES=1 SLURM_JOB_NODELIST=127.0.0.1 SLURM_SUBMIT_DIR=$PWD"
         '\nexec bash "$1"',
-        "srun": 'while [ "${1#--}" != "$1" ]; do shift; done; exec "$@"',
+        "srun": 'exec "$@"',
         "scontrol": "echo 127.0.0.1",
+        "cifarlab": 'exec python -m cifarlab.cli "$@"',
     }
+    programs = shared.folder / ".venv/bin"
+    programs.mkdir(parents=True)
     for name, line in stand_ins.items():
-        (tmp_path / name).write_text(f"#!/bin/bash\n{line}\n")
-        (tmp_path / name).chmod(0o755)
-    shared.env["PATH"] = f"{tmp_path}:{shared.env['PATH']}"
+        (programs / name).write_text(f"#!/bin/bash\n{line}\n")
+        (programs / name).chmod(0o755)
+    path = f"{programs}:{Path(sys.executable).parent}:{shared.env['PATH']}"
+    (programs / "activate").write_text(f"export PATH={path}\n")
+    shared.env |= {"TMPDIR": str(scratch), "PATH": path}
     output = shared.run("sbatch", "study.sbatch", seconds=1500).stdout
     assert "done, 0 left" in output
     assert len(pd.read_csv(shared.folder / "docs/studies/demo.csv")) == 4
