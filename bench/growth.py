@@ -31,23 +31,22 @@ def size(folder: Path) -> int:
     return sum(512 * path.stat().st_blocks for path in folder.rglob("*") if path.is_file())
 
 
-def log_run(client: Any, experiment: str, name: str, metrics: int = METRICS) -> None:
-    """Log a run like those of this project, unless it is there."""
+def log_run(client: Any, experiment: str, name: str, *, again: bool = False) -> None:
+    """Log a run like those of this project. With `again`, continue it if it is there."""
     from mlflow.entities import Metric, Param
 
-    found = client.search_runs([experiment], f"tags.`cifarlab.key` = '{name}'", max_results=1)
-    run = next(iter(found), None) or client.create_run(
-        experiment, run_name=name, tags={"cifarlab.key": name}
-    )
-    steps = EPOCHS if metrics == METRICS else 1
+    query = f"tags.`cifarlab.key` = '{name}'"
+    found = client.search_runs([experiment], query, max_results=1) if again else []
+    tags = {"cifarlab.key": name}
+    run = next(iter(found), None) or client.create_run(experiment, run_name=name, tags=tags)
     values = [
         Metric(f"m{metric}", step / EPOCHS, 0, step)
-        for step in range(steps)
-        for metric in range(metrics)
+        for step in range(EPOCHS)
+        for metric in range(METRICS)
     ]
     params = [Param(f"section.p{number}", str(number)) for number in range(PARAMS)]
     client.log_batch(run.info.run_id, values, params)
-    client.set_terminated(run.info.run_id)
+    client.update_run(run.info.run_id, "FINISHED")
 
 
 def be_a_client(number: int, runs: int) -> None:
@@ -58,15 +57,17 @@ def be_a_client(number: int, runs: int) -> None:
     client, deadline = mlflow.MlflowClient(), time.monotonic() + 1200
     experiment = client.get_experiment_by_name("shared").experiment_id
     for run in range(runs):
+        again = False
         while True:
             started = time.perf_counter()
             try:
-                log_run(client, experiment, f"{number}-{run}", metrics=20)
+                log_run(client, experiment, f"{number}-{run}", again=again)
                 print(f"{time.perf_counter() - started:.3f}", flush=True)
                 break
             except mlflow.MlflowException:
                 if time.monotonic() > deadline:
                     raise
+                again = True
                 time.sleep(1)  # the server is away
 
 

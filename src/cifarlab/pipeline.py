@@ -127,7 +127,8 @@ def experiments() -> list[Revision]:
     ]
     hashes = [revision.commit for revision in found]
     newest_first = git("rev-list", "--no-walk=sorted", *hashes).split() if found else []
-    return sorted(found, key=lambda revision: newest_first.index(revision.commit))
+    ranks = {commit: rank for rank, commit in enumerate(newest_first)}
+    return sorted(found, key=lambda revision: ranks[revision.commit])
 
 
 def experiment_names() -> list[str]:

@@ -12,6 +12,7 @@ from pathlib import Path
 import mlflow
 import pytest
 
+from bench.growth import METRICS
 from tests.conftest import REPO
 from tests.support import services
 from tests.support.project import Project
@@ -77,7 +78,7 @@ def test_many_clients_and_two_users_of_a_server_that_is_killed(
             names = sorted(run.info.run_name for run in found)
             assert names == sorted(f"{c}-{r}" for c in range(CLIENTS) for r in range(RUNS))
             assert {run.info.status for run in found} == {"FINISHED"}
-            assert all(len(run.data.metrics) == 20 for run in found)
+            assert all(len(run.data.metrics) == METRICS for run in found)
             seconds = sorted(float(line) for output in outputs for line in output.split())
             middle, slow = statistics.median(seconds), seconds[int(0.99 * len(seconds))]
             with capsys.disabled():

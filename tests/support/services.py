@@ -131,6 +131,7 @@ class SharedServer:
         settings = folder / "auth.ini"
         settings.write_text(
             "[mlflow]\ndefault_permission = EDIT\nadmin_username = admin\n"
+            "auth_cache_ttl_seconds = 60\n"
             f"database_uri = {database}/users\n"
             "authorization_function = mlflow.server.auth:authenticate_request_basic_auth\n"
         )

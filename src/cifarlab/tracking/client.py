@@ -189,8 +189,10 @@ def wait_for_database() -> None:
             store.rollback()
 
 
-def all_runs() -> list[Any]:
+def all_runs(name: str = "") -> list[Any]:
     """Return the runs of this project in every experiment of MLflow.
+
+    With `name`, those of DVC experiments called so. All of thousands would take seconds.
 
     Raises
     ------
@@ -202,7 +204,8 @@ def all_runs() -> list[Any]:
         connect()
         import mlflow
 
-        ours = {"filter_string": f"tags.`{KEY}` LIKE '%'", "search_all_experiments": True}
+        named = f" AND tags.`dvc.exp.name` = '{name}'" if name and "'" not in name else ""
+        ours = {"filter_string": f"tags.`{KEY}` LIKE '%'{named}", "search_all_experiments": True}
         return list(mlflow.search_runs(**ours, output_format="list"))
 
     try:

@@ -63,15 +63,15 @@ def run_of(revision: Revision) -> str:
     UserError
         MLflow cannot be read or written, or DVC's cache lacks files.
     """
-    mirror = Mirror()
+    mirror = Mirror(revision.name)
     return mirror.complete(revision, tags_of(revision), check=False)[0]
 
 
 class Mirror:
     """The runs that MLflow has of this project, compared with what the files say."""
 
-    def __init__(self) -> None:
-        self.runs = tracking.all_runs()
+    def __init__(self, name: str = "") -> None:
+        self.runs = tracking.all_runs(name)
         self.client = tracking.connect()
 
     def complete(self, revision: Revision, wanted: Tags, *, check: bool) -> tuple[str, str]:
