@@ -67,10 +67,13 @@ def measure(folder: Path, images: int, kept: str, count: int, *changes: str) -> 
         status = Path("/proc/self/status").read_text("utf-8")
         memory.append(int(re.findall(r"RssAnon:\s+(\d+)", status)[0]))
 
-    start = time.perf_counter()
+    start, cpu = time.perf_counter(), time.process_time()
     fit(network, params.train, train, on_batch=note, ranks=ranks)
-    speed = images / (time.perf_counter() - start)
-    found = {"images_per_second": speed, "anonymous_mb": max(memory) / 1024}
+    found = {
+        "images_per_second": images / (time.perf_counter() - start),
+        "cpu_ms_per_image": 1e3 * (time.process_time() - cpu) / images,  # of the first process
+        "anonymous_mb": max(memory) / 1024,
+    }
     return None if ranks.rank else found
 
 
@@ -92,12 +95,13 @@ def main() -> None:
                 done = subprocess.run(run, capture_output=True, text=True, check=True)
                 results[name].append(json.loads(done.stdout.splitlines()[-1]))
                 print(name, results[name][-1], file=sys.stderr, flush=True)
-    print("| | images/s | anonymous memory, MB |\n|---|---|---|")
+    print("| | images/s | CPU time, ms per image | anonymous memory, MB |\n|---|---|---|---|")
     for name, found in results.items():
         speeds = sorted(result["images_per_second"] for result in found)
         memory = max(result["anonymous_mb"] for result in found)
+        cpu = median(result["cpu_ms_per_image"] for result in found)
         extremes = f"{speeds[0]:,.0f}–{speeds[-1]:,.0f}"
-        print(f"| {name} | {median(speeds):,.0f} ({extremes}) | {memory:,.0f} |")
+        print(f"| {name} | {median(speeds):,.0f} ({extremes}) | {cpu:.2f} | {memory:,.0f} |")
     print(f"\nn = {REPEATS}, one thread per process, {processor()}, torch {torch.__version__}")
 
 
