@@ -25,7 +25,8 @@ def run(name: str, execute: executors.Executor) -> Path:
     counts = f"{len(points)} points, {len(done)} done, {len(missing)} to run"
     print(f"{study.question}\n{counts}", flush=True)
     changes = {point.experiment: point.changes for point in missing}
-    executors.run(changes, execute, lambda _: record(name, study, points))
+    if changes:
+        executors.run(changes, execute, lambda _: record(name, study, points))
     tables = record(name, study, points)
     page = write_page(name, study, points, tables)
     pictures = [page.with_name(f"{name}{suffix}") for suffix in (".png", "-layers.png")]
