@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 
 from cifarlab import files, pipeline
-from cifarlab.errors import UserError
+from cifarlab.errors import UserError, without_secrets
 from cifarlab.pipeline import git
 from cifarlab.studies import clone, cluster
 from cifarlab.studies.question import Parameters
@@ -41,7 +41,7 @@ def run(changes: Changes, execute: Executor, on_end: Callable[[str], object]) ->
     with closing(execute(changes)) as outcomes:
         for ended, (name, problem) in enumerate(outcomes, 1):
             if problem:
-                failed.append(f"{name} failed: {problem}")
+                failed.append(f"{name} failed: {without_secrets(problem)}")
             else:
                 on_end(name)
             state = "failed" if problem else "done"
