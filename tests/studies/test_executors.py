@@ -83,7 +83,9 @@ executors.run({"long": {"n": 40}, "later": {"n": 41}}, executors.executor(1, "")
 """
 
 
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+@pytest.mark.parametrize(
+    "how", [signal.SIGKILL, pytest.param(signal.SIGINT, marks=pytest.mark.slow)]
+)
 def test_what_runs_ends_with_the_process_that_runs_it(project: Path, how: signal.Signals) -> None:
     before = Path("dvc.yaml").read_text()
     text = before.replace(

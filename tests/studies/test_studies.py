@@ -348,6 +348,13 @@ def test_a_page_is_rewritten_from_the_tables_and_says_whether_its_rows_count(
     row = r"\| one \| 84.00 ± 2.48 \| \+3.00 \| \+3.00 … \+3.00 \| \*\*different\*\*, p = 0 "
     assert re.search(row + r"\| 0.5 ± 0 \| 1,234,567 \| 2.0 \| 900 \|", believed)
     assert path.with_suffix(".png").stat().st_size > 20_000
+    assert "\nMachine: a CPU.\n" in believed
+    table, _ = points.paths("demo")
+    table.write_text((one_machine := table.read_text()).replace("a CPU", "a GPU", 1))
+    mixed = "The points ran on different machines, whose sums differ by rounding: a CPU; a GPU."
+    assert mixed in study.rewrite_page("demo").read_text()
+    table.write_text(one_machine)
+    study.rewrite_page("demo")
     study.report()
     row = ["demo", "6", "6", "of", "6", "3", "bbbbbbb", "digits", "a", "CPU"]
     assert capsys.readouterr().out.splitlines()[1].split() == row

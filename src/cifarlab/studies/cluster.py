@@ -5,7 +5,7 @@ neither this checkout nor an MLflow server: this process fetches the results and
 """
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 
 from cifarlab import files, pipeline
 from cifarlab.errors import UserError
@@ -19,7 +19,7 @@ RETRIES = 10  # how often an experiment runs again whose worker or machine was l
 PASSED_ON = ("AWS_", "CIFARLAB_", "MLFLOW_")  # variables that workers get from here
 
 
-def run(address: str, changes: Mapping[str, Parameters]) -> Iterator[tuple[str, str]]:
+def run(address: str, changes: Mapping[str, Parameters]) -> Generator[tuple[str, str], None, None]:
     """Run experiments on a Ray cluster. What the Git remote has already is not run again.
 
     Parameters

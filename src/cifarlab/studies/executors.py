@@ -1,21 +1,22 @@
 """Ways to run experiments: one after the other, several at a time, or on a cluster."""
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import closing
 from functools import partial
 from pathlib import Path
 
 from cifarlab import files, pipeline
-from cifarlab.errors import UserError
+from cifarlab.errors import UserError, without_secrets
 from cifarlab.pipeline import git
 from cifarlab.studies import clone, cluster
 from cifarlab.studies.question import Parameters
 
 Changes = Mapping[str, Parameters]
 """Changes to params.yaml by the name of the experiment."""
-Executor = Callable[[Changes], Iterator[tuple[str, str]]]
+Outcomes = Generator[tuple[str, str], None, None]
+Executor = Callable[[Changes], Outcomes]
 """Runs experiments. Whenever one has ended, it yields its name and what went wrong, or ""."""
 
 
@@ -37,14 +38,14 @@ def run(changes: Changes, execute: Executor, on_end: Callable[[str], object]) ->
         Some failed. The others have been run.
     """
     failed: list[str] = []
-    with closing(execute(changes)) as outcomes:  # type: ignore[type-var]
+    with closing(execute(changes)) as outcomes:
         for ended, (name, problem) in enumerate(outcomes, 1):
-            failed += [f"{name} failed: {problem}"] if problem else []
-            if not problem:
+            if problem:
+                failed.append(f"{name} failed: {without_secrets(problem)}")
+            else:
                 on_end(name)
-            print(
-                f"{name} {'failed' if problem else 'done'}, {len(changes) - ended} left", flush=True
-            )
+            state = "failed" if problem else "done"
+            print(f"{name} {state}, {len(changes) - ended} left", flush=True)
     if failed:
         raise UserError("; ".join(failed[:5]) + ("; …" if failed[5:] else ""))
 
@@ -64,7 +65,8 @@ def run_queue(execute: Executor) -> None:
             raise UserError(f"{reason}; `dvc queue start` runs it as it was")
         changes[name] = pipeline.differences(task)
     print(f"{len(changes)} queued", flush=True)
-    run(changes, execute, lambda name: pipeline.dvc("queue", "remove", name))
+    if changes:
+        run(changes, execute, lambda name: pipeline.dvc("queue", "remove", name))
 
 
 def run_one(name: str, changes: Parameters) -> None:
@@ -74,7 +76,7 @@ def run_one(name: str, changes: Parameters) -> None:
             raise UserError(f"{name} failed: {problem}")
 
 
-def _here(jobs: int, changes: Changes) -> Iterator[tuple[str, str]]:
+def _here(jobs: int, changes: Changes) -> Outcomes:
     """Run experiments on this machine, in clones of the checkout with what is not committed yet."""
     local, head = Path(".dvc/config.local"), pipeline.git_commit()
     order = clone.Order(
