@@ -45,7 +45,8 @@ def write_page(name: str, study: Study, points: list[Point], tables: Tables) -> 
         lacking = f"{name}.csv and {name}-epochs.csv lack {len(missing)} points ({missing[0]}, …)"
         advice = "runs them; if it just did, `git status` shows code that is not in Git"
         raise UserError(f"{ANSWERS}/{lacking}; `make study NAME={name}` {advice}")
-    comparison = effects(study, results)
+    comparison, alone = effects(study, results), one_parameter_at_a_time(study, results)
+    answer = f"{_filled(study.findings, comparison, alone, results)} {_summary(study, comparison)}"
     grid = DataFrame.from_dict(study.variants, orient="index")[list(study.grid)]
     title, label = study.question, f"{study.answer_by} accuracy"
     data = _and(results.data)
@@ -57,8 +58,6 @@ def write_page(name: str, study: Study, points: list[Point], tables: Tables) -> 
     if len(layers.columns):
         draw_layers(folder / f"{name}-layers.png", layers, list(study.variants))
         pictures.append(f"![layer by layer]({name}-layers.png)")
-    alone = one_parameter_at_a_time(study, results)
-    answer = f"{_filled(study.findings, comparison, alone, results)} {_summary(study, comparison)}"
     text = [*_tables(study, comparison, alone, tables), *_open(study, comparison, alone)]
     paragraphs = [f"# {study.question}", answer.strip(), *pictures, *text]
     path = write_answer(folder / f"{name}.md", [*paragraphs, *_how(name, study, results)])

@@ -57,7 +57,8 @@ def report() -> None:
             continue
         study, points = load(name)
         results = chosen(name, points, any_origin=True).results
-        made = results.reindex(columns=["data", "machine", "variant"]).fillna("unknown")
+        made = results.reindex(columns=["data", "machine", "variant"]).astype(object)
+        made = made.fillna("unknown")
         seeds = made.groupby("variant").size().min()
         asked, valid = needed(study, points, results), results.counts.sum()
         counts = (len(asked), f"{valid} of {len(results)}", seeds if len(results) else 0)
