@@ -633,6 +633,7 @@ def test_saving_and_loading_is_exact(trained: Network, tmp_path: Path) -> None:
     torch.testing.assert_close(predict(loaded, pixels(5), 5), predict(trained, pixels(5), 5))
 
 
+@pytest.mark.slow
 def test_the_same_network_gives_the_same_bytes_in_another_process(
     tmp_path: Path, make: Make
 ) -> None:

@@ -254,6 +254,7 @@ def test_plots_diff_shows_both_confusion_matrices_in_a_browser(finished: Project
     assert len(pictures) == 12
 
 
+@pytest.mark.slow
 def test_make_results_copies_the_evidence(finished: Project) -> None:
     finished.run("python", "-m", "bench.keep", "small", PYTHONPATH="src")
     kept = finished.folder / "docs/results/small"

@@ -47,8 +47,9 @@ def test_every_number_of_a_finding_comes_from_the_table(path: Path) -> None:
 
 
 def test_numbers_of_findings_are_those_of_the_table(
-    demo: list[pipeline.Revision], checkout: Path
+    demo: list[pipeline.Revision], checkout: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(page, "draw_study", lambda *_, **__: None)
     path = checkout / "studies/demo.yaml"
     text = "One: {accuracy[one]} %, {difference[one]} points, loss {loss[one]}."
     path.write_text(yaml.safe_dump(DEMO | {"findings": text}))
@@ -332,7 +333,10 @@ def test_a_digest_of_digits_only_is_not_read_as_a_number(checkout: Path) -> None
 
 
 def test_a_page_is_rewritten_from_the_tables_and_says_whether_its_rows_count(
-    demo: list[pipeline.Revision], checkout: Path, capsys: pytest.CaptureFixture[str]
+    demo: list[pipeline.Revision],
+    checkout: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     with pytest.raises(UserError, match=r"lack 6 points"):
         study.rewrite_page("demo")
@@ -348,6 +352,7 @@ def test_a_page_is_rewritten_from_the_tables_and_says_whether_its_rows_count(
     row = r"\| one \| 84.00 ± 2.48 \| \+3.00 \| \+3.00 … \+3.00 \| \*\*different\*\*, p = 0 "
     assert re.search(row + r"\| 0.5 ± 0 \| 1,234,567 \| 2.0 \| 900 \|", believed)
     assert path.with_suffix(".png").stat().st_size > 20_000
+    monkeypatch.setattr(page, "draw_study", lambda *_, **__: None)
     assert "\nMachine: a CPU.\n" in believed
     table, _ = points.paths("demo")
     table.write_text((one_machine := table.read_text()).replace("a CPU", "a GPU", 1))

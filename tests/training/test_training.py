@@ -88,6 +88,7 @@ def test_weights_are_factors_on_the_loss_of_each_image(name: str, smoothing: flo
     assert ones(logits, labels).item() == pytest.approx(plain(logits, labels).item())
 
 
+@pytest.mark.slow
 def test_balanced_weights_raise_the_balanced_accuracy_of_uneven_digits(
     train_params: MakeTrain,
 ) -> None:
