@@ -12,8 +12,8 @@ from cifarlab import files, pipeline
 from cifarlab.errors import UserError
 from cifarlab.params.load import changed
 from cifarlab.studies.executors import run_one
-from cifarlab.studies.page import markdown_table, write_answer
-from cifarlab.studies.points import Point, finished, key_of
+from cifarlab.studies.page import folder_of, markdown_table, write_answer
+from cifarlab.studies.points import Point, data_set, finished, key_of
 from cifarlab.studies.question import Range, Search
 from cifarlab.tracking.studies import publish
 
@@ -26,20 +26,23 @@ def run(name: str) -> Path:
     was stopped continues; another trial replaces the one that was running.
     """
     search = Search.read(name)
-    study = _open(name, search)
+    parameters = changed(search.base).flat()
+    data = data_set(parameters)
+    study = _open(name, search, data + key_of(parameters))
     done = len(study.get_trials(states=[TrialState.COMPLETE, TrialState.PRUNED]))
     print(f"{search.question}\n{done} of {search.trials} trials done", flush=True)
     study.optimize(lambda trial: _train(name, search, trial), max(0, search.trials - done))
-    page = write_answer(files.ANSWERS / f"{name}.md", _page(name, search, study.trials))
+    path = folder_of(name, data) / f"{name}.md"
+    page = write_answer(path, _page(name, search, study.trials, data))
     rungs = [rung for trial in study.trials for rung in trial.user_attrs.get("rungs", [])]
     publish(name, search.question, [page], [rung["run"] for rung in rungs])
     return page
 
 
-def _open(name: str, search: Search) -> optuna.Study:
-    """Return the Optuna study of these settings, parameters and code, new or continued."""
+def _open(name: str, search: Search, question: str) -> optuna.Study:
+    """Return the Optuna study of these settings, this question and code, new or continued."""
     settings = search.model_dump_json(exclude={"findings", "trials", "question"})
-    identity = settings + key_of(changed(search.base).flat()) + pipeline.stage_code()
+    identity = settings + question + pipeline.stage_code()
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     files.cache().mkdir(exist_ok=True)
     study = optuna.create_study(
@@ -88,7 +91,7 @@ def _draw(trial: optuna.Trial, key: str, values: list[Any] | Range) -> Any:
     return json.loads(str(trial.suggest_categorical(key, [json.dumps(value) for value in values])))
 
 
-def _page(name: str, search: Search, trials: list[FrozenTrial]) -> list[str]:
+def _page(name: str, search: Search, trials: list[FrozenTrial], data: str) -> list[str]:
     """Return the paragraphs of docs/studies/NAME.md: all trials that trained, the best first."""
 
     def rank(trial: FrozenTrial) -> tuple[int, bool, float]:
@@ -116,7 +119,7 @@ def _page(name: str, search: Search, trials: list[FrozenTrial]) -> list[str]:
         "Trials are drawn by TPE. The better third of them goes on from each number of epochs\n"
         f"({', '.join(map(str, search.rungs))}) to the next. Trials that take longer than "
         f"{search.seconds:g} s are dropped.\nEach trial has one seed: make a study to find out "
-        f"whether neighbours in this table differ.\n{search.shared}",
+        f"whether neighbours in this table differ.\nImages of {data}. {search.shared}",
         f"    make search NAME={name}",
         f"asks studies/{name}.yaml again. Each trial is a DVC experiment and an MLflow run for "
         "every number of epochs.",
