@@ -154,6 +154,7 @@ def test_a_search_continues_and_names_the_best_trial_within_its_time(project: Pr
     assert experiments | {"search-0-1"} <= every_rung
     best = max(re.findall(r"^\| search-\d-2 \| 2 \| ([\d.]+)%", page, re.MULTILINE), key=float)
     assert f"{best}% on validation" in page
+    assert "Images of digits." in page
     client = project.client()
     [experiment] = client.search_experiments(filter_string="name = 'cifarlab'")
     children = client.search_runs([experiment.experiment_id], "tags.study = 'search'")
