@@ -153,11 +153,11 @@ def _open(study: Study, comparison: DataFrame, alone: DataFrame) -> list[str]:
     undecided = pairs[pairs.verdict == UNDECIDED]
     left = [f"{row.variant} compared with {row.reference}" for row in undecided.itertuples()]
     low, high = (f"{value:.1f}" for value in (pairs.detectable.min(), pairs.detectable.max()))
-    smallest = low if low == high else f"{low} to {high} (depending on the comparison)"
+    smallest = f"{low} points" if low == high else f"{low} to {high} points, by comparison,"
     return [
         "## What could not be found out",
         f"Undecided: {'; '.join(left)}." if left else "Every comparison is decided.",
-        f"A true difference of {smallest} points would have been found with a probability of "
+        f"A true difference of {smallest} would have been found with a probability of "
         f"80 %. Smaller ones may exist. Differences below {study.within} count as equivalent.",
     ]
 
