@@ -28,6 +28,8 @@ from tests.support.forkserver import ForkServer
 from tests.support.project import Project
 from tests.support.servers import Server
 
+for name in ("PYTHONDONTWRITEBYTECODE", "PYTHONUNBUFFERED"):  # as in a shell that sets neither
+    os.environ.pop(name, None)
 REPO = Path(__file__).resolve().parent.parent
 VARIANTS: dict[str, dict[str, Any]] = yaml.safe_load((REPO / "variants.yaml").read_text("utf-8"))
 NOTEBOOK = VARIANTS["notebook"]

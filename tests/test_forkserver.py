@@ -53,7 +53,7 @@ def test_a_command_ends_like_with_the_real_python(env: dict[str, str], code: str
     ours, real = (
         subprocess.run(
             [python, "-c", f"print('a')\n{code}"],
-            env=env,
+            env=env | {"PYTHONUNBUFFERED": "1"},
             capture_output=True,
             text=True,
             check=False,

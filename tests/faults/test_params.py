@@ -206,7 +206,7 @@ def plausible(name: str, schema: dict[str, Any]) -> st.SearchStrategy[Any]:
             "seed": 2**31 - 1,
             "translate": 9,
             "threads": 2,
-            "processes": 2,
+            "processes": 1,
         }
         if name in ("widths", "head"):
             return st.sampled_from([8, 16, 24, 1, 5])
