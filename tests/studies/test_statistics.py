@@ -1,5 +1,6 @@
 """The statistics of studies: by hand, against other libraries, and in simulated studies."""
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -83,6 +84,13 @@ def test_the_detectable_difference_is_found_in_80_percent_of_studies(n: int, lev
     effect = statistics.detectable_effect(n, level)
     p = stats.ttest_1samp(rng.normal(effect, 1, (trials, n)), 0, axis=1).pvalue
     assert (p < level).mean() == pytest.approx(0.8, abs=3 * (0.8 * 0.2 / trials) ** 0.5)
+
+
+@pytest.mark.parametrize(("n", "deviations"), [(5, 1.7), (10, 1.0)])
+def test_the_detectable_differences_in_the_documents(n: int, deviations: float) -> None:
+    assert round(statistics.detectable_effect(n, 0.05), 1) == deviations
+    page = Path(__file__).resolve().parents[2] / "docs/questions.md"
+    assert str(deviations) in page.read_text("utf-8")
 
 
 @pytest.fixture

@@ -62,6 +62,23 @@ def test_numbers_of_findings_are_those_of_the_table(
         study.rewrite_page("demo")
 
 
+def test_a_study_that_stops_early_warns_of_the_seeds_that_it_has(
+    demo: list[pipeline.Revision], checkout: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(page, "draw_study", lambda *_, **__: None)
+    content = DEMO | {"seeds": "3..6", "stop": "decided"}
+    (checkout / "studies/demo.yaml").write_text(yaml.safe_dump(content))
+    asked, found = points.load("demo")
+    first = points.needed(asked, found, points.record("demo", asked, found).results)
+    demo += [run(point, accuracy=0.8 + place / 100) for place, point in enumerate(first)]
+    tables = points.record("demo", asked, found)
+    assert points.needed(asked, found, tables.results) == first
+    text = study.rewrite_page("demo").read_text("utf-8")
+    assert "> Only 3 seeds." in text
+    assert "After 3, 6 seeds, only variants with undecided comparisons got more." in text
+    assert re.search(r"\| one \|.*\| 3 \|$", text, re.MULTILINE)
+
+
 def test_a_grid_is_every_combination(checkout: Path) -> None:
     grid = {"model.layers": [3, 6], "model.norm": ["batch", "none"]}
     content = {"question": "?", "grid": grid, "seeds": [4, 5]}
@@ -350,7 +367,7 @@ def test_a_page_is_rewritten_from_the_tables_and_says_whether_its_rows_count(
     assert "Every comparison is decided." in believed
     # 900 images, 2 epochs, 2 seconds; all three differences are 3 points.
     row = r"\| one \| 84.00 ± 2.48 \| \+3.00 \| \+3.00 … \+3.00 \| \*\*different\*\*, p = 0 "
-    assert re.search(row + r"\| 0.5 ± 0 \| 1,234,567 \| 2.0 \| 900 \|", believed)
+    assert re.search(row + r"\| 0.5 ± 0 \| 1,234,567 \| 2.0 \| 900 \| 3 \|", believed)
     assert path.with_suffix(".png").stat().st_size > 20_000
     monkeypatch.setattr(page, "draw_study", lambda *_, **__: None)
     assert "\nMachine: a CPU.\n" in believed

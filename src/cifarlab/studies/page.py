@@ -141,9 +141,10 @@ def _tables(study: Study, comparison: DataFrame, alone: DataFrame, tables: Table
         rows = [[row.variant, row.reference, *_compared(row)] for _, row in alone.iterrows()]
         table = markdown_table(["variant", "compared with", *COMPARISON], rows)
         paragraphs += ["The effect of one parameter alone, compared with its first value:", table]
-    if len(study.seeds) < FEW:
+    fewest = tables.results.groupby("variant").size().min()
+    if fewest < FEW:
         warning = "With so few, only large differences can be told from chance."
-        return [f"> Only {len(study.seeds)} seeds. {warning}", *paragraphs]
+        return [f"> Only {fewest} seeds. {warning}", *paragraphs]
     return paragraphs
 
 
@@ -153,11 +154,11 @@ def _open(study: Study, comparison: DataFrame, alone: DataFrame) -> list[str]:
     undecided = pairs[pairs.verdict == UNDECIDED]
     left = [f"{row.variant} compared with {row.reference}" for row in undecided.itertuples()]
     low, high = (f"{value:.1f}" for value in (pairs.detectable.min(), pairs.detectable.max()))
-    smallest = f"{low} points" if low == high else f"{low} to {high} points, by comparison,"
+    smallest = low if low == high else f"between {low} and {high}"
     return [
         "## What could not be found out",
         f"Undecided: {'; '.join(left)}." if left else "Every comparison is decided.",
-        f"A true difference of {smallest} would have been found with a probability of "
+        f"A true difference of {smallest} points would have been found with a probability of "
         f"80 %. Smaller ones may exist. Differences below {study.within} count as equivalent.",
     ]
 
@@ -207,10 +208,10 @@ def _main_table(study: Study, comparison: DataFrame, tables: Tables) -> str:
         measured = [f"test_{measure}" for measure in study.measures]
         cells += [f"{mean[column]:.4g} ± {margin[column]:.2g}" for column in measured]
         cost = [f"{mean.parameters:,.0f}", f"{mean.seconds:.1f}", f"{mean.speed:,.0f}"]
-        rows.append([name, *cells, *cost])
+        rows.append([name, *cells, *cost, str(len(groups.get_group(name)))])
     measures = [measure.replace("_", " ") for measure in study.measures]
     head = ["variant", f"{study.answer_by} accuracy %", *COMPARISON, *measures]
-    return markdown_table([*head, "parameters", "training s", "images/s"], rows)
+    return markdown_table([*head, "parameters", "training s", "images/s", "seeds"], rows)
 
 
 def _compared(effect: Any) -> list[str]:
