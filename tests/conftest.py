@@ -159,8 +159,19 @@ def started(folder: Path) -> Iterator[Server]:
 
 @pytest.fixture
 def project(tmp_path_factory: pytest.TempPathFactory, fork_server: ForkServer) -> Iterator[Project]:
-    """A small checkout in which nothing has run."""
+    """A small checkout in which nothing has run. Its figures are plain."""
     project = projects.check_out(tmp_path_factory.mktemp("checkout") / "cifarlab", fork_server)
+    yield project
+    shutil.rmtree(project.folder.parent, ignore_errors=True)
+
+
+@pytest.fixture
+def drawing_project(
+    tmp_path_factory: pytest.TempPathFactory, fork_server: ForkServer
+) -> Iterator[Project]:
+    """A small checkout in which nothing has run, and which draws its figures."""
+    folder = tmp_path_factory.mktemp("checkout") / "cifarlab"
+    project = projects.check_out(folder, fork_server, real_figures=True)
     yield project
     shutil.rmtree(project.folder.parent, ignore_errors=True)
 

@@ -19,7 +19,7 @@ def results(project: Project, name: str) -> dict[str, object]:
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_experiments_overlapping_without_a_database(project: Project) -> None:
-    experiments = 8
+    experiments = 4
     seeds = range(experiments)
     project.edit("train", epochs=2)
     project.edit("tracking", log_model=False)
@@ -30,7 +30,7 @@ def test_experiments_overlapping_without_a_database(project: Project) -> None:
             "exp", "run", "--queue", "--name", f"parallel-{seed}", "-S", f"train.seed={seed}"
         )
     assert not (project.folder / "mlflow.db").exists()
-    command = ("python", "-m", "cifarlab.cli", "queue", "--jobs", "4")
+    command = ("python", "-m", "cifarlab.cli", "queue", "--jobs", "2")
     plot = project.folder / "stages/plot.py"
     plot.write_text(f"{plot.read_text()}\nraise SystemExit('other code')")
     refused = project.run(*command, PYTHONPATH="src", check=False).stdout

@@ -196,7 +196,6 @@ SETTINGS = {
     "FREETYPE_PROPERTIES": "truetype:interpreter-version=35",
     "GIT_EXTERNAL_DIFF": "/bin/false",
     "MPLBACKEND": "TkAgg",
-    "PYTHONDONTWRITEBYTECODE": "1",
     "PYTHONIOENCODING": "ascii",
     "PYTHONOPTIMIZE": "2",
     "PYTHONSAFEPATH": "1",
@@ -332,28 +331,30 @@ def outputs(project: Project) -> dict[str, bytes]:
 
 
 @pytest.fixture
-def all_settings(finished: Project) -> Iterator[dict[str, str]]:
-    """The variables of a user with all these settings, in whose home `finished` now is."""
-    home = finished.folder.parent / "home"
-    hostile_home(home)
+def all_settings(tmp_path: Path) -> Iterator[dict[str, str]]:
+    """The variables of a user with all these settings."""
+    hostile_home(tmp_path / "home")
     before = os.umask(0o077)
-    yield SETTINGS | {"HOME": str(home), "MATPLOTLIBRC": str(home / "matplotlibrc")}
+    yield SETTINGS | {
+        "HOME": str(tmp_path / "home"),
+        "MATPLOTLIBRC": str(tmp_path / "home/matplotlibrc"),
+    }
     os.umask(before)
-    assert finished.run("git", "status", "--porcelain", HOME=str(home)).stdout == ""
 
 
 @pytest.mark.slow
-def test_no_setting_changes_a_byte(finished: Project, all_settings: dict[str, str]) -> None:
-    before = outputs(finished)
-    assert len(before) > 15
-    finished.dvc("repro", "--force", "--no-run-cache", **all_settings)
-    assert outputs(finished) == before
-
-
-@pytest.mark.slow
-def test_verify_repeats_a_commit_with_all_settings(
-    finished: Project, all_settings: dict[str, str]
+def test_no_setting_changes_a_byte_and_verify_repeats_the_commit(
+    drawing_project: Project, all_settings: dict[str, str]
 ) -> None:
+    project = drawing_project
+    project.edit("tracking", log_model=False)
+    project.dvc("repro")
+    project.run("git", "commit", "--quiet", "--all", "--message=without settings")
+    before = outputs(project)
+    assert len(before) > 15
+    project.dvc("repro", "--force", "--no-run-cache", **all_settings)
+    assert outputs(project) == before
     command = ("python", "-m", "cifarlab.cli", "verify", "HEAD")
     env = all_settings | {"PYTHONPATH": "src", "PYTHONWARNINGS": "error"}
-    assert "identical: 14 files of HEAD" in finished.run(*command, **env).stdout
+    assert "identical: 14 files of HEAD" in project.run(*command, **env).stdout
+    assert project.run("git", "status", "--porcelain", **all_settings).stdout == ""

@@ -7,10 +7,11 @@ import time
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from tests.support.documents import EXECUTED, blocks
 from tests.support.pictures import pictures, write
-from tests.support.project import Project
+from tests.support.project import FIGURES, Project
 
 REPO = Path(__file__).resolve().parents[2]
 # The reader leaves a server running and goes on in another terminal. So does `serve`.
@@ -71,12 +72,20 @@ def prepare(project: Project) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(2400)
 @pytest.mark.parametrize("page", EXECUTED)
-def test_every_command_of_a_page_works(project: Project, tmp_path: Path, page: str) -> None:
+def test_every_command_of_a_page_works(
+    request: pytest.FixtureRequest, tmp_path: Path, page: str
+) -> None:
+    first = page == "README.md"
+    project = request.getfixturevalue("drawing_project" if first else "project")
     prepare(project)
     places = {"/mnt/cifarlab": str(tmp_path / "remote"), "5000": free_port()}
-    with project.start("bash", "-xc", script(page, places), PORT=free_port()) as typed:
+    env = {"PORT": free_port(), "MLFLOW_WORKERS": "1"}
+    with project.start("bash", "-xc", script(page, places), **env) as typed:
         code = typed.end()
     (tmp_path / "output").write_text(typed.output)
     assert code == 0, typed.output[-4000:]
     for status in typed.output.split("+ dvc status\n")[1:]:
         assert status.startswith("Data and pipelines are up to date."), status[:4000]
+    for figure in FIGURES if first else ():
+        with Image.open(project.folder / figure.replace("figures", "plots")) as image:
+            assert min(image.size) > 150

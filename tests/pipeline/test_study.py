@@ -38,7 +38,9 @@ def python(project: Project, code: str) -> str:
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_a_killed_study_continues_and_finds_the_known_answer(project: Project) -> None:
+    """In a subfolder of a repository, where paths of Git and of the project differ."""
     project.run("git", "checkout", "--quiet", "params.yaml")
+    project = move_into_a_repository(project)
     lines = first_lines(project, 4)  # the question, the plan, two points
     assert lines[1] == "9 points, 0 done, 9 to run\n"
     assert lines[3] == "demo-four-epochs-1 done, 7 left\n"
@@ -100,20 +102,6 @@ def test_a_killed_study_continues_and_finds_the_known_answer(project: Project) -
     params = project.folder / "params.yaml"
     params.write_text(params.read_text().replace("  momentum: 0.85", "  momentum: 0.8"))
     assert first_lines(project, 2)[1] == "9 points, 0 done, 9 to run\n"
-
-
-@pytest.mark.slow
-def test_a_study_in_a_subfolder_ends_with_its_page(project: Project) -> None:
-    project = move_into_a_repository(project)
-    path = project.folder / "studies/demo.yaml"
-    content = yaml.safe_load(path.read_text("utf-8"))
-    content["base"]["train.epochs"] = 1
-    del content["variants"]["one epoch"]
-    path.write_text(yaml.safe_dump(content | {"seeds": [0, 1]}, sort_keys=False), "utf-8")
-    assert "4 points, 0 done, 4 to run" in project.run(*STUDY, PYTHONPATH="src").stdout
-    assert len(pd.read_csv(project.folder / "docs/studies/demo.csv")) == 4
-    assert "| another label smoothing |" in (project.folder / "docs/studies/demo.md").read_text()
-    assert "4 points, 4 done, 0 to run" in project.run(*STUDY, PYTHONPATH="src").stdout
 
 
 SEARCH = {
