@@ -37,6 +37,7 @@ def code(tmp_path: Path) -> Path:
         ("train.lr", 0.01, True),
         ("model.layers", 2, True),
         ("data.validation", 0.2, True),
+        ("data.validation_seed", 1, True),
         ("plot.dpi", 50, False),
         ("evaluate.batch_size", 7, False),
         ("tracking.experiment", "x", False),

@@ -365,9 +365,11 @@ def scratch_copy(commit: str) -> Iterator[Path]:
     Raises
     ------
     UserError
-        The cache lacks outputs.
+        The commit has no dvc.lock, or the cache lacks outputs.
     """
     with tracked_files(commit) as folder:
+        if not (folder / files.DVC_LOCK).exists():
+            raise UserError(f"it has no {files.DVC_LOCK}; run `dvc repro` and commit it")
         config = f"[core]\n    no_scm = true\n[cache]\n    dir = {dvc('cache', 'dir').strip()}\n"
         (folder / ".dvc" / "config.local").write_text(config, "utf-8")
         checkout = ["dvc", "checkout", "--quiet"]

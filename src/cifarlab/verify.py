@@ -27,9 +27,6 @@ def verify(name: str) -> None:
     """
     with pipeline.scratch_copy(pipeline.find(name).commit) as folder:
         first = _contents(folder)
-        if files.WEIGHTS not in first:
-            advice = "commit dvc.lock and metrics/ after `dvc repro`"
-            raise UserError(f"{name} has no trained network: {advice}")
         key = pipeline.training_key(load_params(folder / files.PARAMS), folder)
         if not pipeline.repeat(folder):
             raise UserError(f"{name} could not be repeated here, see above")

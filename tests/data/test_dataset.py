@@ -181,6 +181,7 @@ def test_split_is_deterministic_and_does_not_take_the_first_of_each_class() -> N
     one, two = stratified_split(labels(), 0.1), stratified_split(labels(), 0.1)
     for a, b in zip(one, two, strict=True):
         np.testing.assert_array_equal(a, b)
+    assert not np.array_equal(one[1], stratified_split(labels(), 0.1, seed=1)[1])
     first = np.concatenate([np.flatnonzero(labels() == c)[:n] for c, n in enumerate([20, 5, 1])])
     assert not np.array_equal(one[1], np.sort(first))
 

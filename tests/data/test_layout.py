@@ -89,7 +89,7 @@ def test_every_layout_is_read(
     output = capsys.readouterr().out
     assert ("data.test = 0.2" in output) == (test in (4, 6))
     if validation:
-        kept, held_out = data.split(0.1)
+        kept, held_out = data.split(0.1, 0)
         greens = {tuple(image[0, 0]) for image in data.images["train"][held_out]}
         assert greens == {tuple(colour(200 + i)) for i in range(20)}
         assert len(kept) == 20

@@ -129,18 +129,17 @@ def test_the_settings_of_matplotlib_change_no_picture(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "where", ["working folder", "MATPLOTLIBRC", "XDG_CONFIG_HOME", "MPLBACKEND", "FreeType"]
-)
+@pytest.mark.parametrize("where", ["working folder", "MATPLOTLIBRC", "XDG_CONFIG_HOME"])
 def test_no_place_for_the_settings_of_matplotlib_changes_a_picture(
     tmp_path: Path, plain: dict[str, str], where: str
 ) -> None:
     env: dict[str, str] = {
-        "working folder": {},
-        "MATPLOTLIBRC": {"MATPLOTLIBRC": str(matplotlibrc(tmp_path / "rc"))},
+        "working folder": {"MPLBACKEND": "TkAgg"},
+        "MATPLOTLIBRC": {
+            "MATPLOTLIBRC": str(matplotlibrc(tmp_path / "rc")),
+            "FREETYPE_PROPERTIES": "truetype:interpreter-version=35",
+        },
         "XDG_CONFIG_HOME": {"MPLCONFIGDIR": "", "XDG_CONFIG_HOME": str(tmp_path)},
-        "MPLBACKEND": {"MPLBACKEND": "TkAgg"},
-        "FreeType": {"FREETYPE_PROPERTIES": "truetype:interpreter-version=35"},
     }[where]
     (tmp_path / "matplotlib").mkdir()
     matplotlibrc(tmp_path / "matplotlib/matplotlibrc")
@@ -346,15 +345,16 @@ def all_settings(tmp_path: Path) -> Iterator[dict[str, str]]:
 def test_no_setting_changes_a_byte_and_verify_repeats_the_commit(
     drawing_project: Project, all_settings: dict[str, str]
 ) -> None:
-    project = drawing_project
+    project, command = drawing_project, ("python", "-m", "cifarlab.cli", "verify", "HEAD")
     project.edit("tracking", log_model=False)
     project.dvc("repro")
-    project.run("git", "commit", "--quiet", "--all", "--message=without settings")
+    assert "it has no dvc.lock" in project.run(*command, check=False, PYTHONPATH="src").stdout
+    project.run("git", "add", "--all")
+    project.run("git", "commit", "--quiet", "--message=without settings")
     before = outputs(project)
     assert len(before) > 15
     project.dvc("repro", "--force", "--no-run-cache", **all_settings)
     assert outputs(project) == before
-    command = ("python", "-m", "cifarlab.cli", "verify", "HEAD")
     env = all_settings | {"PYTHONPATH": "src", "PYTHONWARNINGS": "error"}
     assert "identical: 14 files of HEAD" in project.run(*command, **env).stdout
     assert project.run("git", "status", "--porcelain", **all_settings).stdout == ""

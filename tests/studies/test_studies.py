@@ -66,15 +66,17 @@ def test_a_study_that_stops_early_warns_of_the_seeds_that_it_has(
     demo: list[pipeline.Revision], checkout: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(page, "draw_study", lambda *_, **__: None)
-    content = DEMO | {"seeds": "3..6", "stop": "decided"}
+    content = DEMO | {"seeds": "3..6", "stop": "decided", "splits": "own"}
     (checkout / "studies/demo.yaml").write_text(yaml.safe_dump(content))
     asked, found = points.load("demo")
+    assert all(point.changes["data.validation_seed"] == point.seed for point in found)
     first = points.needed(asked, found, points.record("demo", asked, found).results)
     demo += [run(point, accuracy=0.8 + place / 100) for place, point in enumerate(first)]
     tables = points.record("demo", asked, found)
     assert points.needed(asked, found, tables.results) == first
     text = study.rewrite_page("demo").read_text("utf-8")
     assert "> Only 3 seeds." in text
+    assert "Each seed drew its own validation images." in text
     assert "After 3, 6 seeds, only variants with undecided comparisons got more." in text
     assert re.search(r"\| one \|.*\| 3 \|$", text, re.MULTILINE)
 
@@ -373,7 +375,7 @@ def test_a_page_is_rewritten_from_the_tables_and_says_whether_its_rows_count(
     assert "\nMachine: a CPU.\n" in believed
     table, _ = points.paths("demo")
     table.write_text((one_machine := table.read_text()).replace("a CPU", "a GPU", 1))
-    mixed = "The points ran on different machines, whose sums differ by rounding: a CPU; a GPU."
+    mixed = "\nMachines, whose sums differ by rounding: a CPU; a GPU.\n"
     assert mixed in study.rewrite_page("demo").read_text()
     table.write_text(one_machine)
     study.rewrite_page("demo")

@@ -50,7 +50,7 @@ def draw_all(params, data, tables):
     names = "confusion confusion_recall curves per_class training_images mistakes"
     for name in names.split():
         color = zlib.crc32((tables / "predictions.csv").read_bytes() + name.encode())
-        figure = Image.new("RGB", (params.plot.dpi, params.plot.dpi), color & 0xFFFFFF)
+        figure = Image.new("RGB", (6 * params.plot.dpi, 4 * params.plot.dpi), color & 0xFFFFFF)
         figure.save(tables / f"{name}.png")
         yield tables / f"{name}.png"
 """

@@ -40,15 +40,15 @@ class Dataset:
     name: str
     validation: int = 0
 
-    def split(self, share: float) -> tuple[Labels, Labels]:
+    def split(self, share: float, seed: int) -> tuple[Labels, Labels]:
         """Return the indices of the images to train on and of those held out for validation.
 
-        A share of each class is held out, unless the data came with images for validation.
+        A share of each class is drawn by `seed`, unless the data came with images for validation.
         """
         if self.validation:
             indices = np.arange(len(self.labels["train"]))
             return indices[: -self.validation], indices[-self.validation :]
-        return stratified_split(self.labels["train"], share)
+        return stratified_split(self.labels["train"], share, seed)
 
     def digest(
         self, files: "Mapping[str, ImageFile] | None" = None, splits: Sequence[str] = SPLITS
@@ -166,13 +166,12 @@ class ImageFile:
         return iter(lambda: self.file.read(2**20), b"")
 
 
-def stratified_split(labels: Labels, share: float) -> tuple[Labels, Labels]:
+def stratified_split(labels: Labels, share: float, seed: int = 0) -> tuple[Labels, Labels]:
     """Split the indices of `labels` into (kept, held out), both ascending.
 
-    The same `share` of every class is held out. The split is always the same, so that runs with
-    different seeds are compared on the same images.
+    The same `share` of every class is held out. The split depends on `seed` only.
     """
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(seed)
     classes = [np.flatnonzero(labels == c) for c in np.unique(labels)]
     held_out = [rng.permutation(members)[: round(share * len(members))] for members in classes]
     held = np.sort(np.concatenate(held_out))

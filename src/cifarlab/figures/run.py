@@ -145,7 +145,7 @@ def per_class_bars(table: pd.DataFrame, accuracy: float) -> Figure:
 def training_images(data: Dataset, params: Params) -> Figure:
     """Draw a random sample of training images as the network gets them: augmented."""
     train, generator = params.train, torch.Generator().manual_seed(params.train.seed)
-    kept, _ = data.split(params.data.validation)
+    kept, _ = data.split(params.data.validation, params.data.validation_seed)
     chosen = kept[torch.randperm(len(kept), generator=generator)[: params.plot.samples].numpy()]
     draws = draw(len(chosen), train.seed, 1, flip=train.flip, translate=train.translate)
     images = augment(torch.from_numpy(data.images["train"][chosen]), draws)

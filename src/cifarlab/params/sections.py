@@ -39,6 +39,9 @@ class DataParams(Section):
     validation: Share
     """Share of the training images held out for validation, the same in every class, unless the
     folder has its own."""
+    validation_seed: Annotated[int, Field(ge=0)]
+    """Which images are drawn for validation. It does not depend on train.seed, so that trainings
+    with other seeds are compared on the same images."""
 
     @model_validator(mode="after")
     def _keys_fit_together(self) -> "DataParams":

@@ -49,8 +49,7 @@ def write_page(name: str, study: Study, points: list[Point], tables: Tables) -> 
     answer = f"{_filled(study.findings, comparison, alone, results)} {_summary(study, comparison)}"
     grid = DataFrame.from_dict(study.variants, orient="index")[list(study.grid)]
     title, label = study.question, f"{study.answer_by} accuracy"
-    data = _and(results.data)
-    folder = folder_of(name, data)
+    folder = folder_of(name, _joined(results.data, " and "))
     picture, margin = folder / f"{name}.png", study.margin
     draw_study(picture, title, label, comparison, tables=tables, grid=grid, margin=margin)
     pictures = [f"![effects, learning curves and classes]({name}.png)"]
@@ -165,8 +164,8 @@ def _open(study: Study, comparison: DataFrame, alone: DataFrame) -> list[str]:
 
 def _how(name: str, study: Study, results: DataFrame) -> list[str]:
     """Return how the study was made, and how to repeat it."""
-    data, machines = _and(results.data), sorted(set(results.machine.fillna("unknown")))
-    mixed = "The points ran on different machines, whose sums differ by rounding: "
+    several = "s, whose sums differ by rounding" if results.machine.nunique() > 1 else ""
+    own = "Each seed drew its own validation images.\n" if study.splits == "own" else ""
     looks = ""
     if len(study.looks) > 1:
         after = ", ".join(map(str, study.looks))
@@ -178,19 +177,19 @@ def _how(name: str, study: Study, results: DataFrame) -> list[str]:
     return [
         "## How it was measured",
         f"{results.seed.nunique()} seeds ({', '.join(map(str, sorted(set(results.seed))))}), "
-        f"{results.images.max():,} training images of {data}.\n"
+        f"{results.images.max():,} training images of {_joined(results.data, ' and ')}.\n"
         "± and intervals are 95 % intervals by Student's t. Differences are paired by seed.\n"
         "*Different*: paired t test. *Equivalent*: two one-sided t tests. p is corrected for all "
         "comparisons of a table by Holm's method; 5 % is the limit.\n"
-        f"{looks}{study.shared}\n{mixed if machines[1:] else 'Machine: '}{'; '.join(machines)}.",
+        f"{own}{looks}{study.shared}\nMachine{several}: {_joined(results.machine, '; ')}.",
         f"    make study NAME={name}",
         f"asks studies/{name}.yaml again. {name}.csv lists every point with its DVC experiment and "
         "its MLflow run.",
     ]
 
 
-def _and(names: Any) -> str:
-    return " and ".join(sorted(set(names.fillna("unknown"))))
+def _joined(names: Any, separator: str) -> str:
+    return separator.join(sorted(set(names.fillna("unknown"))))
 
 
 def _main_table(study: Study, comparison: DataFrame, tables: Tables) -> str:

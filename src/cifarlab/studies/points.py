@@ -82,6 +82,8 @@ def load(name: str) -> tuple[Study, list[Point]]:
     study, points = Study.read(name), []
     for (variant, own), seed in itertools.product(study.variants.items(), study.seeds):
         changes = {**study.base, **own, "train.seed": seed}
+        if study.splits == "own":
+            changes["data.validation_seed"] = seed
         try:
             parameters = changed(changes).flat()
         except UserError as error:

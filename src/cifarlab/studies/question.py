@@ -78,6 +78,9 @@ class Study(Question):
     """Differences of less than this, in percentage points of accuracy, count as equivalent."""
     answer_by: Literal["test", "validation"] = "test"
     """The accuracy that is compared. To choose between variants, use validation."""
+    splits: Literal["same", "own"] = "same"
+    """own: every seed draws its own images for validation (data.validation_seed), so that the
+    differences between seeds, and with them the intervals, also contain this draw."""
     measures: list[str] = []
     """More columns for the table, by their names in metrics/evaluate.json: calibration_error."""
 

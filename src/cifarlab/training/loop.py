@@ -55,7 +55,7 @@ def prepare(
     UserError
         Fewer than two images are left to train on, for each process.
     """
-    kept, held_out = data.split(params.data.validation)
+    kept, held_out = data.split(params.data.validation, params.data.validation_seed)
     if len(kept) < 2 * params.train.processes:
         left = f"data.validation = {params.data.validation} leaves {len(kept)} images to train on"
         raise UserError(f"{left}, too few for a batch; lower it")
