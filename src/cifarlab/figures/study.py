@@ -49,6 +49,8 @@ def draw_study(
     right = figure.add_subplot(grid_of_axes[1, :])
     look: dict[str, Any] = {"errorbar": _interval}
     look["err_kws"] = {"alpha": min(0.1, 0.7 / len(names))}
+    if epochs.epoch.nunique() == 1:  # its line and band could not be seen
+        look |= {"marker": "o", "err_style": "bars", "err_kws": {}}
     if len(grid.columns) and is_numeric_dtype(grid.iloc[:, 0]) and grid.iloc[:, 0].nunique() > 2:
         parameter, *others = grid.columns
         line = ", ".join(others) or None
@@ -85,8 +87,8 @@ def draw_layers(path: Path, layers: DataFrame, names: list[str]) -> None:
     shape = (len(names), len(quantities))
     size = (3.2 * len(quantities) + 1.5, 1.5 * len(names) + 0.7)
     figure, panels = plt.subplots(*shape, figsize=size, squeeze=False, sharex=True, sharey="col")
-    shown = itertools.product(names, quantities)
-    for axes, (name, quantity) in zip(panels.flat, shown, strict=True):
+    for axes, shown in zip(panels.flat, itertools.product(names, quantities), strict=True):
+        name, quantity = shown
         table = means.loc[name][quantity]
         # Not by pandas, which hides the numbers at axes that are shared.
         axes.set_prop_cycle(color=sns.color_palette("viridis", len(table.columns)))
@@ -142,7 +144,7 @@ def _learning_curves(axes: Axes, epochs: DataFrame, look: dict[str, Any]) -> Non
     if axes.get_legend():
         sns.move_legend(axes, "center left", bbox_to_anchor=(1, 0.5), fontsize=9, frameon=False)
     axes.locator_params("x", integer=True, min_n_ticks=1)
-    axes.set(title="Learning curves, mean and 95 % band", ylabel=f"{label} accuracy, %")
+    axes.set(title="Learning curves, mean and 95 % interval", ylabel=f"{label} accuracy, %")
 
 
 def _each_class(axes: Axes, results: DataFrame, names: list[str]) -> None:

@@ -1,0 +1,42 @@
+"""The figure of a study."""
+
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from matplotlib.figure import Figure
+
+from cifarlab.figures import style
+from cifarlab.figures.study import draw_study
+from cifarlab.studies.points import Tables
+from cifarlab.studies.question import Study
+from cifarlab.studies.statistics import effects
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_learning_curves_of_one_epoch_can_be_seen(
+    count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[Figure] = []
+    monkeypatch.setattr(style, "save", lambda figure, *_, **__: drawn.append(figure))
+    rows = [
+        {"variant": variant, "seed": seed, "accuracy": mean + seed / 100, "accuracy/cat": mean}
+        for variant, mean in (("one", 0.7), ("other", 0.8))
+        for seed in range(3)
+    ]
+    results = pd.DataFrame(rows)
+    epochs = pd.concat(
+        results.assign(epoch=epoch, train_accuracy=results.accuracy - 0.1 / epoch)
+        for epoch in range(1, count + 1)
+    )
+    study = Study(question="?", variants={"one": {}, "other": {}}, seeds=[0, 1, 2])
+    grid = pd.DataFrame(index=["one", "other"])
+    effect = effects(study, results)
+    tables = Tables(results, epochs)
+    draw_study(Path("-"), "?", "test accuracy", effect, tables=tables, grid=grid, margin=1)
+    _, curves, _ = drawn[0].axes
+    means = [line for line in curves.lines if len(line.get_xdata()) == count]
+    heights = sorted({float(line.get_ydata()[0]) for line in means})
+    assert heights == pytest.approx([61, 71])
+    markers = [line.get_marker() for line in means if line.get_marker() != "None"]
+    assert markers == (["o", "o"] if count == 1 else [])
