@@ -302,7 +302,7 @@ def read(tmp_path: Path) -> Read:
     `cache` is its cache.
     """
     defaults = {"folder": "images", "labels": None, "test": 0.2, "sha256": None}
-    defaults |= {"image_size": 32, "validation": 0.1}
+    defaults |= {"image_size": 32, "validation": 0.1, "validation_seed": 0}
 
     def read(name: str, *sources: Any, **more: Any) -> tuple[Dataset, list[Problem]]:
         given = {"name": name, "sources": [str(source) for source in sources]}

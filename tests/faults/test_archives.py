@@ -47,7 +47,8 @@ from tests.support.archives import (
 from tests.support.draws import DRAWS, examples
 
 MIB = 2**20
-REST = {"folder": "images", "labels": None, "test": 0, "sha256": None, "validation": 0}
+REST = {"folder": "images", "labels": None, "test": 0, "sha256": None}
+REST |= {"validation": 0, "validation_seed": 0}
 
 
 def read(path: Path) -> str:
@@ -454,7 +455,7 @@ def peak():  # getrusage would begin with the memory of the parent process
 
 before, path = peak(), Path(sys.argv[2])
 params = DataParams(name=sys.argv[1], sources=[str(path)], sha256=None, image_size=int(sys.argv[3]),
-    folder="images", labels=None, test=0, validation=0)
+    folder="images", labels=None, test=0, validation=0, validation_seed=0)
 try:
     readers.prepare(params, path.parent, path.parent, path.parent / "written")
     print(json.loads((path.parent / "written/dataset.json").read_text())["digest"])
