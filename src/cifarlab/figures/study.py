@@ -44,11 +44,10 @@ def draw_study(
     rows = min(len(names) - 1, ROWS)
     heights = (max(4.2, 1.4 + 0.26 * len(names)), 1.4 + 0.32 * rows)
     figure = plt.figure(figsize=(12, sum(heights)))
-    grid_of_axes = figure.add_gridspec(2, 2, height_ratios=heights)
-    left, middle = (figure.add_subplot(grid_of_axes[0, column]) for column in range(2))
-    right = figure.add_subplot(grid_of_axes[1, :])
-    look: dict[str, Any] = {"errorbar": _interval}
-    look["err_kws"] = {"alpha": min(0.1, 0.7 / len(names))}
+    cells = figure.add_gridspec(2, 2, height_ratios=heights)
+    left, middle, right = map(figure.add_subplot, (cells[0, 0], cells[0, 1], cells[1, :]))
+    band = {"alpha": min(0.1, 0.7 / len(names))}
+    look: dict[str, Any] = {"errorbar": _interval, "err_kws": band}
     if epochs.epoch.nunique() == 1:  # its line and band could not be seen
         look |= {"marker": "o", "err_style": "bars", "err_kws": {}}
     if len(grid.columns) and is_numeric_dtype(grid.iloc[:, 0]) and grid.iloc[:, 0].nunique() > 2:
