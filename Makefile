@@ -26,9 +26,7 @@ export MPLBACKEND := agg
 unexport FREETYPE_PROPERTIES PYTHONSAFEPATH PYTHONWARNINGS
 DEMO := -S data.name=digits -S 'model.widths=[16,32,64]' -S train.epochs=8 \
 	-S train.batch_size=32 -S train.flip=none
-# One more process than processors: some tests wait for a server or for a timeout.
-PYTEST := PYTEST_XDIST_AUTO_NUM_WORKERS=$$(($$(getconf _NPROCESSORS_ONLN) + 1)) \
-	python -m pytest --numprocesses auto --dist worksteal --max-worker-restart 0
+PYTEST := python -m pytest --numprocesses auto --dist worksteal --max-worker-restart 0
 
 .PHONY: help setup demo repro notebook tiny strong photos bench bench-quick bench-scaling gpu-check same-bytes experiments test \
 	test-all cluster cluster-test lint audit format ui study studies confusion search backprop queue sync verify \
