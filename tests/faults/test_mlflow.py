@@ -383,7 +383,9 @@ def test_a_server_that_goes_away_and_never_comes_back(lab: Lab, proxy: Proxy) ->
             for case in [
                 ("stall", True),
                 ("drip", False),
+                ("drip", True),
                 ("503", False),
+                ("stall", False),
                 ("cut", True),
                 ("garbage", True),
                 ("502", True),

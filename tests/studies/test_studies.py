@@ -121,6 +121,11 @@ def test_a_grid_is_every_combination(checkout: Path) -> None:
             "deep: model.layers = 'many' is refused",
         ),
         ("{question: a, seeds: [0, 1], sedes: 3, variants: {a: {}, b: {}}}", "sedes Extra inputs"),
+        (
+            "{question: a, seeds: [0, 1], splits: own, base: {data.validation: 0},"
+            " variants: {a: {}, b: {model.layers: 3}}}",
+            "a: splits: own needs data.validation above 0",
+        ),
         ("[1, 2]", "Input should be a valid dictionary"),
     ],
 )

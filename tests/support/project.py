@@ -40,7 +40,7 @@ FIGURES = {
     )
 }
 TABLES = {f"tables/{name}.csv" for name in ("confusion", "history", "per_class", "predictions")}
-# Drawing takes a quarter of a small pipeline. Where a test does not look at the figures, this is
+# Drawing is a large part of a small pipeline. Where a test does not look at the figures, this is
 # drawn instead: its size depends on plot.dpi, and its colour on the predictions.
 PLAIN_FIGURES = """
 

@@ -41,13 +41,11 @@ def draw_study(
     """
     style.apply()
     (results, epochs), names = tables, list(effects.index)
-    rows = min(len(names) - 1, ROWS)
-    heights = (max(4.2, 1.4 + 0.26 * len(names)), 1.4 + 0.32 * rows)
+    heights = (max(4.2, 1.4 + 0.26 * len(names)), 1.4 + 0.32 * min(len(names) - 1, ROWS))
     figure = plt.figure(figsize=(12, sum(heights)))
     cells = figure.add_gridspec(2, 2, height_ratios=heights)
     left, middle, right = map(figure.add_subplot, (cells[0, 0], cells[0, 1], cells[1, :]))
-    band = {"alpha": min(0.1, 0.7 / len(names))}
-    look: dict[str, Any] = {"errorbar": _interval, "err_kws": band}
+    look: dict[str, Any] = {"errorbar": _interval, "err_kws": {"alpha": min(0.1, 0.7 / len(names))}}
     if epochs.epoch.nunique() == 1:  # its line and band could not be seen
         look |= {"marker": "o", "err_style": "bars", "err_kws": {}}
     if len(grid.columns) and is_numeric_dtype(grid.iloc[:, 0]) and grid.iloc[:, 0].nunique() > 2:

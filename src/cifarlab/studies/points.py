@@ -82,10 +82,11 @@ def load(name: str) -> tuple[Study, list[Point]]:
     study, points = Study.read(name), []
     for (variant, own), seed in itertools.product(study.variants.items(), study.seeds):
         changes = {**study.base, **own, "train.seed": seed}
-        if study.splits == "own":
-            changes["data.validation_seed"] = seed
+        changes |= {"data.validation_seed": seed} if study.splits == "own" else {}
         try:
             parameters = changed(changes).flat()
+            if study.splits == "own" and not parameters["data.validation"]:
+                raise UserError("splits: own needs data.validation above 0")
         except UserError as error:
             reason = "; ".join(str(error).splitlines())
             raise UserError(f"{files.QUESTIONS}/{name}.yaml: {variant}: {reason}") from error
