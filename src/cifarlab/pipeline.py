@@ -125,9 +125,8 @@ def experiments() -> list[Revision]:
     found = [
         Revision(name, commit, base) for base, named in listed.items() for name, commit in named
     ]
-    hashes = [revision.commit for revision in found]
-    newest_first = git("rev-list", "--no-walk=sorted", *hashes).split() if found else []
-    ranks = {commit: rank for rank, commit in enumerate(newest_first)}
+    newest = git("rev-list", "--no-walk=sorted", *(r.commit for r in found)) if found else ""
+    ranks = {commit: rank for rank, commit in enumerate(newest.split())}
     return sorted(found, key=lambda revision: ranks[revision.commit])
 
 
@@ -320,8 +319,7 @@ def lock_digest(lock: str) -> str:
 
     Runs that were logged before each file had a digest have it as the tag `dvc.lock`.
     """
-    entries = {stage: _yaml(lock)["stages"].get(stage) for stage in RESULT}
-    return json_digest(entries)
+    return json_digest({stage: _yaml(lock)["stages"].get(stage) for stage in RESULT})
 
 
 def dependencies(folder: Path = Path(), stages: Sequence[str] = RESULT) -> list[str]:

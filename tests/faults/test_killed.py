@@ -134,7 +134,7 @@ def test_killed_at_random_epochs_and_batches(
     tries = [run for name, run in runs.items() if name.startswith(f"try-{seed}-")]
     assert {run.info.status for run in tries} == {"FINISHED"}
     for run in tries:
-        steps = [point.step for point in client.get_metric_history(run.info.run_id, "train_loss")]
+        steps = [point.step for point in client.get_metric_history(run.info.run_id, "loss/train")]
         assert sorted(steps) == [1, 2, 3, 4, 5, 6]
 
 

@@ -193,7 +193,7 @@ class Lab:
             "tags"
         ].keys()
         assert (
-            content["metrics"]["test_accuracy"][0][2]
+            content["metrics"]["accuracy/test"][0][2]
             == json.loads((self.folder / "metrics/evaluate.json").read_text())["accuracy"]
         )
         return content
@@ -279,7 +279,7 @@ def test_without_a_server_the_pipeline_finishes_and_sync_logs_everything_once(
     first = lab.is_whole(mlflow_server.uri)
     assert len(first["models"]) == 1
     info = lab.client(mlflow_server.uri).get_run(first["id"]).info
-    times = [ended for _, ended, _ in first["metrics"]["train_loss"]]
+    times = [ended for _, ended, _ in first["metrics"]["loss/train"]]
     assert (
         info.start_time
         <= times[0]
@@ -321,7 +321,7 @@ def test_a_server_that_goes_after_the_first_epoch_and_is_back_before_the_end(
     assert "logged.train" in content["tags"]
     assert (
         lab.client(proxy.uri).get_run(content["id"]).info.start_time
-        <= content["metrics"]["train_loss"][0][1]
+        <= content["metrics"]["loss/train"][0][1]
     )
     assert lab.digests() == lab.reference
 
@@ -347,7 +347,7 @@ def test_a_server_killed_in_the_middle_is_back_before_evaluate(
         assert lab.digests() == lab.reference
         own_mlflow_server.start()
         own_mlflow_server.wait()
-        assert len(lab.content(proxy.uri)["metrics"]["train_loss"]) < 3
+        assert len(lab.content(proxy.uri)["metrics"]["loss/train"]) < 3
         silent(lab.stage("evaluate", secret(proxy.uri)))
         content = lab.has_the_training(proxy.uri)
         assert content["tags"].keys() >= {"logged.train", "logged.evaluate"}
@@ -455,7 +455,7 @@ def test_lost_answers_make_no_second_run_and_no_second_model(
     } == {1}
     found = lab.client(proxy.uri).search_logged_models(["1"], f"source_run_id = '{content['id']}'")
     assert [model.model_id for model in found] == content["models"]
-    assert {"test_accuracy", "test_loss"} <= {metric.key for metric in found[0].metrics}
+    assert {"accuracy/test", "loss/test"} <= {metric.key for metric in found[0].metrics}
 
 
 @contextlib.contextmanager

@@ -50,11 +50,11 @@ def test_experiments_overlapping_without_a_database(project: Project) -> None:
     client = project.client()
     for run in runs.values():
         assert run.info.status == "FINISHED"
-        assert sorted(p.step for p in client.get_metric_history(run.info.run_id, "train_loss")) == [
+        assert sorted(p.step for p in client.get_metric_history(run.info.run_id, "loss/train")) == [
             1,
             2,
         ]
-        assert {"test_accuracy", "per_class/9", "parameters"} <= run.data.metrics.keys()
+        assert {"accuracy/test", "per_class/9", "parameters"} <= run.data.metrics.keys()
         assert len(project.artifacts(run.info.run_id)) == 12
     # The same trainings one after the other, without DVC's run cache, give the same bytes.
     for seed in seeds:

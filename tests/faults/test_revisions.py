@@ -39,7 +39,7 @@ def content(project: Project, run: Run) -> dict[str, object]:
         name: sorted(
             (p.step, p.value, p.timestamp) for p in client.get_metric_history(run.info.run_id, name)
         )
-        for name in ("train_loss", "val_accuracy", "epoch_seconds")
+        for name in ("loss/train", "accuracy/val", "epoch_seconds")
     }
     tags = {
         k: v
@@ -119,7 +119,7 @@ def test_tracking_that_was_off_is_logged_later_for_the_workspace(used: Project) 
     [experiment] = used.client().search_experiments(filter_string="name = 'cifarlab'")
     [run] = used.client().search_runs([experiment.experiment_id], "params.`train.seed` = '2'")
     assert run.info.status == "FINISHED"
-    assert "test_accuracy" in run.data.metrics
+    assert "accuracy/test" in run.data.metrics
     # params.yaml has changed, but the outputs are still those of the old parameters.
     used.edit("train", seed=3)
     assert re.search(r"workspace\s+\w{32}\s+was there", cifarlab(used, "sync"))

@@ -1,6 +1,7 @@
 """The pipeline with a tracking server, and MLflow's own pages."""
 
 import json
+import re
 import shutil
 import signal
 import sys
@@ -20,7 +21,7 @@ def test_a_server_gets_the_run_and_its_artifacts(project: Project, mlflow_server
     project.dvc("repro", MLFLOW_TRACKING_URI=mlflow_server.uri)
     run = project.runs(mlflow_server.uri)[""]
     assert run.info.status == "FINISHED"
-    assert "test_accuracy" in run.data.metrics
+    assert "accuracy/test" in run.data.metrics
     assert {
         "figures/confusion.png",
         "tables/history.csv",
@@ -51,7 +52,7 @@ def test_the_ui_shows_accuracies_compares_runs_and_listens_on_this_machine_only(
         taken = finished.run(*command, check=False, **environment)
         assert (taken.returncode, taken.stdout.count("\n")) == (1, 1)
         assert f"port {port} is taken" in taken.stdout
-        accuracy = finished.runs()[""].data.metrics["test_accuracy"]
+        accuracy = finished.runs()[""].data.metrics["accuracy/test"]
         look(address, f"{accuracy:.6f}".rstrip("0"), [r.info.run_id for r in finished.all_runs()])
         assert ui.end(signal.SIGTERM) == 0
     assert not any(process.is_running() for process in processes)
@@ -79,9 +80,17 @@ def look(address: str, accuracy: str, runs: list[str]) -> None:
             page.get_by_label("toggle row selection (unchecked)").first.dispatch_event("click")
         page.get_by_test_id("runs-compare-button").click()
         page.get_by_text("Comparing 2 Runs from 1 Experiment").wait_for()
-        page.get_by_text("per_class/9").wait_for()
-        figure = f"runs/{runs[0]}/artifacts/figures/confusion.png"
-        page.goto(f"{address.partition('/runs?')[0]}/{figure}")
+        page.get_by_text(re.compile("^per_class/")).first.wait_for()  # MLflow shows what differs
+        run = f"{address.partition('/runs?')[0]}/runs/{runs[0]}"
+        # Accuracy and loss are above the ten bars of the classes.
+        page.goto(f"{run}/model-metrics")
+        heights = []
+        for group in ("accuracy", "loss", "per_class"):
+            title = page.get_by_text(re.compile(rf"^{group}\b")).first
+            title.wait_for()
+            heights.append((title.bounding_box() or {})["y"])
+        assert heights == sorted(heights)
+        page.goto(f"{run}/artifacts/figures/confusion.png")
         page.wait_for_function(
             "[...document.images].some(i => i.naturalWidth > 300 && !i.src.includes('/static/'))"
         )

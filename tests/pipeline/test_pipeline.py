@@ -51,7 +51,7 @@ def test_the_run_is_in_mlflow(reproduced: Template) -> None:
     }
     assert {key: yaml.safe_load(value) for key, value in run.data.params.items()} == flat
     metrics = json.loads((project.folder / "metrics/evaluate.json").read_text())
-    assert run.data.metrics["test_accuracy"] == metrics["accuracy"]
+    assert run.data.metrics["accuracy/test"] == metrics["accuracy"]
     assert {
         f"per_class/{digit}": accuracy
         for digit, accuracy in json.loads(
@@ -59,9 +59,10 @@ def test_the_run_is_in_mlflow(reproduced: Template) -> None:
         ).items()
     }.items() <= run.data.metrics.items()
     history = pd.read_csv(project.folder / "plots/history.csv")
-    for column in ("train_loss", "train_accuracy", "val_loss", "val_accuracy", "learning_rate"):
+    columns = ["loss/train", "accuracy/train", "loss/val", "accuracy/val", "learning_rate"]
+    for name, column in zip(columns, history.columns[1:6], strict=True):
         points = sorted(
-            project.client().get_metric_history(run.info.run_id, column),
+            project.client().get_metric_history(run.info.run_id, name),
             key=lambda point: point.step,
         )
         assert [p.step for p in points] == [1, 2, 3]
@@ -144,7 +145,7 @@ def test_a_changed_evaluate_does_not_train(finished: Project) -> None:
     )
     # The train stage did not run in this experiment: its results are logged from its files.
     run = finished.runs()["bins"]
-    assert len(finished.client().get_metric_history(run.info.run_id, "train_loss")) == 3
+    assert len(finished.client().get_metric_history(run.info.run_id, "loss/train")) == 3
     assert finished.artifacts(run.info.run_id) >= TABLES
 
 
@@ -164,13 +165,13 @@ def test_a_changed_model_trains_once_and_downloads_nothing(finished: Project) ->
     # The table of all experiments has the accuracy that MLflow has.
     table = finished.dvc("exp", "show", "--csv")
     [line] = [line for line in table.splitlines() if "one-layer" in line]
-    assert str(run.data.metrics["test_accuracy"]) in line.split(",")
+    assert str(run.data.metrics["accuracy/test"]) in line.split(",")
     # DVC computes the difference to the baseline.
     row = json.loads(finished.dvc("metrics", "diff", "HEAD", "one-layer", "--json"))[
         "metrics/evaluate.json"
     ]["accuracy"]
-    assert row["old"] == runs[""].data.metrics["test_accuracy"]
-    assert row["new"] == run.data.metrics["test_accuracy"]
+    assert row["old"] == runs[""].data.metrics["accuracy/test"]
+    assert row["new"] == run.data.metrics["accuracy/test"]
     assert row["diff"] == pytest.approx(row["new"] - row["old"])
     # The way back from an experiment that README.md names.
     finished.run("git", "restore", "params.yaml", "dvc.lock", "metrics")
@@ -204,7 +205,7 @@ def test_forcing_the_same_training_logs_nothing_twice(finished: Project) -> None
     assert (finished.folder / "dvc.lock").read_bytes() == lock
     after = finished.runs()[""]
     assert after.info.run_id == before.info.run_id
-    for name in ("train_loss", "test_accuracy", "per_class/3"):
+    for name in ("loss/train", "accuracy/test", "per_class/3"):
         points = finished.client().get_metric_history(after.info.run_id, name)
         assert len(points) == len({point.step for point in points})
     assert len(after.outputs.model_outputs) == 1

@@ -70,7 +70,7 @@ def test_a_killed_study_continues_and_finds_the_known_answer(project: Project) -
     assert project.artifacts(parent.info.run_id) == files
     for run in children:
         [row] = table[table.experiment == run.data.tags["dvc.exp.name"]].to_dict("records")
-        assert run.data.metrics["test_accuracy"] == pytest.approx(row["accuracy"])
+        assert run.data.metrics["accuracy/test"] == pytest.approx(row["accuracy"])
     assert set(table.experiment) <= set(project.dvc("exp", "list", "--name-only").split())
 
     # Running a point again takes it from DVC's run cache: nothing trains, and it replaces the

@@ -38,7 +38,7 @@ def add(checkout: Path) -> Add:
         run = client.create_run(experiment, run_name=name, tags={"dvc.exp.name": name})
         run_id: str = run.info.run_id
         client.set_tag(run_id, TEST_DIGEST, digest)
-        client.log_metric(run_id, "test_accuracy", float(np.mean(right)))
+        client.log_metric(run_id, "accuracy/test", float(np.mean(right)))
         rows = [f"NA,{'NA' if hit else 'null'},0.5" for hit in right]
         text = "\n".join(["actual,predicted,confidence", *rows])
         client.log_text(run_id, text, "tables/predictions.csv")

@@ -162,7 +162,7 @@ def test_a_store_that_comes_back_gets_everything_at_the_end(
         hidden.rename(checkout / "plots/history.csv")
     [stored] = runs_in(checkout)
     assert stored.info.status == "FINISHED"
-    assert stored.data.metrics["train_loss"] == 0.4
+    assert stored.data.metrics["loss/train"] == 0.4
 
 
 def test_a_server_that_does_not_answer_delays_an_interrupted_stage_by_a_second_or_two(

@@ -48,7 +48,7 @@ def test_a_training_gives_metrics_parameters_conditions_and_the_data_set(
     assert stored.data.params == flat
     assert flat["data.sources"] == str(sources)
     # An empty cell, as without held-out images, gives no metric.
-    epochs = {"train_loss", "train_accuracy", "learning_rate", "dead_units/1"}
+    epochs = {"loss/train", "accuracy/train", "learning_rate", "dead_units/1"}
     assert stored.data.metrics.keys() == epochs | {"parameters", "images"}
     assert CONDITIONS.items() <= stored.data.tags.items()
     [entry] = stored.inputs.dataset_inputs
@@ -60,7 +60,7 @@ def test_a_training_gives_metrics_parameters_conditions_and_the_data_set(
 def test_epochs_have_the_times_of_the_timings_file(checkout: Path, params: Params) -> None:
     write_timings(checkout, pipeline.training_key(params), EPOCHS)
     log("train", params)
-    assert points(checkout, "train_loss") == [(1, 1_000_000, 0.5), (2, 1_004_000, 0.4)]
+    assert points(checkout, "loss/train") == [(1, 1_000_000, 0.5), (2, 1_004_000, 0.4)]
     assert points(checkout, "epoch_seconds") == [(1, 1_000_000, 2.5), (2, 1_004_000, 4.0)]
     [run] = runs_in(checkout)
     assert CONDITIONS.items() <= run.data.tags.items()
@@ -80,7 +80,7 @@ def test_every_epoch_of_a_long_training_is_logged(checkout: Path, params: Params
     rows = [f"{epoch},{1 / epoch}" for epoch in range(1, 46)]
     (checkout / "plots/history.csv").write_text("\n".join(["epoch,train_loss", *rows]))
     log("train", params)
-    values = [(step, value) for step, _, value in points(checkout, "train_loss")]
+    values = [(step, value) for step, _, value in points(checkout, "loss/train")]
     assert values == [(epoch, pytest.approx(1 / epoch)) for epoch in range(1, 46)]
 
 
@@ -94,7 +94,7 @@ def test_logging_again_adds_nothing(checkout: Path, make_params: Make) -> None:
     [run] = runs_in(checkout)
     for name in run.data.metrics:
         expected = (
-            2 if name in ("train_loss", "train_accuracy", "learning_rate", "dead_units/1") else 1
+            2 if name in ("loss/train", "accuracy/train", "learning_rate", "dead_units/1") else 1
         )
         assert len(points(checkout, name)) == expected, name
     assert len(run.inputs.dataset_inputs) == 1
@@ -107,7 +107,7 @@ def test_a_changed_evaluation_replaces_the_value(checkout: Path, params: Params)
     (checkout / "metrics/evaluate.json").write_text(json.dumps(changed))
     log("evaluate", params)
     [run] = runs_in(checkout)
-    assert run.data.metrics["test_accuracy"] == 0.5
+    assert run.data.metrics["accuracy/test"] == 0.5
 
 
 def test_an_evaluation_gives_metrics_and_the_table_of_the_confusion_matrix(
@@ -115,7 +115,7 @@ def test_an_evaluation_gives_metrics_and_the_table_of_the_confusion_matrix(
 ) -> None:
     log("evaluate", params)
     [run] = runs_in(checkout)
-    expected = {"test_accuracy": 0.75, "test_loss": 0.5, "per_class/cat": 0.5}
+    expected = {"accuracy/test": 0.75, "loss/test": 0.5, "per_class/cat": 0.5}
     expected[accuracy_of("dog (small)")] = 1.0
     assert expected.items() <= run.data.metrics.items()
     name = "confusion_matrix.json"
@@ -174,8 +174,8 @@ def test_an_evaluation_of_an_older_version_is_logged_as_well(
     (checkout / "metrics/evaluate.json").write_text(json.dumps(old))
     log("evaluate", params)
     [run] = runs_in(checkout)
-    tested = {name for name in run.data.metrics if name.startswith(("test_", "per_class/"))}
-    assert tested == {"test_accuracy", "test_loss", "per_class/cat", accuracy_of("dog (small)")}
+    tested = {name for name in run.data.metrics if "test" in name or "per_class" in name}
+    assert tested == {"accuracy/test", "loss/test", "per_class/cat", accuracy_of("dog (small)")}
 
 
 def test_the_logged_model_predicts_what_the_network_predicts(
@@ -186,8 +186,8 @@ def test_the_logged_model_predicts_what_the_network_predicts(
     [output] = run.outputs.model_outputs
     model = client_of(checkout).get_logged_model(output.model_id)
     assert {(m.key, m.value) for m in model.metrics} >= {
-        ("test_accuracy", 0.75),
-        ("test_loss", 0.5),
+        ("accuracy/test", 0.75),
+        ("loss/test", 0.5),
     }
     assert model.name == model_name(run.info.run_name)
     assert model.tags["mlflow.note.content"] == run.data.tags["mlflow.note.content"]
@@ -227,7 +227,7 @@ def test_outputs_in_another_folder_are_logged_from_there(
     run.close("FINISHED")
     [stored] = runs_in(checkout)
     assert stored.data.tags["dvc.exp.baseline"] == "b" * 40
-    assert stored.data.metrics["test_accuracy"] == 0.75
-    assert points(checkout, "train_loss")[0] == (1, 1_000_000, 0.5)
+    assert stored.data.metrics["accuracy/test"] == 0.75
+    assert points(checkout, "loss/train")[0] == (1, 1_000_000, 0.5)
     assert Path.cwd() == checkout
     assert not (copy / "mlflow.db").exists()

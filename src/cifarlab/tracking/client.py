@@ -25,7 +25,7 @@ from cifarlab.errors import UserError, first_line, without_secrets
 KEY = "cifarlab.key"  # the tag that every run of this project has: its training key
 # The columns of the table of runs that `cifarlab ui` opens. MLflow keeps such a view in a tag of
 # the experiment, for links that people share; by default its table has no metrics.
-COLUMNS = [f"metrics.`{name}`" for name in ("test_accuracy", "test_loss", "val_accuracy")]
+COLUMNS = [f"metrics.`{name}`" for name in ("accuracy/test", "loss/test", "accuracy/val")]
 COLUMNS += [f"params.`{name}`" for name in ("model.layers", "train.epochs")]
 VIEW = "cifarlab"
 ARTIFACTS = "mlartifacts"  # the folder beside an SQLite store that holds its artifacts

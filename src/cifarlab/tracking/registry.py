@@ -88,7 +88,7 @@ def champion() -> str:
         if (version := _champion(client, registered)) is None:
             raise UserError(f"{registered} has no champion; `cifarlab promote RUN` makes one")
         run = client.get_run(version.run_id)
-        accuracy = run.data.metrics.get("test_accuracy", float("nan"))
+        accuracy = run.data.metrics.get("accuracy/test", float("nan"))
         revisions = chain(pipeline.experiments(), pipeline.commits())
         found = (r.restore for r in revisions if tags_of(r).items() <= run.data.tags.items())
         return (

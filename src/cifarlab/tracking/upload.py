@@ -24,8 +24,8 @@ ARTIFACTS = {".csv": "tables", ".png": "figures"}  # MLflow's folder for each ki
 PARAMS, CODE = "cifarlab.params", "cifarlab.code"  # tags with digests of what decides the outputs
 TEST_DIGEST = "cifarlab.test"  # the tag with the digest of the test images and their classes
 NOTE = "mlflow.note.content"  # the tag that MLflow shows as the description, in Markdown
-# MLflow draws the metrics with the same word before the / together, in alphabetical order: this
-# group comes behind the metrics without a group, which it calls "Model metrics".
+# MLflow draws the metrics with the same word before the / together, in alphabetical order, and
+# those without a group last. So the groups are accuracy, loss, then this one.
 GROUP = "per_class"
 MAX_BATCH = 1000  # metrics in one request
 Values = dict[str, Any]
@@ -120,8 +120,10 @@ class Upload:
 
         wait_for_database()
 
-        logged = [p.step for p in self.client.get_metric_history(self.run_id, "train_loss")]
-        table = pd.read_csv(self._path(files.HISTORY), index_col="epoch")
+        logged = [p.step for p in self.client.get_metric_history(self.run_id, "loss/train")]
+        table = pd.read_csv(self._path(files.HISTORY), index_col="epoch").rename(
+            columns=metric_name
+        )
         times, now = timings.read(self.execution.key).epochs, int(1000 * time.time())
         rows = []
         for epoch, row in table.drop(index=logged, errors="ignore").iterrows():
@@ -189,13 +191,13 @@ class Upload:
         shown = json.dumps([{"path": name, "type": "table"} for name in tables])
         found = files.read_json(self._path(files.EVALUATION))
         found.pop("accuracy_per_class", None)  # older versions kept them in this file, too
-        metrics = {f"test_{name}": value for name, value in found.items()}
+        metrics = {metric_name(f"test_{name}"): value for name, value in found.items()}
         accuracies = dict(zip(per_class["class"], per_class.accuracy, strict=True))
         metrics |= {accuracy_of(label): share for label, share in accuracies.items()}
         data = files.read_json(self._path(files.DATA / "dataset.json"))
         # Data of an older version has no such digest.
         tested = {TEST_DIGEST: data["test_digest"]} if "test_digest" in data else {}
-        note = self._describe(metrics["test_accuracy"], accuracies)
+        note = self._describe(found["accuracy"], accuracies)
         self._send({"mlflow.loggedArtifacts": shown, **note, **tested}, metrics, {})
 
     def _describe(self, accuracy: float, accuracies: dict[str, float]) -> dict[str, str]:
@@ -234,7 +236,7 @@ class Upload:
         if name not in models_of(run):
             # MLflow stores a point once, so the same points again, now with the id of the model,
             # are added to the model only.
-            names = [k for k in run.data.metrics if k.startswith(("test_", f"{GROUP}/"))]
+            names = [k for k in run.data.metrics if re.match(rf"test_|\w+/test$|{GROUP}/", k)]
             points = [client.get_metric_history(run_id, k)[-1] for k in names]
             data = run.inputs.dataset_inputs[0].dataset
             of = (name, data.name, data.digest)
@@ -273,6 +275,11 @@ def read_table(table: Any, name: str) -> pd.DataFrame:
 def model_name(run: str) -> str:
     """Return the name of a run without the characters that MLflow refuses in one of a model."""
     return re.sub(r"[/:.%\"']", "-", run)
+
+
+def metric_name(name: str) -> str:
+    """Return the name that a metric of the files has in MLflow: `accuracy/test`, `loss/train`."""
+    return re.sub(r"^(train|val|test)_(accuracy|loss)$", r"\2/\1", name)
 
 
 def accuracy_of(label: str) -> str:
