@@ -113,7 +113,7 @@ def test_what_cannot_be_promoted_is_said(add: Add) -> None:
     add("bare", [True], model=False)
     with pytest.raises(UserError, match="has no model; set tracking"):
         registry.promote("bare", force=False)
-    with pytest.raises(UserError, match="is neither a run nor an experiment in MLflow"):
+    with pytest.raises(UserError, match="MLflow has no run or experiment"):
         registry.promote("typo", force=False)
     with pytest.raises(UserError, match="has no champion"):
         registry.champion()

@@ -126,8 +126,7 @@ def _find_run(client: Any, name: str) -> Any:
     for run in client.search_runs([experiment.experiment_id]) if experiment else []:
         if name in (run.info.run_id, run.data.tags.get("dvc.exp.name")):
             return run
-    advice = "`cifarlab sync` logs them"
-    raise UserError(f"{name} is neither a run nor an experiment in MLflow; {advice}")
+    raise UserError(f"MLflow has no run or experiment {name}; `cifarlab sync` logs what it misses")
 
 
 def _model_of(run: Any) -> str:

@@ -121,12 +121,10 @@ class Upload:
         wait_for_database()
 
         logged = [p.step for p in self.client.get_metric_history(self.run_id, "loss/train")]
-        table = pd.read_csv(self._path(files.HISTORY), index_col="epoch").rename(
-            columns=metric_name
-        )
+        data = pd.read_csv(self._path(files.HISTORY), index_col="epoch").rename(columns=metric_name)
         times, now = timings.read(self.execution.key).epochs, int(1000 * time.time())
         rows = []
-        for epoch, row in table.drop(index=logged, errors="ignore").iterrows():
+        for epoch, row in data.drop(index=logged, errors="ignore").iterrows():
             ended, seconds = times.get(str(epoch), (now, None))
             values = row.to_dict() | {"epoch_seconds": seconds}
             rows.append([Metric(k, v, ended, epoch) for k, v in values.items() if pd.notna(v)])
