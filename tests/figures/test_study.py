@@ -7,7 +7,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from cifarlab.figures import style
-from cifarlab.figures.study import draw_study
+from cifarlab.figures.study import draw_layers, draw_study
 from cifarlab.studies.points import Tables
 from cifarlab.studies.question import Study
 from cifarlab.studies.statistics import effects
@@ -40,3 +40,20 @@ def test_learning_curves_of_one_epoch_can_be_seen(
     assert heights == pytest.approx([61, 71])
     markers = [line.get_marker() for line in means if line.get_marker() != "None"]
     assert markers == (["o", "o"] if count == 1 else [])
+
+
+@pytest.mark.parametrize("smallest", [0.5, 1e-5, 0.0])
+def test_the_axis_of_gradients_shows_more_than_one_number(
+    smallest: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[Figure] = []
+    monkeypatch.setattr(style, "save", lambda figure, *_, **__: drawn.append(figure))
+    index = pd.MultiIndex.from_product([["one", "other"], [1, 2]], names=["variant", "epoch"])
+    norms = {"gradient_norm/1": [smallest, 2, 3, 4], "gradient_norm/2": [3.0, 3, 3, 3]}
+    draw_layers(Path("-"), pd.DataFrame(norms, index=index), ["one", "other"])
+    drawn[0].canvas.draw()
+    for axes in drawn[0].axes:
+        low, high = axes.get_ylim()
+        shown = [tick for tick in axes.get_yticks() if low <= tick <= high]
+        assert len(shown) >= 3, shown
+        assert axes.get_yscale() == ("linear" if smallest == 0.5 else "symlog")

@@ -93,7 +93,9 @@ def draw_layers(path: Path, layers: DataFrame, names: list[str]) -> None:
         if name == names[-1]:
             axes.set(xlabel="epoch")
         axes.locator_params("x", integer=True, min_n_ticks=1)
-        if quantity == "gradient_norm":  # spans many powers of ten and can be zero
+        every = means[quantity]
+        if quantity == "gradient_norm" and every.max().max() > 1000 * every.min().min():
+            # Many powers of ten, and perhaps zero.
             axes.set_yscale("symlog", linthresh=1e-6)
             axes.yaxis.get_major_locator().set_params(numticks=4)
             axes.yaxis.set_major_formatter("{x:g}")
