@@ -1,6 +1,7 @@
 """The `cifarlab` command, and values that are passed to make."""
 
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -105,6 +106,20 @@ def test_an_unknown_name_is_refused_in_one_line(
     assert line.startswith("error: ")
     assert reason in line
     assert sorted(checkout.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [("5", "it has none"), ("[tiny]", "it has none"), ("tiny: {1: 2}", "unknown"), ("", "none")],
+)
+def test_a_damaged_list_of_variants_is_refused_in_one_line(
+    checkout: Path, monkeypatch: pytest.MonkeyPatch, content: str, reason: str
+) -> None:
+    monkeypatch.chdir(checkout)
+    (checkout / "variants.yaml").write_text(content)
+    done = CliRunner().invoke(main, ["variant", "tiny"])
+    assert done.exit_code == 1
+    assert re.fullmatch(rf"error: .*{reason}.*\n", done.output), done.output
 
 
 def test_a_wrong_number_is_refused() -> None:

@@ -207,6 +207,20 @@ def test_a_scratch_copy_has_the_outputs_and_can_be_repeated(project: Path) -> No
     assert pipeline.workspace_is_current()
 
 
+def test_a_scratch_copy_finds_a_cache_whose_path_has_any_character(
+    project: Path, tmp_path: Path
+) -> None:
+    cache = tmp_path / "C#, really"
+    (project / ".dvc/cache").rename(cache)
+    (project / ".dvc/config.local").write_text(f'[cache]\n    dir = "{cache}"\n')
+    try:
+        with pipeline.scratch_copy("HEAD") as folder:
+            assert (folder / "train.txt").read_text() == "n: 1\n"
+    finally:
+        (project / ".dvc/config.local").unlink()
+        cache.rename(project / ".dvc/cache")
+
+
 def test_a_scratch_copy_needs_the_cache(project: Path) -> None:
     (project / ".dvc/cache").rename(project / ".dvc/elsewhere")
     try:

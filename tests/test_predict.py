@@ -74,6 +74,11 @@ def test_folders_patterns_and_standard_input(predict: Predict) -> None:
     assert names == ["in/[1]/a.png", "in/b.jpg", "x1.png", "x2.png", "é è.png"]
     inside = [line.split("  ")[0] for line in predict("in/[1]").stdout.splitlines()]
     assert inside == ["in/[1]/a.png"]
+    Path("home").mkdir()
+    image(0).save("home/c.png")
+    at_home = predict("~", env={"HOME": str(Path("home").resolve())}).stdout
+    assert at_home.partition("  ")[0].endswith("/home/c.png")
+    assert "~nobody-here" in predict("~nobody-here/c.png").output
     done = predict("-", input=Path("x1.png").read_bytes())
     assert done.stdout.startswith("-  ")
 

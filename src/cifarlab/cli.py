@@ -63,11 +63,13 @@ def check() -> None:
 def variant(name: str) -> None:
     """Run variant NAME of variants.yaml as a DVC experiment."""
     variants = read_yaml(files.VARIANTS, f"`git checkout {files.VARIANTS}` restores it")
-    if not isinstance(variants, dict) or not isinstance(variants.get(name), dict):
-        known = ", ".join(map(str, variants or ["none"]))
+    variants = variants if isinstance(variants, dict) else {}
+    if not isinstance(variants.get(name), dict):
+        known = ", ".join(map(str, variants)) or "none"
         raise UserError(f"{files.VARIANTS} has no {name}; it has {known}")
     # A wrong value is refused before DVC makes its copy, which lacks images that it does not know.
-    data, changes = changed(variants[name]).data, variants[name]
+    changes = {str(key): value for key, value in variants[name].items()}
+    data = changed(changes).data
     if data.name == "folder":
         changes = {**changes, "data.folder": str(Path(data.folder).resolve())}
     options = ["--temp", "--force", "--name", name, *pipeline.set_options(changes)]

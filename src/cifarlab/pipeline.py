@@ -122,9 +122,7 @@ def experiments() -> list[Revision]:
             listed = repo.experiments.ls(all_commits=True)
     except DvcException as error:
         raise UserError(f"DVC cannot list the experiments: {first_line(error)}") from error
-    found = [
-        Revision(name, commit, base) for base, named in listed.items() for name, commit in named
-    ]
+    found = [Revision(n, rev, base) for base, pairs in listed.items() for n, rev in pairs]
     newest = git("rev-list", "--no-walk=sorted", *(r.commit for r in found)) if found else ""
     ranks = {commit: rank for rank, commit in enumerate(newest.split())}
     return sorted(found, key=lambda revision: ranks[revision.commit])
@@ -307,10 +305,8 @@ def training_key(params: Params, folder: Path = Path()) -> str:
         inputs["code"] = stage_code(folder, ["train"])
     except (OSError, ValueError, LookupError, TypeError, SyntaxError) as error:
         what = getattr(error, "filename", None) or description
-        raise UserError(
-            f"{what} is missing or damaged ({first_line(error)}); `dvc repro` makes the data "
-            "again, `git status` names changed code"
-        ) from error
+        way_out = "`dvc repro` makes the data again, `git status` names changed code"
+        raise UserError(f"{what} is missing or damaged ({first_line(error)}); {way_out}") from error
     return json_digest(inputs)
 
 
@@ -368,7 +364,9 @@ def scratch_copy(commit: str) -> Iterator[Path]:
     with tracked_files(commit) as folder:
         if not (folder / files.DVC_LOCK).exists():
             raise UserError(f"it has no {files.DVC_LOCK}; run `dvc repro` and commit it")
-        config = f"[core]\n    no_scm = true\n[cache]\n    dir = {dvc('cache', 'dir').strip()}\n"
+        cache = dvc("cache", "dir").strip()
+        mark = "'" if '"' in cache else '"'  # a path may hold # or a comma
+        config = f"[core]\n    no_scm = true\n[cache]\n    dir = {mark}{cache}{mark}\n"
         (folder / ".dvc" / "config.local").write_text(config, "utf-8")
         checkout = ["dvc", "checkout", "--quiet"]
         if subprocess.run(checkout, cwd=folder, capture_output=True, check=False).returncode:

@@ -9,6 +9,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -74,11 +75,13 @@ def find(names: Sequence[str]) -> list[str]:
     """
     found: list[str] = []
     for name in names:
-        path = Path(name).expanduser()
+        path = Path(name)
+        with suppress(RuntimeError):  # ~name, and there is no such user
+            path = path.expanduser()
         if name == STDIN or path.is_file():
             found.append(str(path))
             continue
-        pattern = f"{glob.escape(name)}/**" if path.is_dir() else str(path)
+        pattern = f"{glob.escape(str(path))}/**" if path.is_dir() else str(path)
         inside = map(Path, glob.glob(pattern, recursive=True))  # noqa: PTH207, absolute ones, too
         images = sorted(str(image) for image in inside if is_image(image.name) and image.is_file())
         if not images:

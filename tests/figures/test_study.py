@@ -57,3 +57,15 @@ def test_the_axis_of_gradients_shows_more_than_one_number(
         shown = [tick for tick in axes.get_yticks() if low <= tick <= high]
         assert len(shown) >= 3, shown
         assert axes.get_yscale() == ("linear" if smallest == 0.5 else "symlog")
+
+
+def test_layers_after_one_epoch_are_drawn_as_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[Figure] = []
+    monkeypatch.setattr(style, "save", lambda figure, *_, **__: drawn.append(figure))
+    index = pd.MultiIndex.from_product([["one", "other"], [1], [0, 1]])
+    index = index.set_names(["variant", "epoch", "seed"])
+    layers = {f"dead_units/{layer}": [layer, layer + 2.0, 0, 0] for layer in (1, 2)}
+    draw_layers(Path("-"), pd.DataFrame(layers, index=index), ["one", "other"])
+    [axes] = drawn[0].axes
+    assert [line.get_ydata().tolist() for line in axes.lines] == [[2, 3], [0, 0]]
+    assert axes.get_xlabel() == "layer"

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from dvc.config import Config
 
 from cifarlab import pipeline
 from cifarlab.errors import UserError
@@ -72,8 +73,15 @@ def test_settings_of_dvc_of_this_checkout_count_in_a_clone(tmp_path: Path) -> No
     )
     clone.configure(tmp_path, settings, "/a cache")
     written = (tmp_path / ".dvc/config.local").read_text()
-    for line in ("['remote \"there\"']", "token = a=b%", "type = copy", "dir = /a cache"):
+    for line in ("['remote \"there\"']", "token = a=b%", "type = copy", 'dir = "/a cache"'):
         assert line in written
+
+
+@pytest.mark.parametrize("path", ["/C#/lab", "/a, b", '/a "b" #', "/it's #1", "/{x} %s $y = z"])
+def test_dvc_finds_a_cache_whose_path_has_any_character(tmp_path: Path, path: str) -> None:
+    (tmp_path / ".dvc").mkdir()
+    clone.configure(tmp_path, "", path)
+    assert Config(str(tmp_path / ".dvc"))["cache"]["dir"] == path
 
 
 WORKER = """

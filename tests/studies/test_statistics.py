@@ -175,7 +175,7 @@ def test_a_grid_is_compared_one_parameter_at_a_time() -> None:
         **{"layers 2, norm batch": [0.8, 0.8, 0.8], "layers 2, norm none": [0.59, 0.7, 0.81]},
     )
     study = Study(question="?", grid=grid, seeds=[0, 1, 2])
-    found = statistics.one_parameter_at_a_time(study, frame)
+    found = statistics.one_at_a_time(study, frame)
     # Comparisons with the first variant are in the main table and are not repeated.
     assert found[["variant", "reference"]].to_numpy().tolist() == [
         ["layers 2, norm none", "layers 1, norm none"],
@@ -191,4 +191,4 @@ def test_a_grid_is_compared_one_parameter_at_a_time() -> None:
 
     without_grid = asked(["a", "b"], [0, 1, 2])
     frame = results(a=[0.5, 0.6, 0.7], b=[0.5, 0.6, 0.7])
-    assert statistics.one_parameter_at_a_time(without_grid, frame).empty
+    assert statistics.one_at_a_time(without_grid, frame).empty

@@ -57,9 +57,10 @@ def test_numbers_of_findings_are_those_of_the_table(
     # Seeds 0, 1, 2: 80, 81, 82 % and three points more.
     text = "One: 84.0 ± 2.5 %, +3.0 ± 0.0 points, loss 0.5."
     assert text in study.rewrite_page("demo").read_text("utf-8")
-    path.write_text(yaml.safe_dump(DEMO | {"findings": "{accuracy[two]}"}))
-    with pytest.raises(UserError, match=r"findings: .*two.* is not a number of the tables"):
-        study.rewrite_page("demo")
+    for wrong in ("accuracy[two]", "accuracy", "accuracy.two", "accuracy[one][0][0]", ""):
+        path.write_text(yaml.safe_dump(DEMO | {"findings": f"So: {{{wrong}}}"}))
+        with pytest.raises(UserError, match=r"findings: .* is not a number of the tables"):
+            study.rewrite_page("demo")
 
 
 def test_a_study_that_stops_early_warns_of_the_seeds_that_it_has(
@@ -101,6 +102,10 @@ def test_a_grid_is_every_combination(checkout: Path) -> None:
         ("question: [", "is not valid YAML"),
         ("question: a?", "seeds Field required"),
         ("{question: a, seeds: [0, 1]}", "at least two variants"),
+        (
+            "{question: a, seeds: [0, 1], variants: {a: {}, b: {}}, grid: {train.lr: [1, 2]}}",
+            "variants or a grid, not both",
+        ),
         ("{question: a, seeds: 5..15, variants: {a: {}, b: {}}}", "together with stop: decided"),
         (
             "{question: a, seeds: 5..5, stop: decided, variants: {a: {}, b: {}}}",
@@ -164,7 +169,7 @@ def demo(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> list[pipeline.Revis
     """A study in a Git repository, and its experiments: an empty list at first."""
     (checkout / "studies/demo.yaml").write_text(yaml.safe_dump(DEMO))
     experiments: list[pipeline.Revision] = []
-    timing = {"run": "r", "seconds": 2.0, "wall": 3.0, "machine": "a CPU", "data": "digits"}
+    timing = {"run": "r", "seconds": 2.0, "wall": 3.0, "machine": "a CPU"}
 
     def read(path: Path, commit: str) -> bytes:
         return pipeline.git("show", f"{commit}:{path}").encode()
@@ -220,6 +225,16 @@ def counted() -> tuple[int, int]:
     """Return how many points have a row that counts, and how many only one that does not."""
     counts = points.chosen("demo", points.load("demo")[1], any_origin=True).results.counts
     return int(counts.sum()), int((~counts).sum())
+
+
+def test_a_study_about_a_folder_counts_its_rows_whatever_the_images_are_called(
+    demo: list[pipeline.Revision], checkout: Path
+) -> None:
+    """The folder may be a link, and a downloaded archive gets a name of its own."""
+    base = {"data.name": "folder", "data.folder": "/home/me/current.pets", "train.epochs": 2}
+    (checkout / "studies/demo.yaml").write_text(yaml.safe_dump(DEMO | {"base": base}))
+    assert set(run_all(demo).results.data) == {"current"}
+    assert counted() == (6, 0)
 
 
 def test_finished_experiments_become_rows_that_name_their_origin(

@@ -99,6 +99,18 @@ def test_other_test_images_cannot_be_compared(checkout: Path, add: Add) -> None:
     assert champion_of(checkout) == first
 
 
+def test_a_commit_without_a_lock_does_not_hide_the_champion(checkout: Path, add: Add) -> None:
+    add("first", [True] * 10)
+    registry.promote("first", force=False)
+    author = ("git", "-c", "user.name=a", "-c", "user.email=a@example.org")
+    for content in ("stages: {}", "damaged", None):
+        lock = checkout / "dvc.lock"
+        lock.write_text(content) if content else lock.unlink()
+        subprocess.run(["git", "add", "dvc.lock"], check=True)
+        subprocess.run([*author, "commit", "--quiet", "--message=x"], check=True)
+    assert "first, test accuracy 100.00%" in registry.champion()
+
+
 @pytest.mark.usefixtures("add")
 def test_a_server_that_is_down_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
@@ -117,6 +129,8 @@ def test_what_cannot_be_promoted_is_said(add: Add) -> None:
         registry.promote("typo", force=False)
     with pytest.raises(UserError, match="has no champion"):
         registry.champion()
+    with pytest.raises(UserError, match=r"MLflow cannot give 0{32}"):
+        registry.promote("0" * 32, force=False)
     with pytest.raises(UserError, match="MLflow cannot give models:/cifarlab@champion"):
         registry.download_network("models:/cifarlab@champion", Path())
     mlflow.set_tracking_uri(None)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
+import numpy as np
 import seaborn as sns
 from matplotlib.axes import Axes
 from pandas import DataFrame
@@ -81,6 +82,9 @@ def draw_layers(path: Path, layers: DataFrame, names: list[str]) -> None:
     means = layers.groupby(["variant", "epoch"]).mean()
     means.columns = means.columns.str.split("/", expand=True)
     quantities = list(means.columns.unique(0))
+    if means.index.get_level_values("epoch").nunique() == 1:
+        _one_epoch(path, means.droplevel("epoch").loc[names], quantities)
+        return
     shape = (len(names), len(quantities))
     size = (3.2 * len(quantities) + 1.5, 1.5 * len(names) + 0.7)
     figure, panels = plt.subplots(*shape, figsize=size, squeeze=False, sharex=True, sharey="col")
@@ -104,6 +108,16 @@ def draw_layers(path: Path, layers: DataFrame, names: list[str]) -> None:
     for axes, name in zip(panels[:, 0], names, strict=True):
         axes.set_ylabel(textwrap.fill(name, 14), fontsize=11)
     figure.legend(*axes.get_legend_handles_labels(), title="layer", loc="outside right center")
+    style.save(figure, path, dpi=100)
+
+
+def _one_epoch(path: Path, means: DataFrame, quantities: list[str]) -> None:
+    """Draw each quantity against the layer, a line for each variant (a row of `means`)."""
+    figure, panels = plt.subplots(1, len(quantities), figsize=(3.2 * len(quantities) + 2, 3))
+    for axes, quantity in zip(np.atleast_1d(panels), quantities, strict=True):
+        axes.plot(means[quantity].T, marker="o", label=list(means.index), alpha=0.7)
+        axes.set(title=quantity.replace("_", " "), xlabel="layer")
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside right center")
     style.save(figure, path, dpi=100)
 
 

@@ -153,9 +153,8 @@ def _read_origin(run: Run, data: bytes | None) -> None:
     """Find out where a run comes from; `data` is its data/dataset.json."""
     commit, facts = run.revision.commit, run.facts
     if commit:
-        facts["date of the commit"] = pipeline.git(
-            "show", "-s", "--no-show-signature", "--format=%cI", commit
-        ).strip()
+        show = ("show", "-s", "--no-show-signature", "--format=%cI", commit)
+        facts["date of the commit"] = pipeline.git(*show).strip()
     if run.tracked:
         info, tags = run.tracked.info, run.tracked.data.tags
         facts["MLflow run"] = f"{info.run_name} ({info.run_id})"

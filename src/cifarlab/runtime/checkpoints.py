@@ -6,6 +6,7 @@ Checkpoints are not outputs of DVC. They lie at the main checkout, where tempora
 import hashlib
 import io
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +33,9 @@ class Checkpoint:
         self.conditions = {"key": key, **conditions}
         self.path.parent.mkdir(parents=True, exist_ok=True)
         for old in self.path.parent.iterdir():
-            if time.time() - old.stat().st_mtime > KEPT_DAYS * 86400:
-                old.unlink(missing_ok=True)
+            with suppress(FileNotFoundError):  # another process may remove or rename it
+                if time.time() - old.stat().st_mtime > KEPT_DAYS * 86400:
+                    old.unlink()
         # The kernel releases the lock when its process ends in any way.
         self.lock = FileLock(self.path.with_suffix(".lock"))
 

@@ -26,7 +26,7 @@ TIMES = """import sys; sys.path.insert(0, "src")
 from cifarlab import pipeline
 from cifarlab.params.load import load_params
 from cifarlab.runtime import timings
-print(timings.path_of(pipeline.training_key(load_params())))"""  # where they are
+print(timings.path_of(pipeline.training_key(load_params())))"""  # the file of the epoch times
 GIT = ("git", "-c", "core.autocrlf=false", "-c", "gc.auto=0")
 
 watchers = set[subprocess.Popen[str]]()
@@ -138,13 +138,12 @@ def configure(project: Path, settings: str, cache: str) -> None:
     """Write .dvc/config.local: the settings, with another cache, which processes may share."""
     config = configparser.RawConfigParser()
     config.read_string(settings)
-    for section, option, value in (
+    for section, option, path in (
         ("cache", "dir", cache),
         ("core", "site_cache_dir", str(project / ".dvc/tmp/site")),
     ):
-        if not config.has_section(section):
-            config.add_section(section)
-        config.set(section, option, value)
+        mark = "'" if '"' in path else '"'  # a path may hold # or a comma
+        config.read_dict({section: {option: f"{mark}{path}{mark}"}})
     with (project / ".dvc/config.local").open("w", encoding="utf-8") as file:
         config.write(file)
 

@@ -48,12 +48,9 @@ def run(address: str, changes: Mapping[str, Parameters]) -> Generator[tuple[str,
         for name in [name for name in changes if name not in there]:
             train = changed(changes[name]).train
             cpus = 1 if train.threads == "auto" else train.threads
-            task = ray.remote(clone.work).options(
-                name=name,
-                num_cpus=cpus,
-                num_gpus=int(train.device == "cuda" or (gpus and train.device == "auto")),
-                max_retries=RETRIES,
-            )
+            gpu = int(train.device == "cuda" or (gpus and train.device == "auto"))
+            needs = {"num_cpus": cpus, "num_gpus": gpu, "max_retries": RETRIES}
+            task = ray.remote(clone.work).options(name=name, **needs)
             running[task.remote(order, name, pipeline.set_options(changes[name]))] = name
         while running:
             [done], _ = ray.wait(list(running), num_returns=1)
@@ -61,7 +58,7 @@ def run(address: str, changes: Mapping[str, Parameters]) -> Generator[tuple[str,
             try:
                 _keep(ray.get(done))
                 problem = _pull(remote, name, changes[name])
-            except ray.exceptions.RayError as error:
+            except (ray.exceptions.RayError, UserError) as error:
                 problem = str(error).strip().splitlines()[-1]
             yield name, problem
     finally:

@@ -13,13 +13,7 @@ from cifarlab.figures.study import draw_layers, draw_study
 from cifarlab.files import ANSWERS, atomic
 from cifarlab.studies.points import Point, Tables, needed
 from cifarlab.studies.question import Study
-from cifarlab.studies.statistics import (
-    DIFFERENT,
-    EQUIVALENT,
-    UNDECIDED,
-    effects,
-    one_parameter_at_a_time,
-)
+from cifarlab.studies.statistics import DIFFERENT, EQUIVALENT, UNDECIDED, effects, one_at_a_time
 
 COMPARISON = ["difference", "95 % interval", "answer"]
 FEW = 5
@@ -45,7 +39,7 @@ def write_page(name: str, study: Study, points: list[Point], tables: Tables) -> 
         lacking = f"{name}.csv and {name}-epochs.csv lack {len(missing)} points ({missing[0]}, …)"
         advice = "runs them; if it just did, `git status` shows code that is not in Git"
         raise UserError(f"{ANSWERS}/{lacking}; `make study NAME={name}` {advice}")
-    comparison, alone = effects(study, results), one_parameter_at_a_time(study, results)
+    comparison, alone = effects(study, results), one_at_a_time(study, results)
     answer = f"{_filled(study.findings, comparison, alone, results)} {_summary(study, comparison)}"
     grid = DataFrame.from_dict(study.variants, orient="index")[list(study.grid)]
     title, label = study.question, f"{study.answer_by} accuracy"
@@ -93,7 +87,8 @@ def update_notice(name: str, results: DataFrame, folder: Path = ANSWERS) -> None
     if commits:
         notice = f"{NOTICE} (commit {commits}) and have not been confirmed for the present ones"
         text = text.replace("\n\n", f"\n\n{notice}; `make study NAME={name}` asks again.\n\n", 1)
-    path.write_text(text, "utf-8")
+    with atomic(path) as temporary:
+        temporary.write_text(text, "utf-8")
 
 
 def made_by(results: DataFrame) -> str:
@@ -127,9 +122,12 @@ def _filled(findings: str, comparison: DataFrame, alone: DataFrame, results: Dat
     both = pd.concat([table[["difference", "difference_margin"]] for table in (comparison, named)])
     margins = both.difference_margin.map(" ± {:.1f}".format)
     columns["difference"] = both.difference.map("{:+.1f}".format) + margins
+    for field in re.findall("{(.*?)}", findings):
+        if not re.fullmatch(r"\w+\[[^\]]+\]", field):
+            raise UserError(f"findings: {{{field}}} is not a number of the tables")
     try:
         return findings.format_map(columns)
-    except (KeyError, ValueError, IndexError) as error:
+    except (KeyError, ValueError) as error:
         raise UserError(f"findings: {{{error}}} is not a number of the tables") from error
 
 

@@ -33,7 +33,7 @@ TEXT = dict.fromkeys([*ORIGIN, "commit", "run"], str)  # a digest may consist of
 # Pictures, tracking and the number of images tested at a time decide no result. The data are
 # compared by the name of the data set, because the same images can come from several places.
 DATA_SET = ("data.name", "data.folder", "data.sources", "data.sha256")
-UNDECIDING = ("plot.", "tracking.", "evaluate.batch_size", *DATA_SET)
+IRRELEVANT = ("plot.", "tracking.", "evaluate.batch_size", *DATA_SET)
 
 
 class Link(BaseModel):
@@ -122,7 +122,7 @@ def key_of(parameters: Parameters) -> str:
 
     1 and 1.0 are equal.
     """
-    deciding = {k: value for k, value in parameters.items() if not k.startswith(UNDECIDING)}
+    deciding = {k: value for k, value in parameters.items() if not k.startswith(IRRELEVANT)}
     return json_digest(json.loads(json.dumps(deciding), parse_int=float))[:16]
 
 
@@ -267,10 +267,8 @@ def finished(points: list[Point]) -> Iterator[tuple[dict[str, Any], DataFrame]]:
         revision = next((found for found in named if _ran_with(found) == key), None)
         if not revision:
             continue
-        train, evaluation, per_class, history = (
-            pipeline.read(path, revision.commit)
-            for path in (files.TRAIN_METRICS, files.EVALUATION, files.PER_CLASS, files.HISTORY)
-        )
+        wanted = (files.TRAIN_METRICS, files.EVALUATION, files.PER_CLASS, files.HISTORY)
+        train, evaluation, per_class, history = (pipeline.read(p, revision.commit) for p in wanted)
         identity: dict[str, Any] = {"experiment": point.experiment, "commit": revision.baseline}
         identity |= {"code": code, "key": key, "variant": point.variant, "seed": point.seed}
         row = identity | json.loads(train)
@@ -278,7 +276,8 @@ def finished(points: list[Point]) -> Iterator[tuple[dict[str, Any], DataFrame]]:
         row |= {f"test_{name}": value for name, value in json.loads(evaluation).items()}
         classes = read_table(io.BytesIO(per_class), "class").set_index("class")["accuracy"]
         row |= {f"accuracy/{label}": share for label, share in classes.items()}
-        yield row | timing_of(revision), pd.read_csv(io.BytesIO(history)).assign(**identity)
+        row |= timing_of(revision) | {"data": data_set(point.parameters)}
+        yield row, pd.read_csv(io.BytesIO(history)).assign(**identity)
 
 
 def _ran_with(revision: Revision) -> str:

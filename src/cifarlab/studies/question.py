@@ -51,9 +51,8 @@ class Question(BaseModel, extra="forbid"):
             return cls.model_validate(read_yaml(path, "run from the top of the checkout"))
         except ValidationError as error:
             faults = [f"{'.'.join(map(str, e['loc']))} {e['msg']}".strip() for e in error.errors()]
-            raise UserError(
-                f"{path} is not a {cls.__name__.lower()}: {'; '.join(faults)}"
-            ) from error
+            kind = cls.__name__.lower()
+            raise UserError(f"{path} is not a {kind}: {'; '.join(faults)}") from error
 
     @property
     def shared(self) -> str:
@@ -98,6 +97,8 @@ class Study(Question):
 
     @model_validator(mode="after")
     def _expand_grid_and_check(self) -> Self:
+        if self.grid and self.variants:
+            raise ValueError("a study has variants or a grid, not both")
         for values in itertools.product(*self.grid.values()) if self.grid else ():
             changes = dict(zip(self.grid, values, strict=True))
             settings = (f"{key.split('.')[-1]} {value}" for key, value in changes.items())

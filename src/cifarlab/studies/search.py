@@ -17,6 +17,8 @@ from cifarlab.studies.points import Point, data_set, finished, key_of
 from cifarlab.studies.question import Range, Search
 from cifarlab.tracking.studies import publish
 
+THIRD = 3  # one of so many trials goes on to the next rung
+
 
 def run(name: str) -> Path:
     """Run the missing trials of studies/NAME.yaml, write docs/studies/NAME.md, return its path.
@@ -48,7 +50,7 @@ def _open(name: str, search: Search, question: str) -> optuna.Study:
     study = optuna.create_study(
         study_name=f"{name} {hashlib.sha256(identity.encode()).hexdigest()[:16]}",
         storage=f"sqlite:///{files.cache() / 'optuna.db'}",
-        pruner=optuna.pruners.SuccessiveHalvingPruner(search.rungs[0], reduction_factor=3),
+        pruner=optuna.pruners.SuccessiveHalvingPruner(1, reduction_factor=THIRD),
         direction="maximize",
         load_if_exists=True,
     )
@@ -61,7 +63,7 @@ def _train(name: str, search: Search, trial: optuna.Trial) -> float:
     """Train a trial on one rung after the other and return its validation accuracy."""
     drawn = {key: _draw(trial, key, values) for key, values in search.space.items()}
     rungs: list[dict[str, Any]] = []
-    for epochs in search.rungs:
+    for place, epochs in enumerate(search.rungs):
         changes = {**search.base, **drawn, "train.epochs": epochs}
         try:
             parameters = changed(changes).flat()
@@ -78,7 +80,7 @@ def _train(name: str, search: Search, trial: optuna.Trial) -> float:
         trial.set_user_attr("rungs", rungs)
         time = f"{seconds:.0f} s for {search.rungs[-1]} epochs"
         print(f"{experiment}: {accuracy:.2%} on validation, {time}; {drawn}", flush=True)
-        trial.report(accuracy, epochs)
+        trial.report(accuracy, THIRD**place)  # where the pruner expects the rungs
         if seconds > search.seconds or (epochs != search.rungs[-1] and trial.should_prune()):
             raise optuna.TrialPruned
     return float(accuracy)

@@ -82,11 +82,11 @@ def spent(share: float) -> float:
 
 @functools.cache
 def detectable_effect(seeds: int, level: float) -> float:
-    """Return the mean that a two-sided t test finds with a probability of 80 %.
+    """Return the smallest effect that a two-sided t test at `level` finds with a power of 80 %.
 
-    Its unit is the standard deviation of one seed. The noncentral t of SciPy and the TTestPower of
-    statsmodels fail for few seeds and low levels, so this averages over quantiles of the estimated
-    deviation.
+    Its unit is the standard deviation of the differences between seeds. The noncentral t of SciPy
+    and the TTestPower of statsmodels fail for few seeds and low levels, so this averages over
+    quantiles of the estimated deviation.
     """
     limit, quantiles = stats.t.ppf(1 - level / 2, seeds - 1), (np.arange(1000) + 0.5) / 1000
     deviations = np.sqrt(stats.chi2.ppf(quantiles, seeds - 1) / (seeds - 1))
@@ -113,17 +113,14 @@ def effects(study: Study, results: DataFrame) -> DataFrame:
     table = _accuracies(study, results)
     first, *others = study.variants
     pairs = [(name, first) for name in others]
-    found = (
-        compare(table, pairs, study.looks, study.margin)
-        .set_index("variant")
-        .reindex([*study.variants])
-    )
+    found = compare(table, pairs, study.looks, study.margin).set_index("variant")
+    found = found.reindex([*study.variants])
     found.loc[first, ["difference", "difference_margin", "p"]] = 0, 0, 1
     margin = stats.t.ppf(0.975, table.count() - 1) * table.sem()
     return found.assign(accuracy=table.mean(), accuracy_margin=margin)
 
 
-def one_parameter_at_a_time(study: Study, results: DataFrame) -> DataFrame:
+def one_at_a_time(study: Study, results: DataFrame) -> DataFrame:
     """Compare each variant of a grid with the one that has the first value of one parameter.
 
     Comparisons with the first variant are left out, because `effects` has them. Without a grid, the
@@ -142,7 +139,7 @@ def seeds_needed(study: Study, results: DataFrame) -> Counter[str]:
     """Return how many seeds each variant needs, as far as the results can tell."""
     others = effects(study, results)[1:].reset_index(names="variant")
     needed = Counter[str]()
-    for table in (others, one_parameter_at_a_time(study, results)):
+    for table in (others, one_at_a_time(study, results)):
         for names in (table.variant, table.reference):
             for name, seeds in zip(names, table.needed, strict=True):
                 needed[name] = max(needed[name], seeds)
@@ -156,7 +153,9 @@ def _accuracies(study: Study, results: DataFrame) -> DataFrame:
 
 
 def _look(differences: Numbers, verdict: Any, level: float, margin: float) -> Numbers:
-    """Return MEASURED of undecided pairs, one row each, at an error rate of `level`.
+    """Test the undecided pairs at one look, at an error rate of `level`.
+
+    Returns one row per undecided pair, with the columns of MEASURED.
 
     Parameters
     ----------
@@ -176,13 +175,7 @@ def _look(differences: Numbers, verdict: Any, level: float, margin: float) -> Nu
 
     with np.errstate(divide="ignore", invalid="ignore"):
         different, equivalent = np.abs(mean) / error, (margin - np.abs(mean)) / error
-    return np.column_stack(
-        (
-            np.full(len(mean), seeds),
-            mean,
-            stats.t.ppf(1 - level / 2, seeds - 1) * error,
-            detectable_effect(seeds, level / len(verdict)) * deviation,
-            corrected(DIFFERENT, different, 2),
-            corrected(EQUIVALENT, equivalent, 1),
-        )
-    )
+    margins = stats.t.ppf(1 - level / 2, seeds - 1) * error
+    detectable = detectable_effect(seeds, level / len(verdict)) * deviation
+    claims = corrected(DIFFERENT, different, 2), corrected(EQUIVALENT, equivalent, 1)
+    return np.column_stack((np.full(len(mean), seeds), mean, margins, detectable, *claims))

@@ -52,7 +52,7 @@ def report() -> None:
     """Print the state of every study, and update the notice at the top of its page."""
     rows: list[tuple[object, ...]] = []
     for name in names():
-        if "space" in read_yaml(QUESTIONS / f"{name}.yaml", ""):
+        if "space" in (read_yaml(QUESTIONS / f"{name}.yaml", "") or ()):
             rows.append((name, "a search: `make search` judges its trials", *[""] * 5))
             continue
         study, points = load(name)

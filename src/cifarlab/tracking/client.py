@@ -208,19 +208,25 @@ def all_runs(name: str = "") -> list[Any]:
         ours = {"filter_string": f"tags.`{KEY}` LIKE '%'{named}", "search_all_experiments": True}
         return list(mlflow.search_runs(**ours, output_format="list"))
 
-    try:
+    advice = "If mlflow.db is damaged, delete it: `make sync` then fills a new one"
+    with in_a_sentence("MLflow cannot be read (", f"); check MLFLOW_TRACKING_URI. {advice}"):
         return Deadline(60).wait(search)
-    except UserError:
-        raise
-    except Exception as error:  # MLflow, SQLAlchemy and requests raise their own
-        reason = f"MLflow cannot be read ({first_line(error)[:200]}); check MLFLOW_TRACKING_URI"
-        advice = "If mlflow.db is damaged, delete it: `make sync` then fills a new one"
-        raise UserError(f"{reason}. {advice}") from error
 
 
 def models_of(run: Any) -> list[str]:
     """Return the ids of the models of a run."""
     return [model.model_id for model in run.outputs.model_outputs] if run.outputs else []
+
+
+@contextmanager
+def in_a_sentence(before: str, after: str = "") -> Iterator[None]:
+    """Turn what MLflow, SQLAlchemy, requests and the disk raise into a UserError."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"{before}{first_line(error)[:200]}{after}") from error
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import pandas as pd
 
 from cifarlab import files, pipeline
-from cifarlab.errors import UserError, without_secrets
+from cifarlab.errors import UserError, first_line, without_secrets
 from cifarlab.pipeline import Revision
 from cifarlab.tracking import client as tracking
 
@@ -37,11 +37,8 @@ def prune(keep: Sequence[str], best: int, *, remove: bool) -> None:
     ranked = sorted(found, key=lambda revision: scores[revision], reverse=True)
     studied, rows, gone = _in_studies(), [], []
     for place, revision in enumerate(ranked):
-        reasons = {
-            "named": revision.name in keep,
-            f"among the best {best}": place < best,
-            "in a study": revision.name in studied,
-        }
+        reasons = {"named": revision.name in keep, f"among the best {best}": place < best}
+        reasons["in a study"] = revision.name in studied
         reason = ", ".join(text for text, applies in reasons.items() if applies)
         gone += [] if reason else [revision]
         state = f"stays: {reason}" if reason else "goes"
@@ -63,10 +60,15 @@ def _accuracy(revision: Revision) -> float:
 
 
 def _in_studies() -> set[str]:
-    """Return the experiments that the table of a study names."""
-    paths = files.ANSWERS.glob("*.csv")
-    tables = [pd.read_csv(path, dtype={"experiment": str}) for path in paths]
-    return {name for table in tables if "experiment" in table for name in table.experiment}
+    """Return the experiments that the table of a study names. UserError: a table is damaged."""
+    names: set[str] = set()
+    for path in files.ANSWERS.glob("*.csv"):
+        try:
+            table = pd.read_csv(path, dtype={"experiment": str})
+        except ValueError as error:
+            raise UserError(f"{path} is damaged ({first_line(error)}); repair it first") from error
+        names.update(table.get("experiment", []))
+    return names
 
 
 def _remove(gone: list[Revision]) -> None:
@@ -74,9 +76,10 @@ def _remove(gone: list[Revision]) -> None:
     origins = {(revision.name, revision.baseline) for revision in gone}
     tags = ("dvc.exp.name", "dvc.exp.baseline")
     runs = [r for r in tracking.all_runs() if tuple(map(r.data.tags.get, tags)) in origins]
-    client = tracking.connect()
-    for run in runs:
-        client.delete_run(run.info.run_id)
+    with tracking.in_a_sentence("MLflow cannot delete a run (", "); nothing was removed from DVC"):
+        client = tracking.connect()
+        for run in runs:
+            client.delete_run(run.info.run_id)
     if runs and tracking.database():  # a server keeps what it deletes until its owner cleans up
         command = [sys.executable, "-m", "mlflow", "gc", "--run-ids"]
         command += [",".join(run.info.run_id for run in runs), "--backend-store-uri"]

@@ -1,8 +1,8 @@
 """Logged models: finding one, and the champion among the registered versions."""
 
+import re
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import suppress
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -11,14 +11,14 @@ import pandas as pd
 from scipy.stats import binomtest
 
 from cifarlab import files, pipeline
-from cifarlab.errors import UserError, first_line
+from cifarlab.errors import UserError
 from cifarlab.params.load import load_params
-from cifarlab.tracking.client import connect, models_of
+from cifarlab.tracking.client import connect, in_a_sentence, models_of
 from cifarlab.tracking.sync import tags_of
 from cifarlab.tracking.upload import NOTE, TEST_DIGEST
 
 CHAMPION = "champion"
-LEVEL = 0.05  # two-sided; above it, the difference may be chance
+SIGNIFICANCE = 0.05  # two-sided; above it, the difference may be chance
 
 
 def download_network(uri: str, folder: Path) -> Path:
@@ -35,7 +35,7 @@ def download_network(uri: str, folder: Path) -> Path:
     """
     import mlflow
 
-    with _in_a_sentence(uri):
+    with in_a_sentence(f"MLflow cannot give {uri}: "):
         client = connect()
         if "/" not in uri:
             uri = f"models:/{_model_of(client.get_run(uri))}"
@@ -47,19 +47,19 @@ def promote(name: str, *, force: bool) -> str:
     """Register the model of a run or experiment; make it the champion if it is better.
 
     Better means: it gets more of the same test images right, and McNemar's exact test on the
-    images that only one of the two gets right is below LEVEL (McNemar 1947).
+    images that only one of the two gets right is below SIGNIFICANCE (McNemar 1947).
 
     Raises
     ------
     UserError
         There is no such run, or it has no model.
     """
-    with _in_a_sentence(name):
+    with in_a_sentence(f"MLflow cannot give {name}: "):
         client, registered = connect(), load_params().tracking.experiment
         run = _find_run(client, name)
         model = _model_of(run)
         champion = _champion(client, registered)
-        known = client.search_model_versions(f"name = '{registered}'")
+        known = client.search_model_versions(f'name = "{registered}"')
         version = next((v for v in known if v.source.endswith(model)), None)
         if not version:
             if champion is None and not known:
@@ -83,14 +83,14 @@ def promote(name: str, *, force: bool) -> str:
 
 def champion() -> str:
     """Describe the champion and say how DVC restores it. UserError: there is none."""
-    with _in_a_sentence(CHAMPION):
+    with in_a_sentence(f"MLflow cannot give {CHAMPION}: "):
         client, registered = connect(), load_params().tracking.experiment
         if (version := _champion(client, registered)) is None:
             raise UserError(f"{registered} has no champion; `cifarlab promote RUN` makes one")
         run = client.get_run(version.run_id)
         accuracy = run.data.metrics.get("accuracy/test", float("nan"))
         revisions = chain(pipeline.experiments(), pipeline.commits())
-        found = (r.restore for r in revisions if tags_of(r).items() <= run.data.tags.items())
+        found = (revision.restore for revision in revisions if _shows(run, revision))
         return (
             f"{registered} version {version.version}: {run.info.run_name}, "
             f"test accuracy {accuracy:.2%}, run {version.run_id}\n"
@@ -99,33 +99,28 @@ def champion() -> str:
         )
 
 
-@contextmanager
-def _in_a_sentence(name: str) -> Iterator[None]:
-    """Turn what MLflow, its database and its server raise into one sentence."""
-    from mlflow.exceptions import MlflowException
-    from requests import RequestException
-    from sqlalchemy.exc import SQLAlchemyError
-
-    try:
-        yield
-    except (MlflowException, SQLAlchemyError, RequestException) as error:
-        raise UserError(f"MLflow cannot give {name}: {first_line(error)[:200]}") from error
+def _shows(run: Any, revision: pipeline.Revision) -> bool:
+    """Tell whether a run shows a revision; not if its dvc.lock is damaged or was deleted."""
+    with suppress(UserError):
+        return bool(tags_of(revision).items() <= run.data.tags.items())
+    return False
 
 
 def _champion(client: Any, registered: str) -> Any:
     """Return the version that is the champion; None if there is none."""
-    found = client.search_registered_models(f"name = '{registered}'")
+    found = client.search_registered_models(f'name = "{registered}"')
     version = found[0].aliases.get(CHAMPION) if found else None
     return version and client.get_model_version(registered, version)
 
 
 def _find_run(client: Any, name: str) -> Any:
     """Return the run with this id, or the newest one of a DVC experiment."""
+    if re.fullmatch(r"[0-9a-f]{32}", name):
+        return client.get_run(name)
     experiment = client.get_experiment_by_name(load_params().tracking.experiment)
-    # The newest run comes first.
-    for run in client.search_runs([experiment.experiment_id]) if experiment else []:
-        if name in (run.info.run_id, run.data.tags.get("dvc.exp.name")):
-            return run
+    named = f'tags.`dvc.exp.name` = "{name}"'  # the newest run comes first
+    for run in client.search_runs([experiment.experiment_id], named, 1) if experiment else []:
+        return run
     raise UserError(f"MLflow has no run or experiment {name}; `cifarlab sync` logs what it misses")
 
 
@@ -151,7 +146,7 @@ def _compare(client: Any, old: Any, new: Any) -> tuple[bool, str]:
     lost, won, p = mcnemar(*right)
     counts = f"of {len(right[0]):,} test images, {won} only the new one gets right and {lost} only"
     text = f"{counts} the champion (McNemar's exact test: p = {p:.2g})"
-    return won > lost and p < LEVEL, text
+    return won > lost and p < SIGNIFICANCE, text
 
 
 def mcnemar(one: Any, other: Any) -> tuple[int, int, float]:

@@ -8,7 +8,7 @@ from cifarlab.pipeline import Revision
 from cifarlab.tracking import client as tracking
 from cifarlab.tracking.sync import run_of
 
-TIMING = ("run", "seconds", "wall", "machine", "data")
+TIMING = ("run", "seconds", "wall", "machine")
 
 
 def timing_of(revision: Revision) -> dict[str, Any]:
@@ -18,7 +18,7 @@ def timing_of(revision: Revision) -> dict[str, Any]:
     -------
     run : id of the MLflow run
     seconds, wall : of the training alone, and of the whole run
-    machine, data : device and versions in words, name of the data set
+    machine : device and versions in words
 
     All values are None, with a warning, if MLflow cannot say.
     """
@@ -27,13 +27,10 @@ def timing_of(revision: Revision) -> dict[str, Any]:
         client, run_id = tracking.connect(), run_of(revision)
         run, epochs = client.get_run(run_id), client.get_metric_history(run_id, "epoch_seconds")
         machine = "{device}, {threads} threads, {precision}, PyTorch {torch}"
-        return {
-            "run": run_id,
-            "seconds": sum(epoch.value for epoch in epochs) or None,
-            "wall": (run.info.end_time - run.info.start_time) / 1000,
-            "machine": machine.format(**run.data.tags),
-            "data": run.inputs.dataset_inputs[0].dataset.name,
-        }
+        seconds = sum(epoch.value for epoch in epochs) or None
+        wall = (run.info.end_time - run.info.start_time) / 1000
+        values = (run_id, seconds, wall, machine.format(**run.data.tags))
+        return dict(zip(TIMING, values, strict=True))
 
     with tracking.only_warn(f"{revision.name} has no training time"):
         return tracking.Deadline(600).wait(read)

@@ -8,7 +8,7 @@ from typing import Any
 import pandas as pd
 
 from cifarlab import files, pipeline
-from cifarlab.errors import UserError, first_line
+from cifarlab.errors import UserError
 from cifarlab.params.load import load_params
 from cifarlab.pipeline import WORKSPACE, Revision
 from cifarlab.tracking import client as tracking
@@ -41,7 +41,8 @@ def sync(*, check: bool = False) -> None:
             if not revision.name and any(wanted.items() <= other.items() for other in unnamed):
                 continue
             unnamed += [] if revision.name else [wanted]
-            run_id, status = mirror.complete(revision, wanted, check=check)
+            with tracking.in_a_sentence("MLflow failed (", ")"):
+                run_id, status = mirror.complete(revision, wanted, check=check)
         except UserError as error:
             status = f"not logged: {error}"
         rows.append((revision.label, revision.restore, run_id, status))
@@ -159,10 +160,7 @@ class Mirror:
                 origin = (tags["dvc.exp.name"], tags.get("dvc.exp.baseline", ""))
             run = StageRun("plot", Execution(params, key, *origin, folder), run=known)
             deadline = tracking.Deadline(600)
-            try:
-                return deadline.wait(lambda: self.client.get_run(run.close("FINISHED")))
-            except Exception as error:  # MLflow, SQLAlchemy, requests and the disk raise their own
-                raise UserError(f"MLflow failed ({first_line(error)[:200]})") from error
+            return deadline.wait(lambda: self.client.get_run(run.close("FINISHED")))
 
 
 def tags_of(revision: Revision) -> Tags:
