@@ -6,6 +6,7 @@ Most tests run the stages directly, because DVC would only add time.
 
 import contextlib
 import hashlib
+import itertools
 import json
 import os
 import shutil
@@ -162,6 +163,8 @@ class Lab:
         """Check that the only run has each epoch once, with its time; return the run."""
         content = self.content(uri)
         history = pd.read_csv(self.folder / "plots/history.csv", index_col="epoch")
+        kinds = itertools.product(("train", "val"), ("loss", "accuracy"))
+        history = history.rename(columns={f"{part}_{of}": f"{of}/{part}" for part, of in kinds})
         [timings] = (self.folder / ".cache/trainings").glob("*.json")
         times = {
             int(epoch): ended

@@ -132,7 +132,7 @@ def test_a_changed_plot_runs_plot_only(finished: Project) -> None:
     assert runs.keys() == {"50", "60"}
     sizes = [finished.artifact_size(run, "figures/confusion.png") for run in runs.values()]
     assert (finished.folder / "plots/confusion.png").stat().st_size == min(sizes) < max(sizes)
-    assert len(finished.client().get_metric_history(runs["50"].info.run_id, "train_loss")) == 3
+    assert len(finished.client().get_metric_history(runs["50"].info.run_id, "loss/train")) == 3
 
 
 def test_a_changed_evaluate_does_not_train(finished: Project) -> None:
