@@ -119,7 +119,7 @@ def _find_run(client: Any, name: str) -> Any:
         return client.get_run(name)
     experiment = client.get_experiment_by_name(load_params().tracking.experiment)
     named = f'tags.`dvc.exp.name` = "{name}"'  # the newest run comes first
-    for run in client.search_runs([experiment.experiment_id], named, 1) if experiment else []:
+    for run in client.search_runs([experiment.experiment_id], named) if experiment else []:
         return run
     raise UserError(f"MLflow has no run or experiment {name}; `cifarlab sync` logs what it misses")
 
