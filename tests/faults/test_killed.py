@@ -306,6 +306,14 @@ def test_old_checkpoints_are_pruned(here: Path) -> None:
     assert [path.stem for path in here.glob(".cache/checkpoints/*.pt")] == ["young"]
 
 
+@pytest.mark.usefixtures("here")
+def test_a_checkpoint_that_another_process_removes_meanwhile_does_not_matter(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(Path, "iterdir", lambda folder: iter([folder / "gone.pt"]))
+    assert Checkpoint("another", CONDITIONS).load() is None
+
+
 def test_divergence_keeps_the_last_good_checkpoint(
     here: Path, train_params: MakeTrain, content: dict[str, Any]
 ) -> None:

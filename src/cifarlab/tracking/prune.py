@@ -64,10 +64,9 @@ def _in_studies() -> set[str]:
     names: set[str] = set()
     for path in files.ANSWERS.glob("*.csv"):
         try:
-            table = pd.read_csv(path, dtype={"experiment": str})
-        except ValueError as error:
+            names.update(pd.read_csv(path, dtype={"experiment": str})["experiment"])
+        except (ValueError, KeyError) as error:
             raise UserError(f"{path} is damaged ({first_line(error)}); repair it first") from error
-        names.update(table.get("experiment", []))
     return names
 
 

@@ -1,0 +1,38 @@
+"""How a search chooses the trials that go on. test_study.py trains a real one."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cifarlab.studies import search
+from cifarlab.studies.points import Point
+from cifarlab.studies.question import Search
+from tests.conftest import REPO
+
+
+@pytest.mark.parametrize("rungs", [[1, 2, 4], [1, 3, 9], [2, 4, 5]])
+def test_a_search_passes_on_a_third_after_every_rung(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rungs: list[int]
+) -> None:
+    """Every trial is better than those before on the first rung, and worse on the second."""
+
+    def finished(points: list[Point]) -> Iterator[tuple[dict[str, Any], None]]:
+        _, trial, epochs = points[0].experiment.split("-")
+        place = rungs.index(int(epochs))
+        accuracy = 0.5 + 0.01 * int(trial) if place == 0 else 0.9 - 0.01 * int(trial)
+        yield {"val_accuracy": accuracy, "seconds": 1.0, "experiment": points[0].experiment}, None
+
+    for name in ("params.yaml", "src", "stages", "dvc.yaml"):
+        (tmp_path / name).symlink_to(REPO / name)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(search, "run_one", lambda *_: None)
+    monkeypatch.setattr(search, "finished", finished)
+    monkeypatch.setattr(search.files, "cache", lambda: tmp_path / ".cache")
+    content = {"question": "?", "space": {"train.lr": {"low": 0.1, "high": 0.2}}}
+    asked = Search.model_validate(content | {"rungs": rungs, "seconds": 100, "trials": 6})
+    study = search._open("s", asked, "")
+    study.optimize(lambda trial: search._train("s", asked, trial), asked.trials)
+    ended = [trial.user_attrs["rungs"][-1]["epochs"] for trial in study.trials]
+    assert ended == [rungs[2], *[rungs[1]] * 5]
