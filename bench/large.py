@@ -42,8 +42,8 @@ ROWS: dict[str, tuple[int, str, int, list[str]]] = {
     "224×224, tiny network, in memory": (960, "memory", 1, LARGE),
     "224×224, tiny network, on disk and in the page cache": (960, "cached", 1, LARGE),
     "224×224, tiny network, on disk only": (960, "disk", 1, LARGE),
-    "32×32, default network, 1 process": (512, "memory", 1, []),
-    "32×32, default network, 2 processes": (512, "memory", 2, []),
+    "32×32, default network, 1 process": (2_048, "memory", 1, []),
+    "32×32, default network, 2 processes": (2_048, "memory", 2, []),
 }
 
 

@@ -16,6 +16,7 @@ from filelock import FileLock
 
 from tests.conftest import REPO
 from tests.support.project import Project
+from tests.support.servers import Server
 
 ray = pytest.importorskip("ray", reason="Ray is not installed: `make cluster-test` installs it")
 cluster_utils = pytest.importorskip("ray.cluster_utils")
@@ -78,8 +79,14 @@ def trainings(folder: Path) -> list[psutil.Process]:
 
 
 def test_a_node_and_the_coordinator_are_killed_and_nothing_is_lost_or_done_twice(
-    shared: Project, cluster: cluster_utils.Cluster, tmp_path: Path, scratch: Path
+    shared: Project,
+    cluster: cluster_utils.Cluster,
+    own_mlflow_server: Server,
+    tmp_path: Path,
+    scratch: Path,
 ) -> None:
+    uri = own_mlflow_server.uri
+    shared.env |= {"MLFLOW_TRACKING_URI": uri}
     missing = shared.run(*STUDY, "ray", check=False, RAY_ADDRESS=cluster.address).stdout
     assert "the Git remote origin, which lacks this commit; `git push origin`" in missing
     shared.run("git", "push", "--quiet", "origin", "main")
@@ -87,6 +94,8 @@ def test_a_node_and_the_coordinator_are_killed_and_nothing_is_lost_or_done_twice
     with first:
         wait_until(lambda: len(trainings(scratch)) == 2)
         wait_until(lambda: len([*(tmp_path / "checkpoints/checkpoints").glob("*.pt")]) == 2)
+        # The server shows curves while the workers still train.
+        wait_until(lambda: [*live_losses(shared, uri)])
         lost = trainings(scratch)
         cluster.remove_node(cluster.nodes[0], allow_graceful=False)
         wait_until(lambda: sum(process.is_running() for process in lost) < 2)
@@ -107,7 +116,7 @@ def test_a_node_and_the_coordinator_are_killed_and_nothing_is_lost_or_done_twice
     epochs = pd.read_csv(shared.folder / "docs/studies/demo-epochs.csv")
     assert set(epochs.groupby("experiment").epoch.max()) == {12}
     # Another checkout, which has neither tables nor experiments, fetches all and trains nothing.
-    runs = [run for run in shared.all_runs() if "dvc.exp.name" in run.data.tags]  # not the study's
+    runs = [run for run in shared.all_runs(uri) if "dvc.exp.name" in run.data.tags]  # not the study's
     assert sorted(run.data.tags["dvc.exp.name"] for run in runs) == sorted(table.experiment)
     assert {run.info.status for run in runs} == {"FINISHED"}
     shared.dvc("exp", "remove", "--quiet", "--all-commits")
@@ -134,6 +143,14 @@ def test_a_node_and_the_coordinator_are_killed_and_nothing_is_lost_or_done_twice
     question.write_text(question.read_text("utf-8").replace("train.epochs: 12", "train.epochs: 1"))
     taken = shared.run(*STUDY, "ray", RAY_ADDRESS=cluster.address, check=False).stdout
     assert "origin has another experiment of this name; `dvc exp remove --git-remote" in taken
+
+
+def live_losses(project: Project, uri: str) -> Iterator[float]:
+    """Yield the loss of each run that is still training."""
+    if project.client(uri).get_experiment_by_name("cifarlab"):
+        for run in project.all_runs(uri):
+            if run.info.status == "RUNNING" and "loss/train" in run.data.metrics:
+                yield run.data.metrics["loss/train"]
 
 
 def wait_until(condition: object) -> None:
