@@ -151,7 +151,7 @@ test-all: setup  ## also the slow tests: more kills, more draws, long stalls
 	$(PYTEST) "$${TESTS:-tests}"
 
 cluster: setup  ## what many machines need: Ray, S3, PostgreSQL (docs/scale.md)
-	uv pip install --quiet --requirement requirements-cluster.txt
+	python -m pip install --quiet --requirement requirements-cluster.txt
 
 cluster-test: cluster  ## the tests of Ray, S3 and PostgreSQL, which `make test-all` skips without them
 	python -m pytest tests/cluster

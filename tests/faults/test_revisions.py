@@ -353,19 +353,18 @@ def test_a_store_of_an_older_version_is_taken_over(used: Project) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["subfolder", "worktree", "submodule", "detached"])
+@pytest.mark.parametrize("kind", ["subfolder", "detached worktree", "submodule"])
 def test_every_kind_of_checkout_works(used: Project, kind: str, tmp_path: Path) -> None:
     git = partial(used.run, "git", "-c", "protocol.file.allow=always")
-    git("checkout", "--quiet", "--detach")
-    folder, other = used.folder, tmp_path / "other"
-    if kind == "worktree":
-        git("worktree", "add", "--quiet", str(other))
+    other = tmp_path / "other"
+    folder = other / "inner"
+    if kind == "detached worktree":
         folder = other
+        git("worktree", "add", "--quiet", "--detach", str(other))
     elif kind == "submodule":
         git("init", "--quiet", str(other))
         git("-C", str(other), "submodule", "--quiet", "add", str(used.folder), "inner")
         git("-C", str(other), "commit", "--quiet", "--message=outer")
-        folder = other / "inner"
     elif kind == "subfolder":
         git("init", "--quiet", str(other))
         archive = tmp_path / "archive.tar"
@@ -374,7 +373,6 @@ def test_every_kind_of_checkout_works(used: Project, kind: str, tmp_path: Path) 
         shutil.unpack_archive(archive, other)
         git("-C", str(other), "add", "--all")
         git("-C", str(other), "commit", "--quiet", "--message=outer")
-        folder = other / "inner"
     project = Project(folder, used.fork_server)
     project.dvc("cache", "dir", "--local", str(used.folder.parent / "shared"))
     project.dvc("repro", "--force")

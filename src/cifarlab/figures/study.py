@@ -16,6 +16,7 @@ from scipy import stats
 from cifarlab.figures import style
 
 Tables = tuple[DataFrame, DataFrame]
+BARS: dict[str, Any] = {"err_style": "bars", "err_kws": {"capsize": 3}, "marker": "o"}
 ROWS = 12  # variants for which the effect on each class is drawn: those with the largest ones
 
 
@@ -41,29 +42,30 @@ def draw_study(
     margin : differences below it, in points, count as equivalent
     """
     style.apply()
-    (results, epochs), names = tables, list(effects.index)
+    results, names = tables[0], list(effects.index)
+    epochs, seen = _with_accuracy(tables[1])
     heights = (max(4.2, 1.4 + 0.26 * len(names)), 1.4 + 0.32 * min(len(names) - 1, ROWS))
-    figure = plt.figure(figsize=(12, sum(heights)))
-    cells = figure.add_gridspec(2, 2, height_ratios=heights)
-    left, middle, right = map(figure.add_subplot, (cells[0, 0], cells[0, 1], cells[1, :]))
-    look: dict[str, Any] = {"errorbar": _interval, "err_kws": {"alpha": min(0.1, 0.7 / len(names))}}
-    if epochs.epoch.nunique() == 1:  # its line and band could not be seen
-        look |= {"marker": "o", "err_style": "bars", "err_kws": {}}
+    figure, panels = plt.subplot_mosaic("ab;cc", figsize=(12, sum(heights)), height_ratios=heights)
+    left, middle, right = panels.values()
+    one_epoch = epochs.epoch.nunique() == 1  # its line and band could not be seen
+    look = BARS if one_epoch else {"err_kws": {"alpha": min(0.1, 0.7 / len(names))}}
     if len(grid.columns) and is_numeric_dtype(grid.iloc[:, 0]) and grid.iloc[:, 0].nunique() > 2:
         parameter, *others = grid.columns
         line = ", ".join(others) or None
         if line:
             grid = grid.assign(**{line: grid[others].astype(str).agg(", ".join, axis=1)})
-        results, epochs = (table.join(grid, on="variant") for table in tables)
-        _lines(left, results, parameter, line)
-        left.set(ylabel=f"{label}, %")
-        look |= {"hue": parameter, "style": line, "palette": "flare", "legend": "full"}
+        results, epochs = (table.join(grid, on="variant") for table in (results, epochs))
+        lines = BARS | {"hue": line, "style": line}
+        _lines(left, label, results, parameter, lines)
+        shades = look | {"hue": parameter, "style": line, "palette": "flare", "legend": "full"}
+        x, look = (parameter, lines | {"legend": False}) if one_epoch else ("epoch", shades)
+        _lines(middle, seen, epochs, x, look)
     else:
         palette = ["black", *sns.color_palette("husl", len(names) - 1)]
         _effects(left, effects, palette, label, margin)
-        look |= {"hue": "variant", "hue_order": names, "palette": palette, "legend": False}
+        hues = {"hue": "variant", "hue_order": names, "palette": palette, "legend": False}
+        _lines(middle, seen, epochs, "epoch", look | hues)
         middle.set(xlabel="epoch (colours as on the left)")
-    _learning_curves(middle, epochs, look)
     _each_class(right, results, names)
     figure.suptitle(title)
     style.save(figure, path, dpi=100)
@@ -127,12 +129,24 @@ def _interval(values: Any) -> tuple[float, float]:
     return values.mean() - margin, values.mean() + margin
 
 
-def _lines(axes: Axes, results: DataFrame, parameter: str, line: str | None) -> None:
-    """Draw the accuracy against a parameter that is a number, a line for each value of `line`."""
-    bars = {"err_style": "bars", "err_kws": {"capsize": 3}, "errorbar": _interval, "marker": "o"}
-    percent = results.assign(accuracy=100 * results.accuracy)
-    sns.lineplot(percent, x=parameter, y="accuracy", hue=line, style=line, ax=axes, **bars)
-    axes.set(title="Mean and 95 % interval", xticks=sorted(results[parameter].unique()))
+def _with_accuracy(epochs: DataFrame) -> tuple[DataFrame, str]:
+    """Return the epochs with a column `accuracy`, and what it is."""
+    if "val_accuracy" in epochs and epochs.val_accuracy.notna().any():
+        return epochs.assign(accuracy=epochs.val_accuracy), "validation accuracy"
+    return epochs.assign(accuracy=epochs.train_accuracy), "training accuracy"
+
+
+def _lines(axes: Axes, label: str, table: DataFrame, x: str, look: dict[str, Any]) -> None:
+    """Draw the accuracy against the epoch, or against a parameter that is a number."""
+    percent = table.assign(accuracy=100 * table.accuracy)
+    sns.lineplot(percent, x=x, y="accuracy", errorbar=_interval, ax=axes, **look)
+    axes.set(title="Mean and 95 % interval", ylabel=f"{label}, %")
+    if x == "epoch":
+        axes.locator_params("x", integer=True, min_n_ticks=1)
+    else:
+        axes.set_xticks(sorted(table[x].unique()))
+    if x == "epoch" and axes.get_legend():
+        sns.move_legend(axes, "center left", bbox_to_anchor=(1, 0.5), fontsize=9, frameon=False)
 
 
 def _effects(axes: Axes, effects: DataFrame, palette: list[Any], label: str, margin: float) -> None:
@@ -147,17 +161,6 @@ def _effects(axes: Axes, effects: DataFrame, palette: list[Any], label: str, mar
     axes.set(yticks=places, yticklabels=effects.index, ylim=(len(effects) - 0.5, -0.5))
     axes.set(title="Effect, 95 % interval (hollow: undecided, square: equivalent)")
     axes.set(xlabel=f"{label}, points compared with {first} (grey: up to {margin:g})")
-
-
-def _learning_curves(axes: Axes, epochs: DataFrame, look: dict[str, Any]) -> None:
-    validated = "val_accuracy" in epochs and epochs.val_accuracy.notna().any()
-    split, label = ("val", "validation") if validated else ("train", "training")
-    percent = epochs.assign(accuracy=100 * epochs[f"{split}_accuracy"])
-    sns.lineplot(percent, x="epoch", y="accuracy", ax=axes, **look)
-    if axes.get_legend():
-        sns.move_legend(axes, "center left", bbox_to_anchor=(1, 0.5), fontsize=9, frameon=False)
-    axes.locator_params("x", integer=True, min_n_ticks=1)
-    axes.set(title="Learning curves, mean and 95 % interval", ylabel=f"{label} accuracy, %")
 
 
 def _each_class(axes: Axes, results: DataFrame, names: list[str]) -> None:
