@@ -35,11 +35,38 @@ def test_learning_curves_of_one_epoch_can_be_seen(
     tables = Tables(results, epochs)
     draw_study(Path("-"), "?", "test accuracy", effect, tables=tables, grid=grid, margin=1)
     _, curves, _ = drawn[0].axes
-    means = [line for line in curves.lines if len(line.get_xdata()) == count]
+    lines = [line for line in curves.lines if line.get_marker() != "_"]  # an interval's end
+    means = [line for line in lines if len(line.get_xdata()) == count]
     heights = sorted({float(line.get_ydata()[0]) for line in means})
     assert heights == pytest.approx([61, 71])
     markers = [line.get_marker() for line in means if line.get_marker() != "None"]
     assert markers == (["o", "o"] if count == 1 else [])
+
+
+def test_accuracies_after_one_epoch_are_drawn_against_the_parameter(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    drawn: list[Figure] = []
+    monkeypatch.setattr(style, "save", lambda figure, *_, **__: drawn.append(figure))
+    study = Study(question="?", grid={"model.layers": [1, 2, 4]}, seeds=[0, 1])
+    rows = [
+        {"variant": variant, "seed": seed, "accuracy": 0.5 + 0.1 * place, "accuracy/cat": 0.5}
+        for place, variant in enumerate(study.variants)
+        for seed in (0, 1)
+    ]
+    results = pd.DataFrame(rows)
+    epochs = results.assign(epoch=1, train_accuracy=results.accuracy - 0.1)
+    grid = pd.DataFrame.from_dict(study.variants, orient="index")
+    effect, tables = effects(study, results), Tables(results, epochs)
+    draw_study(Path("-"), "?", "test accuracy", effect, tables=tables, grid=grid, margin=1)
+    for axes, mean in zip(drawn[0].axes, ([50, 60, 70], [40, 50, 60]), strict=False):
+        [line] = [line for line in axes.lines if line.get_marker() == "o"]
+        assert line.get_xdata().tolist() == [1, 2, 4]
+        assert line.get_ydata().tolist() == pytest.approx(mean)
+    assert [axes.get_ylabel() for axes in drawn[0].axes[:2]] == [
+        "test accuracy, %",
+        "training accuracy, %",
+    ]
 
 
 @pytest.mark.parametrize("smallest", [0.5, 1e-5, 0.0])
