@@ -102,6 +102,7 @@ def test_a_node_and_the_coordinator_are_killed_and_nothing_is_lost_or_done_twice
         assert first.wait_for("done, 3 left"), first.output
         first.end(signal.SIGKILL)
     wait_until(lambda: not trainings(scratch))
+    wait_until(lambda: not [*scratch.glob("cifarlab-*/demo-*")])  # the clones
     sent = shared.run("git", "ls-remote", "origin", "refs/exps/*").stdout
     output = shared.run(*STUDY, "ray", RAY_ADDRESS=cluster.address, seconds=1500).stdout
     assert "4 points, 1 done, 3 to run" in output

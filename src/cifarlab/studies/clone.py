@@ -9,18 +9,20 @@ import configparser
 import contextlib
 import getpass
 import os
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from subprocess import DEVNULL, PIPE, Popen
 from typing import NamedTuple
 
-# It reads the process group of each command that starts. If its standard input ends without a 0,
-# this process has died: the group is told to stop, and killed after three seconds.
-WATCHER = """while read -r next; do group=$next; done
+# It reads the process group of each command that starts, and 0 when it has ended. If its standard
+# input ends before that, this process was ended: the group is told to stop, and killed after three
+# seconds. It works in the background of a shell that ends at once, because Ray kills the children
+# of a worker that it ends.
+WATCHER = """exec 3<&0 2>/dev/null; { group=0; while read -r next; do group=$next; done
 [ "$group" = 0 ] || { kill -TERM -$group; sleep 3; kill -KILL -$group; sleep 1; }
-rm -rf "$1" """
+rm -rf "$1"; } <&3 &"""
 NO_SERVER = "http://127.0.0.1:9"  # where nothing listens
 TIMES = """import sys; sys.path.insert(0, "src")
 from cifarlab import pipeline
@@ -29,7 +31,7 @@ from cifarlab.runtime import timings
 print(timings.path_of(pipeline.training_key(load_params())))"""  # the file of the epoch times
 GIT = ("git", "-c", "core.autocrlf=false", "-c", "gc.auto=0")
 
-watchers = set[subprocess.Popen[str]]()
+watchers = set[Popen[str]]()
 
 
 class Order(NamedTuple):
@@ -88,18 +90,19 @@ def work(order: Order, name: str, options: Sequence[str]) -> dict[str, str]:
     with watcher(folder) as watching, log.open("w") as output:
 
         def run(*command: str, where: Path = folder / "clone" / order.prefix) -> str:
-            process = subprocess.Popen(
+            process = Popen(
                 command,
                 cwd=where,
                 env=env,
                 process_group=0,
-                stdin=subprocess.DEVNULL,
-                stdout=output if command[0] == "dvc" else subprocess.PIPE,
+                stdin=DEVNULL,
+                stdout=output if command[0] == "dvc" else PIPE,
                 stderr=output,
                 text=True,
             )
             watching(process.pid)
             answer, _ = process.communicate()
+            watching(0)
             if process.returncode:
                 said = log.read_text("utf-8", "replace").strip() or f"{command[0]} failed"
                 last = said.splitlines()[-1]
@@ -152,14 +155,12 @@ def configure(project: Path, settings: str, cache: str) -> None:
 def watcher(folder: Path) -> Iterator[Callable[[int], None]]:
     """Delete a folder when the block ends, or when this process dies.
 
-    Yields a function for the process group of each command. If this process dies or calls `stop`,
-    the last one is ended before.
+    Yields a function for the process group of a command that starts, or 0 when it has ended. What
+    still runs is ended first.
     """
     command = ["sh", "-c", WATCHER, "sh", str(folder)]
-    with subprocess.Popen(
-        command, stdin=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, start_new_session=True
-    ) as process:
-        assert process.stdin
+    with Popen(command, stdin=PIPE, stdout=PIPE, text=True, start_new_session=True) as process:
+        assert process.stdin and process.stdout  # noqa: PT018
 
         def watch(group: int) -> None:
             if process.stdin and not process.stdin.closed:
@@ -169,8 +170,9 @@ def watcher(folder: Path) -> Iterator[Callable[[int], None]]:
         try:
             yield watch
         finally:
-            watch(0)
             watchers.discard(process)
+            process.stdin.close()
+            process.stdout.read()  # until it has ended
 
 
 def stop() -> None:
