@@ -20,7 +20,9 @@ def evaluate(params: Params) -> None:
     checkpoints.path_of(pipeline.training_key(params)).unlink(missing_ok=True)
     device.keep_memory()
     data = Dataset.load(files.DATA)
-    gpu_or_cpu = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.backends.cudnn.allow_tf32 = False  # float32 is meant
+    on_gpu = torch.cuda.is_available() and params.train.device != "cpu"
+    gpu_or_cpu = torch.device("cuda" if on_gpu else "cpu")
     trained = weights.load(files.WEIGHTS).to(gpu_or_cpu)
     with track("evaluate", params), interrupted_once():
         pixels = data.images["test"]

@@ -117,7 +117,9 @@ def test_a_node_and_the_coordinator_are_killed_and_nothing_is_lost_or_done_twice
     epochs = pd.read_csv(shared.folder / "docs/studies/demo-epochs.csv")
     assert set(epochs.groupby("experiment").epoch.max()) == {12}
     # Another checkout, which has neither tables nor experiments, fetches all and trains nothing.
-    runs = [run for run in shared.all_runs(uri) if "dvc.exp.name" in run.data.tags]  # not the study's
+    runs = [
+        run for run in shared.all_runs(uri) if "dvc.exp.name" in run.data.tags
+    ]  # not the study's
     assert sorted(run.data.tags["dvc.exp.name"] for run in runs) == sorted(table.experiment)
     assert {run.info.status for run in runs} == {"FINISHED"}
     shared.dvc("exp", "remove", "--quiet", "--all-commits")

@@ -2,6 +2,7 @@
 
 import io
 import shutil
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -119,8 +120,25 @@ def test_the_test_images_depend_on_names_and_contents_only(tmp_path: Path, get: 
 def test_without_a_share_a_test_part_is_needed(tmp_path: Path, refused: Callable[..., str]) -> None:
     folder = write(tmp_path / "mine", CATS)
     assert "data.test = 0 holds out none" in refused("folder", folder, test=0)
-    few = write(tmp_path / "few", pictures(2, "cat", "dog"))
-    assert "holds no images in test/cat/" in refused("folder", few, test=0.2)
+    few = write(tmp_path / "few", CATS | pictures(1, "rare"))
+    sentence = "holds no images in test/rare/; each class needs images to train on and to test"
+    assert sentence in refused("folder", few, test=0.2)
+
+
+@pytest.mark.parametrize("share", [0.2, 0.9])
+def test_of_two_images_of_a_class_one_is_for_testing(
+    tmp_path: Path, get: Get, share: float
+) -> None:
+    data = get("folder", write(tmp_path / "mine", CATS | pictures(2, "rare")), test=share)
+    for split in ("train", "test"):
+        assert np.bincount(data.labels[split])[2] == 1
+
+
+@pytest.mark.parametrize("share", [0.1, 0.3, 0.5])
+def test_equal_images_stay_together(tmp_path: Path, read: Read, share: float) -> None:
+    copies = {name.replace(".png", "-copy.png"): content for name, content in CATS.items()}
+    _, problems = read("folder", write(tmp_path / "mine", CATS | copies), test=share)
+    assert problems == []  # otherwise a test image is also a training image
 
 
 # Formats
@@ -312,6 +330,26 @@ def test_a_wrong_table_is_refused(
     folder = write(tmp_path / "mine", FLAT | {"t.csv": content})
     assert sentence in refused("folder", folder, labels="t.csv")
     assert "there is no data.labels = u.csv" in refused("folder", folder, labels="u.csv")
+
+
+def test_a_table_may_name_an_image_again(tmp_path: Path, read: Read) -> None:
+    folder = write(tmp_path / "mine", FLAT | {"t.csv": table([*ROWS, *ROWS])})
+    data, problems = read("folder", folder, labels="t.csv")
+    assert len(data.labels["train"]) + len(data.labels["test"]) == len(ROWS)
+    assert problems == []
+
+
+def test_a_table_that_cannot_be_read_is_refused(
+    tmp_path: Path, refused: Callable[..., str]
+) -> None:
+    content = table(ROWS)
+    archive = zipped(tmp_path / "mine.zip", FLAT | {"t.csv": content})
+    data = archive.read_bytes()
+    with zipfile.ZipFile(archive) as opened:  # the checksum no longer fits
+        packed = opened.getinfo("t.csv")
+        start = packed.header_offset + 30 + len("t.csv")
+    archive.write_bytes(data[: start + 9] + bytes([data[start + 9] ^ 1]) + data[start + 10 :])
+    assert "t.csv cannot be read: " in refused("folder", archive, labels="t.csv")
 
 
 @pytest.mark.parametrize("label", ["NA", "null", "nan", "7", "C+", "C#"])

@@ -60,6 +60,8 @@ def test_dead_units_and_gradients_are_those_of_the_layer(make_params: MakeParams
     found = diagnose(network, *data, F.cross_entropy)
     assert network.training
     assert all(p.grad is None for p in network.parameters())
+    F.cross_entropy(network(data.images.permute(0, 3, 1, 2)), data.labels).backward()
+    assert diagnose(network, *data, F.cross_entropy) == found  # the last batch left gradients
     assert set(found) == {
         f"{what}/{i}"
         for what in ("distinct_filters", "dead_units", "gradient_norm")

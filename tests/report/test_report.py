@@ -361,7 +361,14 @@ def test_a_comparison_opens_offline(used: Project, browser: Any) -> None:
     commit = used.run("git", "rev-parse", "HEAD").stdout.strip()
     data = json.loads((used.folder / "data/dataset.json").read_text("utf-8"))
     found = used.runs()
-    for known in (commit, data["digest"], data["name"], found["other-seed"].info.run_id, "float32"):
+    run = found["other-seed"]
+    for known in (
+        commit,
+        data["digest"],
+        data["name"],
+        run.info.run_id,
+        run.data.tags["precision"],
+    ):
         assert known in text
     assert "McNemar's exact test: p =" in text
     assert re.search(r"train\.seed\s*0\s*0\s*1\s", text)

@@ -104,10 +104,10 @@ def by_table(names: Iterable[str], text: str, table: str) -> Layout:
         place = Place(SPLIT_NAMES.get(split.lower(), ""), label, file)
         if places.setdefault(known_as[0], place)[:2] != place[:2]:
             raise UserError(f"{where}: {readable(file)} has another label above")
-    if 10 * (len(rows) - len(places)) > len(rows):
-        example = next(problem.file for problem in problems if problem.file.startswith(table))
-        count = f"{len(places)} of {len(rows)} files in {table} are there"
-        raise UserError(f"{count}; look at {readable(example)}")
+    absent = [problem.file for problem in problems if problem.file.startswith(f"{table}, line")]
+    if 10 * len(absent) > len(rows):
+        count = f"{len(rows) - len(absent)} of {len(rows)} files in {table} are there"
+        raise UserError(f"{count}; look at {readable(absent[0])}")
     missing = f"not in {table}"
     return places, problems + [Problem(name, missing) for name in images if name not in places]
 

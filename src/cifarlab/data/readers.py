@@ -178,6 +178,8 @@ def _table(source: Path, name: str) -> tuple[str, str]:
         return read().getvalue().decode("utf-8-sig"), PurePosixPath(name).name
     except UnicodeDecodeError as error:
         raise UserError(f"{name} is not UTF-8; save it as CSV in UTF-8") from error
+    except Exception as error:  # damaged bytes can raise any exception
+        raise UserError(f"{name} cannot be read: {reason(error)}; replace it") from error
 
 
 def _with_test(
@@ -198,7 +200,14 @@ def _with_test(
     classes: dict[str, list[str]] = {}
     for name in sorted(places, key=lambda name: (digests[name], places[name])):
         classes.setdefault(places[name].label, []).append(name)
-    test = {n for of_class in classes.values() for n in of_class[: round(share * len(of_class))]}
+    test = set[str]()
+    for of_class in classes.values():
+        count = min(max(1, round(share * len(of_class))), len(of_class) - 1)
+        while 0 < count < len(of_class) and (
+            digests[of_class[count - 1]] == digests[of_class[count]]
+        ):
+            count += 1
+        test.update(of_class[:count])
     return {n: p._replace(split="test" if n in test else "train") for n, p in places.items()}
 
 
@@ -210,7 +219,7 @@ def _check_classes(source: Path, places: dict[str, Place]) -> None:
         raise UserError(f"{source} holds one class only, {only}; at least two are needed")
     for label in sorted(classes["train"] ^ classes["test"]):
         split = SPLITS[label in classes["train"]]
-        needed = "train/<class>/ and test/<class>/ need the same classes"
+        needed = "each class needs images to train on and to test, so at least two"
         raise UserError(f"{source} holds no images in {split}/{label}/; {needed}")
     for place in places.values():
         if place.label not in classes["train"]:

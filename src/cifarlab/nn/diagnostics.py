@@ -44,6 +44,7 @@ def diagnose(
             if isinstance(module, tuple(ACTIVATIONS.values())):
                 hooks.enter_context(module.register_forward_pre_hook(note))
         loss = loss_of(network(images[:IMAGES].permute(0, 3, 1, 2)), labels[:IMAGES])
+    network.zero_grad()  # there are those of the last batch
     loss.backward()  # type: ignore[no-untyped-call]
     filters = [m.weight for m in network.stages.modules() if isinstance(m, nn.Conv2d)]
     found: dict[str, float] = {}

@@ -57,6 +57,6 @@ def chart(title: str, lines: "list[tuple[str, int, bool, pd.Series[float]]]") ->
     lines : label, number of the colour, whether dashed, and finite values with the epoch as index
     """
     every = pd.concat([values for *_, values in lines])
-    x = MaxNLocator(6, integer=True).tick_values(every.index.min(), every.index.max())
-    y = MaxNLocator(5).tick_values(every.min(), every.max())
+    x = MaxNLocator(6, integer=True).tick_values(0, every.index.max())
+    y = MaxNLocator(5).tick_values(every.min(), max(every.max(), every.min() + 0.01))
     return {"title": title, "lines": lines, "x": [*x], "y": [*y]}
