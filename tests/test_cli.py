@@ -55,6 +55,15 @@ def test_the_command_works_at_the_top_of_a_checkout_and_below(checkout: Path, pl
     assert (done.returncode, done.stdout) == (0, "params.yaml is valid\n")
 
 
+def test_paths_start_where_the_command_is_typed(checkout: Path) -> None:
+    below = checkout / "src/cifarlab"
+    (below / "mine.safetensors").write_bytes(b"damaged")
+    for command in ("export --model mine.safetensors --onnx a", "predict --model x no.png"):
+        done = launch(below, *command.split())
+        assert done.returncode == 1
+        assert str(below / ("mine.safetensors" if "export" in command else "no.png")) in done.stderr
+
+
 def test_the_command_works_without_activating_its_environment(
     checkout: Path, tmp_path: Path
 ) -> None:

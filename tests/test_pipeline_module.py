@@ -235,3 +235,14 @@ def test_a_scratch_copy_needs_the_cache(project: Path) -> None:
 def test_a_list_is_passed_to_dvc_as_one_value() -> None:
     options = pipeline.set_options({"model.widths": [16, 32], "data.name": "digits"})
     assert options == ["-S", "model.widths=[16,32]", "-S", 'data.name="digits"']
+
+
+@pytest.mark.parametrize("value", ["/home/josé/photos", "Vögel", "鳥", "a b, [c]: {d} 'e'"])
+def test_a_text_of_any_script_reaches_dvc_as_it_is(tmp_path: Path, value: str) -> None:
+    from dvc.utils.hydra import apply_overrides
+
+    path = tmp_path / "params.yaml"
+    path.write_text("data:\n  folder: images\n")
+    [_, override] = pipeline.set_options({"data.folder": value})
+    apply_overrides(path, [override])
+    assert yaml.safe_load(path.read_text("utf-8")) == {"data": {"folder": value}}

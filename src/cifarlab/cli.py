@@ -1,5 +1,6 @@
 """The command line: `cifarlab COMMAND`, also called by the Makefile."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -18,7 +19,18 @@ WORKERS = click.option(
     metavar="CLUSTER",
     help="Run on a Ray cluster: ray, or ray://HOST:PORT (docs/scale.md).",
 )
-FILE = click.Path(path_type=Path, dir_okay=False)
+HERE = Path(os.environ.get("CIFARLAB_HERE", ""))  # where the command was typed: launcher.py
+
+
+class FromHere(click.Path):
+    """A path that starts where the command was typed."""
+
+    def convert(self, value: Any, parameter: Any, ctx: Any) -> Any:
+        """Return the path as the top of the checkout sees it."""
+        return HERE / str(super().convert(value, parameter, ctx))
+
+
+FILE = FromHere(path_type=Path, dir_okay=False)
 STYLE = """body { font-family: system-ui, sans-serif; margin: 2rem }
 body > div { margin-bottom: 2.5rem; overflow-x: auto } img { max-width: 44vw; height: auto }"""
 
@@ -196,6 +208,10 @@ MODEL = click.option(
 )
 
 
+def _from_here(model: str) -> str:
+    return str(HERE / model) if model and (HERE / model).is_file() else model
+
+
 @main.command(
     epilog='Examples: cifarlab predict cat.jpg "photos/*.jpg"; cifarlab predict - <cat.jpg'
 )
@@ -212,7 +228,8 @@ def predict(images: tuple[str, ...], model: str, top: int, form: str | None) -> 
     from cifarlab import predict as predicting
 
     broken: list[str] = []
-    paths, network = predicting.find(images), predicting.load(model)
+    typed = [name if name.startswith(("-", "~")) else str(HERE / name) for name in images]
+    paths, network = predicting.find(typed), predicting.load(_from_here(model))
     for line in predicting.shown(predicting.predict(network, paths, top, broken), form or ""):
         click.echo(line)
     if broken:
@@ -231,7 +248,7 @@ def export(model: str, onnx: Path | None, torch: Path | None) -> None:
 
     if not (onnx or torch):
         raise UserError("name a file: --onnx FILE or --torch FILE")
-    network = load(model)
+    network = load(_from_here(model))
     for path, write in ((onnx, export_onnx), (torch, export_torch)):
         if path:
             write(network, path)

@@ -48,7 +48,8 @@ class Revision(NamedTuple):
     def restore(self) -> str:
         """The command that brings it back into the workspace; empty for the workspace."""
         if self.name:
-            return f"dvc exp apply {shlex.quote(self.name)}"
+            # Experiments of other commits may have this name, too.
+            return f"dvc exp apply {self.commit[:10] or shlex.quote(self.name)}"
         return f"git checkout {self.commit[:10]} && dvc checkout" if self.commit else ""
 
 
@@ -389,8 +390,11 @@ def repeat(folder: Path) -> bool:
 
 def set_options(changes: dict[str, Any]) -> list[str]:
     """Return the options of `dvc exp run` that set parameters: ["-S", "model.layers=3", …]."""
-    texts = (f"{key}={json.dumps(value, separators=(',', ':'))}" for key, value in changes.items())
-    return [option for text in texts for option in ("-S", text)]
+    options: list[str] = []
+    for key, value in changes.items():  # Hydra does not read \u00e9
+        text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+        options += ["-S", f"{key}={text}"]
+    return options
 
 
 def queued() -> dict[str, Revision]:

@@ -297,20 +297,32 @@ def test_a_checkpoint_of_other_conditions_is_refused(
 
 
 def test_old_checkpoints_are_pruned(here: Path) -> None:
-    for key, days in (("old", KEPT_DAYS + 1), ("young", KEPT_DAYS - 1)):
+    old, young = "0" * 64, "1" * 64
+    for key, days in ((old, KEPT_DAYS + 1), (young, KEPT_DAYS - 1), ("mine", KEPT_DAYS + 1)):
         checkpoint = Checkpoint(key, CONDITIONS)
         checkpoint.save({"history": []})
         made = time.time() - days * 86400
         os.utime(checkpoint.path, (made, made))
+    (checkpoint.path.parent / "folder").mkdir()
+    os.utime(checkpoint.path.parent / "folder", (made, made))
     Checkpoint("another", CONDITIONS)
-    assert [path.stem for path in here.glob(".cache/checkpoints/*.pt")] == ["young"]
+    # The folder may be shared: what is not a checkpoint of ours stays.
+    assert {path.stem for path in here.glob(".cache/checkpoints/*.pt")} == {young, "mine"}
+
+
+def test_a_relative_folder_of_checkpoints_is_in_the_main_checkout(
+    here: Path, monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    monkeypatch.setenv("CIFARLAB_CHECKPOINTS", "shared")
+    monkeypatch.chdir(tmp_path_factory.mktemp("copy"))
+    assert path_of("k") == here / "shared/checkpoints/k.pt"
 
 
 @pytest.mark.usefixtures("here")
 def test_a_checkpoint_that_another_process_removes_meanwhile_does_not_matter(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(Path, "iterdir", lambda folder: iter([folder / "gone.pt"]))
+    monkeypatch.setattr(Path, "iterdir", lambda folder: iter([folder / f"{'0' * 64}.pt"]))
     assert Checkpoint("another", CONDITIONS).load() is None
 
 

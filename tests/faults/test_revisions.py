@@ -95,7 +95,7 @@ def test_an_experiment_that_dvc_restored_from_its_cache_gets_a_run(used: Project
     )
     assert "restored" not in used.runs()
     output = cifarlab(used, "sync")
-    assert re.search(r"restored\s+dvc exp apply restored\s+\w{32}\s+logged", output)
+    assert re.search(r"restored\s+dvc exp apply \w{10}\s+\w{32}\s+logged", output)
     restored, original = (content(used, used.runs()[name]) for name in ("restored", "other-seed"))
     for part in ("epochs", "metrics", "params", "artifacts", "inputs", "models"):
         assert restored[part] == original[part]
@@ -141,7 +141,7 @@ def test_what_cannot_be_logged_is_listed(used: Project) -> None:
     used.dvc("gc", "--workspace", "--force")
     output = cifarlab(used, "sync", code=1)
     assert re.search(
-        r"other-seed\s+dvc exp apply other-seed\s+"
+        r"other-seed\s+dvc exp apply \w{10}\s+"
         r"not logged: its outputs are not all in DVC's cache",
         output,
     )
@@ -382,7 +382,7 @@ def test_every_kind_of_checkout_works(used: Project, kind: str, tmp_path: Path) 
     cifarlab(project, "sync")
     output = cifarlab(project, "sync")
     assert re.search(r"commit \w+\s.*was there", output)
-    assert re.search(r"try\s+dvc exp apply try\s+\w{32}\s+was there", output)
+    assert re.search(r"try\s+dvc exp apply \w{10}\s+\w{32}\s+was there", output)
     assert cifarlab(project, "verify", "try").splitlines()[-1].startswith("identical: ")
 
 
@@ -439,7 +439,7 @@ def test_experiments_that_are_renamed_removed_made_branches_or_pushed(
     assert any(re.search(r"commit \w+ .*was there", row) for row in table(used))
     used.dvc("exp", "rename", "other-seed", "renamed")
     rows = "\n".join(table(used))
-    assert re.search(r"renamed\s+dvc exp apply renamed\s+\w{32}\s+logged", rows)
+    assert re.search(r"renamed\s+dvc exp apply \w{10}\s+\w{32}\s+logged", rows)
     assert all("was there" in row for row in table(used) if row.lstrip().startswith("renamed"))
     used.dvc("exp", "remove", "renamed")
     rows = "\n".join(table(used))
@@ -460,7 +460,7 @@ def test_experiments_that_are_renamed_removed_made_branches_or_pushed(
     project.dvc("exp", "pull", "origin", "with-mirror")
     project.dvc("pull")
     rows = "\n".join(table(project))
-    assert re.search(r"with-mirror\s+dvc exp apply with-mirror\s+\w{32}\s+logged", rows)
+    assert re.search(r"with-mirror\s+dvc exp apply \w{10}\s+\w{32}\s+logged", rows)
     before, after = (p.runs()["with-mirror"].data.metrics for p in (used, project))
     names = {name for name in before if not name.startswith(("system/", "epoch_seconds"))}
     assert {name: after[name] for name in names} == {name: before[name] for name in names}

@@ -14,6 +14,7 @@ import yaml
 from cifarlab import pipeline
 from cifarlab.errors import UserError
 from cifarlab.studies import page, points, study
+from cifarlab.studies.question import slug
 
 REPO = Path(__file__).resolve().parents[2]
 QUESTIONS = sorted({*(REPO / "studies").glob("*.yaml")} - {REPO / "studies/search.yaml"})
@@ -442,3 +443,12 @@ def test_a_notice_is_put_below_the_title_replaced_and_removed(checkout: Path) ->
     assert path.read_text() == text.replace("Some", f"{notice.replace(', unknown', '')}\n\nSome")
     page.update_notice("depth", table.assign(counts=True))
     assert path.read_text() == text
+
+
+@pytest.mark.parametrize("text", ["ReLU", "激活", "0..1", "..", "a b"])
+def test_the_name_of_an_experiment_is_one_for_git(text: str) -> None:
+    name = f"{slug(text)}-0"
+    assert not name.startswith("-")
+    reference = ["git", "check-ref-format", f"refs/exps/ab/cd/{name}"]
+    assert subprocess.run(reference, check=False).returncode == 0
+    assert slug("激活") != slug("激"), "two studies are two"

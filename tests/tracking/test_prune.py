@@ -32,7 +32,8 @@ def test_dvc_keeps_everything_if_mlflow_refuses_to_delete_a_run(
         raise MlflowException("Permission denied")
 
     tags = {"dvc.exp.name": "a", "dvc.exp.baseline": "b"}
-    run = SimpleNamespace(data=SimpleNamespace(tags=tags), info=SimpleNamespace(run_id="1"))
+    info = SimpleNamespace(run_id="1")
+    run = SimpleNamespace(data=SimpleNamespace(tags=tags), info=info, outputs=None)
     monkeypatch.setattr(client, "all_runs", lambda: [run])
     monkeypatch.setattr(client, "connect", lambda: SimpleNamespace(delete_run=refuse))
     monkeypatch.setattr(pipeline, "remove_experiments", lambda _: pytest.fail("removed from DVC"))

@@ -13,7 +13,8 @@ from statsmodels.stats.contingency_tables import mcnemar
 
 from cifarlab.errors import UserError
 from cifarlab.params.load import load_params
-from cifarlab.tracking import registry
+from cifarlab.tracking import prune, registry
+from cifarlab.tracking.client import connect
 from cifarlab.tracking.upload import TEST_DIGEST
 from tests.conftest import REPO
 from tests.tracking.conftest import client_of
@@ -31,7 +32,7 @@ def add(checkout: Path) -> Add:
         subprocess.run(["git", *author, *command], check=True)
     subprocess.run(["dvc", "init", "--quiet", "--force"], check=True)
     client = client_of(checkout)
-    experiment = client.create_experiment(NAME)
+    experiment = client.create_experiment(NAME, (checkout / "mlartifacts").as_uri())
     assert load_params().tracking.experiment == NAME
 
     def add(name: str, right: list[bool], digest: str = "same", model: bool = True) -> str:
@@ -88,6 +89,45 @@ def test_a_worse_network_does_not_become_the_champion(checkout: Path, add: Add) 
     add("worse", [True] * 40 + [False] * 60)
     assert "0 only the new one gets right and 20 only" in registry.promote("worse", force=False)
     assert champion_of(checkout) == first
+
+
+def test_a_champion_whose_run_was_deleted_can_be_replaced(checkout: Path, add: Add) -> None:
+    first = add("first", [True, False])
+    registry.promote("first", force=False)
+    client = client_of(checkout)
+    client.delete_run(first)
+    client._tracking_client.store._hard_delete_run(first)
+    second = add("second", [True] * 10)
+    assert "it cannot be compared with the champion" in registry.promote("second", force=False)
+    assert "is the champion now, by --force" in registry.promote("second", force=True)
+    assert champion_of(checkout) == second
+
+
+def test_a_registered_model_without_versions_gets_one(checkout: Path, add: Add) -> None:
+    client_of(checkout).create_registered_model(NAME)
+    add("first", [True])
+    assert "is the first champion" in registry.promote("first", force=False)
+
+
+def test_what_is_registered_is_not_pruned(checkout: Path, add: Add) -> None:
+    run = add("first", [True])
+    client_of(checkout).set_tag(run, "dvc.exp.baseline", "abc")
+    client_of(checkout).set_tag(run, "cifarlab.key", "k")
+    assert prune._registered() == set()
+    registry.promote("first", force=False)
+    assert prune._registered() == {("first", "abc")}
+
+
+def test_a_moved_champion_is_found(
+    checkout: Path, add: Add, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    registry.promote(add("first", [True]), force=False)
+    moved = checkout.with_name("moved")
+    checkout.rename(moved)
+    monkeypatch.chdir(moved)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")  # MLflow has set it in this process
+    client = connect()
+    assert client.get_model_version_download_uri(NAME, "1").startswith(moved.as_uri())
 
 
 def test_other_test_images_cannot_be_compared(checkout: Path, add: Add) -> None:

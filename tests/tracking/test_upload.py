@@ -18,6 +18,7 @@ from cifarlab.tracking.upload import Execution, accuracy_of, model_name
 from tests.tracking.conftest import (
     CONDITIONS,
     EVALUATION,
+    HISTORY,
     Make,
     client_of,
     points,
@@ -99,6 +100,13 @@ def test_logging_again_adds_nothing(checkout: Path, make_params: Make) -> None:
         assert len(points(checkout, name)) == expected, name
     assert len(run.inputs.dataset_inputs) == 1
     assert len(run.outputs.model_outputs) == 1
+
+
+def test_the_epochs_of_a_newer_training_are_logged(checkout: Path, params: Params) -> None:
+    log("train", params)
+    (checkout / "plots/history.csv").write_text(HISTORY.replace("1,0.5", "1,0.6"))
+    log("train", params)
+    assert [value for _, _, value in points(checkout, "loss/train")] == [0.5, 0.6, 0.4]
 
 
 def test_a_changed_evaluation_replaces_the_value(checkout: Path, params: Params) -> None:

@@ -5,6 +5,7 @@ Checkpoints are not outputs of DVC. They lie at the main checkout, where tempora
 
 import hashlib
 import io
+import re
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -32,7 +33,8 @@ class Checkpoint:
         self.path = path_of(key)
         self.conditions = {"key": key, **conditions}
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        for old in self.path.parent.iterdir():
+        ours = re.compile(r"\.?[0-9a-f]{64}\.(\d+\.)?(pt|lock)")  # the folder may be shared
+        for old in filter(lambda path: ours.fullmatch(path.name), self.path.parent.iterdir()):
             with suppress(FileNotFoundError):  # another process may remove or rename it
                 if time.time() - old.stat().st_mtime > KEPT_DAYS * 86400:
                     old.unlink()

@@ -85,7 +85,7 @@ def path_of(key: str, checkout: Path | None = None) -> Path:
 def kept(checkout: Path | None = None) -> Path:
     """Return the folder that holds timings and checkpoints.
 
-    CIFARLAB_CHECKPOINTS may name one that several machines share.
+    CIFARLAB_CHECKPOINTS may name one that several machines share, relative to the main checkout.
     """
     named = os.environ.get("CIFARLAB_CHECKPOINTS")
-    return files.cache(checkout) if checkout or not named else Path(named)
+    return files.cache(checkout) if checkout or not named else files.root() / named

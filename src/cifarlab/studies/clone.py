@@ -129,6 +129,7 @@ def _work(
     if not remote:
         run(*GIT, "push", "--quiet", "--force", "--no-verify", order.source, f"{ref}:{ref}")
         return {}
+    run("dvc", "push", "--quiet", "--run-cache")  # first: who sees the experiment takes it as whole
     run("dvc", "exp", "push", "--quiet", "origin", name)
     # If the name is taken, `dvc exp push` sends nothing and does not fail.
     if run("git", "ls-remote", "origin", ref) != run("git", "ls-remote", ".", ref):

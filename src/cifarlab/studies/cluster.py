@@ -14,6 +14,7 @@ from cifarlab.pipeline import Revision, git
 from cifarlab.runtime import timings
 from cifarlab.studies import clone
 from cifarlab.studies.question import Parameters
+from cifarlab.tracking import client as tracking
 
 RETRIES = 10  # how often an experiment runs again whose worker or machine was lost
 PASSED_ON = ("AWS_", "CIFARLAB_", "MLFLOW_")  # variables that workers get from here
@@ -58,7 +59,7 @@ def run(address: str, changes: Mapping[str, Parameters]) -> Generator[tuple[str,
             try:
                 _keep(ray.get(done))
                 problem = _pull(remote, name, changes[name])
-            except (ray.exceptions.RayError, UserError) as error:
+            except ray.exceptions.RayError as error:
                 problem = str(error).strip().splitlines()[-1]
             yield name, problem
     finally:
@@ -90,6 +91,8 @@ def _remote() -> tuple[str, clone.Order]:
         for part, value in zip(("NAME", "EMAIL"), _identity(role), strict=True)
     }
     passed = {key: value for key, value in os.environ.items() if key.startswith(PASSED_ON)}
+    if tracking.database():  # of this machine, also if MLflow has set the variable
+        passed.pop("MLFLOW_TRACKING_URI", None)
     prefix = git("rev-parse", "--show-prefix").strip()
     return remote, clone.Order(url, head, head, prefix, identity | passed)
 
@@ -108,7 +111,10 @@ def _identity(role: str) -> tuple[str, str]:
 
 def _pull(remote: str, name: str, changes: Parameters) -> str:
     """Bring an experiment and its outputs into this checkout; return what is wrong with it."""
-    pipeline.dvc("exp", "pull", "--quiet", "--force", remote, name)
+    try:
+        pipeline.dvc("exp", "pull", "--quiet", "--force", remote, name)
+    except UserError as error:
+        return str(error).strip().splitlines()[-1]
     ref = clone.reference(pipeline.git_commit(), name)
     if pipeline.params_of(Revision(name, pipeline.git_commit(ref), "")) == changed(changes):
         return ""

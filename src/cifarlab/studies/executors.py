@@ -59,14 +59,15 @@ def run_queue(execute: Executor) -> None:
         Some failed, or the code has changed since they were queued.
     """
     changes, code = dict[str, Parameters](), pipeline.dependencies(stages=pipeline.EVERY)
-    for name, task in pipeline.queued().items():
+    tasks = pipeline.queued()
+    for name, task in tasks.items():
         if different := git("diff", "--name-only", task.commit, "--", *code).split():
             reason = f"{' '.join(different)} changed since {name} was queued"
             raise UserError(f"{reason}; `dvc queue start` runs it as it was")
         changes[name] = pipeline.differences(task)
     print(f"{len(changes)} queued", flush=True)
     if changes:
-        run(changes, execute, lambda name: pipeline.dvc("queue", "remove", name))
+        run(changes, execute, lambda name: pipeline.dvc("queue", "remove", tasks[name].commit))
 
 
 def run_one(name: str, changes: Parameters) -> None:

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
+from cifarlab.digest import json_digest
 from cifarlab.errors import UserError
 from cifarlab.files import QUESTIONS
 from cifarlab.params.load import read_yaml
@@ -22,7 +23,8 @@ def names() -> list[str]:
 
 def slug(text: str) -> str:
     """Return a text as it appears in the name of an experiment: lower case, words joined by -."""
-    return re.sub(r"[^a-z0-9.]+", "-", text.lower()).strip("-.")
+    words = re.sub(r"\.\.+", ".", re.sub(r"[^a-z0-9.]+", "-", text.lower())).strip("-.")
+    return words or json_digest(text)[:8]  # no letter that Git and DVC take everywhere
 
 
 class Question(BaseModel, extra="forbid"):

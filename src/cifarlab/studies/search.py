@@ -14,7 +14,7 @@ from cifarlab.params.load import changed
 from cifarlab.studies.executors import run_one
 from cifarlab.studies.page import folder_of, markdown_table, write_answer
 from cifarlab.studies.points import Point, data_set, finished, key_of
-from cifarlab.studies.question import Range, Search
+from cifarlab.studies.question import Range, Search, slug
 from cifarlab.tracking.studies import publish
 
 THIRD = 3  # one of so many trials goes on to the next rung
@@ -49,7 +49,7 @@ def _open(name: str, search: Search, question: str) -> optuna.Study:
     files.cache().mkdir(exist_ok=True)
     study = optuna.create_study(
         study_name=f"{name} {hashlib.sha256(identity.encode()).hexdigest()[:16]}",
-        storage=f"sqlite:///{files.cache() / 'optuna.db'}",
+        storage="sqlite:///.cache/optuna.db",  # the path of the checkout may hold a ? or a brace
         pruner=optuna.pruners.SuccessiveHalvingPruner(1, reduction_factor=THIRD),
         direction="maximize",
         load_if_exists=True,
@@ -69,7 +69,7 @@ def _train(name: str, search: Search, trial: optuna.Trial) -> float:
             parameters = changed(changes).flat()
         except UserError as error:  # a combination that is not possible
             raise optuna.TrialPruned(str(error)) from error
-        experiment = f"{name}-{trial.number}-{epochs}"
+        experiment = f"{slug(name)}-{trial.number}-{epochs}"
         run_one(experiment, changes)
         point = Point(f"trial {trial.number}", 0, experiment, changes, parameters)
         row = next((row for row, _ in finished([point])), {})

@@ -309,7 +309,7 @@ def _move_artifacts(path: Path) -> None:
     """
     here = (path.parent / ARTIFACTS).as_uri()
     columns = {"experiments": "artifact_location", "runs": "artifact_uri"}
-    columns["logged_models"] = "artifact_location"
+    columns |= {"logged_models": "artifact_location", "model_versions": "storage_location"}
     query = "SELECT DISTINCT artifact_location FROM experiments WHERE artifact_location LIKE ?"
     with closing(sqlite3.connect(path, timeout=5)) as store, store:
         for (old,) in store.execute(query, [f"file:%/{ARTIFACTS}"]).fetchall():

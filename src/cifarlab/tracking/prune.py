@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 import pandas as pd
 
@@ -16,8 +17,8 @@ from cifarlab.tracking import client as tracking
 def prune(keep: Sequence[str], best: int, *, remove: bool) -> None:
     """Print which experiments stay and which go; with `remove`, remove the latter.
 
-    Those stay that are named, the `best` ones, and those in the tables of studies. The outputs of
-    every commit and of the workspace stay in DVC's cache.
+    Those stay that are named, the `best` ones, those in the tables of studies, and those of which
+    a model is registered. The outputs of every commit and of the workspace stay in DVC's cache.
 
     Parameters
     ----------
@@ -35,10 +36,11 @@ def prune(keep: Sequence[str], best: int, *, remove: bool) -> None:
         raise UserError(f"there is no experiment {', '.join(sorted(unknown))}; {advice}")
     scores = {revision: _accuracy(revision) for revision in found}
     ranked = sorted(found, key=lambda revision: scores[revision], reverse=True)
-    studied, rows, gone = _in_studies(), [], []
+    studied, registered, rows, gone = _in_studies(), _registered(), list[Any](), list[Revision]()
     for place, revision in enumerate(ranked):
         reasons = {"named": revision.name in keep, f"among the best {best}": place < best}
         reasons["in a study"] = revision.name in studied
+        reasons["its model is registered"] = revision[::2] in registered
         reason = ", ".join(text for text, applies in reasons.items() if applies)
         gone += [] if reason else [revision]
         state = f"stays: {reason}" if reason else "goes"
@@ -70,18 +72,33 @@ def _in_studies() -> set[str]:
     return names
 
 
+def _origin(run: Any) -> tuple[Any, ...]:
+    return tuple(map(run.data.tags.get, ("dvc.exp.name", "dvc.exp.baseline")))
+
+
+def _registered() -> set[tuple[Any, ...]]:
+    """Return name and baseline of the experiments of which MLflow has registered a model."""
+    with tracking.in_a_sentence("MLflow cannot be read (", ")"):
+        registered = {version.run_id for version in tracking.connect().search_model_versions()}
+    return {_origin(run) for run in tracking.all_runs() if run.info.run_id in registered}
+
+
 def _remove(gone: list[Revision]) -> None:
     """Remove experiments. The runs go first: a run can be logged again as long as DVC has it."""
-    origins = {(revision.name, revision.baseline) for revision in gone}
-    tags = ("dvc.exp.name", "dvc.exp.baseline")
-    runs = [r for r in tracking.all_runs() if tuple(map(r.data.tags.get, tags)) in origins]
+    origins = {revision[::2] for revision in gone}
+    runs = [run for run in tracking.all_runs() if _origin(run) in origins]
+    models = [model for run in runs for model in tracking.models_of(run)]
     with tracking.in_a_sentence("MLflow cannot delete a run (", "); nothing was removed from DVC"):
         client = tracking.connect()
+        for model in models:
+            client.delete_logged_model(model)
         for run in runs:
             client.delete_run(run.info.run_id)
     if runs and tracking.database():  # a server keeps what it deletes until its owner cleans up
         command = [sys.executable, "-m", "mlflow", "gc", "--run-ids"]
-        command += [",".join(run.info.run_id for run in runs), "--backend-store-uri"]
+        command += [",".join(run.info.run_id for run in runs)]
+        command += ["--logged-model-ids", ",".join(models)] if models else []
+        command += ["--backend-store-uri"]
         done = subprocess.run([*command, tracking.address()], capture_output=True, check=False)
         if done.returncode:
             *_, reason = ["no reason", *without_secrets(done.stderr.decode()).splitlines()]

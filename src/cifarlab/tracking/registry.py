@@ -11,7 +11,7 @@ import pandas as pd
 from scipy.stats import binomtest
 
 from cifarlab import files, pipeline
-from cifarlab.errors import UserError
+from cifarlab.errors import UserError, first_line
 from cifarlab.params.load import load_params
 from cifarlab.tracking.client import connect, in_a_sentence, models_of
 from cifarlab.tracking.sync import tags_of
@@ -62,7 +62,7 @@ def promote(name: str, *, force: bool) -> str:
         known = client.search_model_versions(f'name = "{registered}"')
         version = next((v for v in known if v.source.endswith(model)), None)
         if not version:
-            if champion is None and not known:
+            if not client.search_registered_models(f'name = "{registered}"'):
                 client.create_registered_model(registered)
             source, note = f"models:/{model}", run.data.tags.get(NOTE)
             origin = {"run_id": run.info.run_id, "model_id": model}
@@ -73,7 +73,7 @@ def promote(name: str, *, force: bool) -> str:
             return f"{label}, is the first champion"
         if champion.version == version.version:
             return f"{label}, is the champion already"
-        better, reason = _compare(client, client.get_run(champion.run_id), run)
+        better, reason = _compare(client, champion.run_id, run)
         if not better and not force:
             return f"{label}, does not become the champion: {reason}"
         client.set_registered_model_alias(registered, CHAMPION, version.version)
@@ -132,8 +132,14 @@ def _model_of(run: Any) -> str:
     raise UserError(f"the run {run.info.run_name} ({run.info.run_id}) has no model; {way_out}")
 
 
-def _compare(client: Any, old: Any, new: Any) -> tuple[bool, str]:
-    """Tell whether the second run is better, and why."""
+def _compare(client: Any, champion: str, new: Any) -> tuple[bool, str]:
+    """Tell whether a run is better than that of the champion, and why."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        old = client.get_run(champion)
+    except MlflowException as error:
+        return False, f"it cannot be compared with the champion ({first_line(error)})"
     digests = [run.data.tags.get(TEST_DIGEST) for run in (old, new)]
     if not all(digests) or digests[0] != digests[1]:
         return False, "the two were not tested on the same images"

@@ -225,7 +225,8 @@ def _lock_file(run_id: str) -> Path:
 def _may_be_left(run: Any) -> bool:
     """Tell whether a run is not whole, or its experiment was killed before DVC had recorded it."""
     tags = run.data.tags
-    here = tags.get(FOLDER, "").startswith(f"{platform.node()}:{files.root()}")
+    host, _, folder = tags.get(FOLDER, "").partition(":")
+    here = host == platform.node() and Path(folder).is_relative_to(files.root())
     return "logged.plot" not in tags or (here and bool(tags["dvc.exp.name"]))
 
 

@@ -38,6 +38,8 @@ def sync(*, check: bool = False) -> None:
         run_id = ""
         try:
             wanted = tags_of(revision)
+            if not any(tag.startswith("logged.") for tag in wanted):  # only download has run
+                continue
             if not revision.name and any(wanted.items() <= other.items() for other in unnamed):
                 continue
             unnamed += [] if revision.name else [wanted]

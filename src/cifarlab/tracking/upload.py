@@ -120,11 +120,14 @@ class Upload:
 
         wait_for_database()
 
-        logged = [p.step for p in self.client.get_metric_history(self.run_id, "loss/train")]
+        known = self.client.get_metric_history(self.run_id, "loss/train")
+        logged = {(point.step, point.value) for point in known}  # perhaps of an older training
         data = pd.read_csv(self._path(files.HISTORY), index_col="epoch").rename(columns=metric_name)
         times, now = timings.read(self.execution.key).epochs, int(1000 * time.time())
         rows = []
-        for epoch, row in data.drop(index=logged, errors="ignore").iterrows():
+        for epoch, row in data.iterrows():
+            if (epoch, row["loss/train"]) in logged:
+                continue
             ended, seconds = times.get(str(epoch), (now, None))
             values = row.to_dict() | {"epoch_seconds": seconds}
             rows.append([Metric(k, v, ended, epoch) for k, v in values.items() if pd.notna(v)])
