@@ -61,7 +61,9 @@ def test_paths_start_where_the_command_is_typed(checkout: Path) -> None:
     for command in ("export --model mine.safetensors --onnx a", "predict --model x no.png"):
         done = launch(below, *command.split())
         assert done.returncode == 1
-        assert str(below / ("mine.safetensors" if "export" in command else "no.png")) in done.stderr
+        name = "mine.safetensors" if "export" in command else "no.png"
+        assert done.stderr.startswith(f"error: src/cifarlab/{name}")  # as seen from the top
+    assert launch(checkout, "predict", "no.png").stderr.startswith("error: no.png: ")
 
 
 def test_the_command_works_without_activating_its_environment(

@@ -19,7 +19,7 @@ WORKERS = click.option(
     metavar="CLUSTER",
     help="Run on a Ray cluster: ray, or ray://HOST:PORT (docs/scale.md).",
 )
-HERE = Path(os.environ.get("CIFARLAB_HERE", ""))  # where the command was typed: launcher.py
+HERE = Path(os.environ.get("CIFARLAB_HERE", ""))  # from the top to where it was typed: launcher.py
 
 
 class FromHere(click.Path):

@@ -16,7 +16,7 @@ def main() -> None:
     checkouts = [top for top in (here, *here.parents) if (top / "src/cifarlab/cli.py").is_file()]
     if not checkouts:
         sys.exit(f"error: {here} is not inside a checkout of cifarlab; go there with cd")
-    os.environ["CIFARLAB_HERE"] = str(here)
+    os.environ["CIFARLAB_HERE"] = os.path.relpath(here, checkouts[0])
     os.chdir(checkouts[0])
     os.environ["PYTHONPATH"] = str(checkouts[0] / "src")
     beside = Path(__file__).parent / "python"  # also if .venv is not activated

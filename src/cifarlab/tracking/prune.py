@@ -40,7 +40,8 @@ def prune(keep: Sequence[str], best: int, *, remove: bool) -> None:
     for place, revision in enumerate(ranked):
         reasons = {"named": revision.name in keep, f"among the best {best}": place < best}
         reasons["in a study"] = revision.name in studied
-        reasons["its model is registered"] = revision[::2] in registered
+        origin = (revision.name, revision.baseline)
+        reasons["its model is registered"] = origin in registered
         reason = ", ".join(text for text, applies in reasons.items() if applies)
         gone += [] if reason else [revision]
         state = f"stays: {reason}" if reason else "goes"
@@ -80,12 +81,13 @@ def _registered() -> set[tuple[Any, ...]]:
     """Return name and baseline of the experiments of which MLflow has registered a model."""
     with tracking.in_a_sentence("MLflow cannot be read (", ")"):
         registered = {version.run_id for version in tracking.connect().search_model_versions()}
-    return {_origin(run) for run in tracking.all_runs() if run.info.run_id in registered}
+    runs = tracking.all_runs() if registered else []  # takes seconds
+    return {_origin(run) for run in runs if run.info.run_id in registered}
 
 
 def _remove(gone: list[Revision]) -> None:
     """Remove experiments. The runs go first: a run can be logged again as long as DVC has it."""
-    origins = {revision[::2] for revision in gone}
+    origins = {(revision.name, revision.baseline) for revision in gone}
     runs = [run for run in tracking.all_runs() if _origin(run) in origins]
     models = [model for run in runs for model in tracking.models_of(run)]
     with tracking.in_a_sentence("MLflow cannot delete a run (", "); nothing was removed from DVC"):
