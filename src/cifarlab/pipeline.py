@@ -131,22 +131,20 @@ def experiments() -> list[Revision]:
 
 def experiment_names() -> list[str]:
     """Return the names of the main checkout's experiments, in a stage, while DVC is locked."""
-    root, form = str(files.root()), "--format=%(refname)"
-    refs = git("-C", root, "for-each-ref", form, "refs/exps", check=False)
-    return [ref.rpartition("/")[2] for ref in refs.split()]
+    root, form = str(files.root()), "--format=%(refname:lstrip=-1)"  # what follows the last /
+    return git("-C", root, "for-each-ref", form, "refs/exps", check=False).split()
 
 
 def remove_experiments(revisions: Sequence[Revision]) -> None:
-    """Remove experiments from DVC. UserError: DVC cannot do it."""
+    """Remove experiments from DVC, and from its cache what nothing else uses.
+
+    The cache keeps the outputs of every commit. UserError: DVC cannot do it.
+    """
     # By their references: experiments on two commits may have one name.
     listed = ("for-each-ref", "--format=%(refname)", "refs/exps", "--points-at")
     refs = [ref for revision in revisions for ref in git(*listed, revision.commit).split()]
     if refs:
         dvc("exp", "remove", "--quiet", *refs)
-
-
-def clean_cache() -> None:
-    """Remove from DVC's cache what no commit and no experiment uses. UserError: DVC cannot."""
     dvc("gc", "--quiet", "--force", "--all-commits", "--all-experiments")
 
 
@@ -227,17 +225,15 @@ def tree(revision: Revision) -> Iterator[Callable[[Path], BinaryIO]]:
 
 def outputs(stage: str, folder: Path = Path()) -> list[Path]:
     """Return the existing files that a stage writes, metrics included, relative to `folder`."""
-    outs = _outs(stage, folder)
-    found = (path for out in outs for path in [folder / out, *(folder / out).rglob("*")])
+    found = (path for out in _outs(stage, folder) for path in [out, *out.rglob("*")])
     return sorted(path.relative_to(folder) for path in found if path.is_file())
 
 
 def output_digest(stage: str, folder: Path = Path()) -> str:
     """Hash the files that a stage has written in `folder`, as `Locked.digest` does."""
-    names = [path for path in _outs(stage, folder) if (folder / path).is_file()]
-    contents = {str(path): (folder / path).read_bytes() for path in names}
-    md5 = {k: hashlib.md5(v, usedforsecurity=False).hexdigest() for k, v in contents.items()}
-    return json_digest(md5)
+    found = [path for path in _outs(stage, folder) if path.is_file()]
+    md5 = [hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest() for path in found]
+    return json_digest({str(p.relative_to(folder)): h for p, h in zip(found, md5, strict=True)})
 
 
 def params_of(revision: Revision) -> Params | None:
@@ -251,13 +247,9 @@ def params_of(revision: Revision) -> Params | None:
 class Locked(NamedTuple):
     """What dvc.lock says about the outputs of a stage that are files; folders are left out."""
 
-    md5: dict[str, str]
+    digest: str
+    """Stands for the content of all files."""
     size: dict[str, int]
-
-    @property
-    def digest(self) -> str:
-        """Stands for the content of all files."""
-        return json_digest(self.md5)
 
 
 def read_text(path: Path, revision: Revision) -> str:
@@ -280,7 +272,7 @@ def locked(revision: Revision) -> dict[str, Locked]:
         for stage, entry in _yaml(read_text(files.DVC_LOCK, revision))["stages"].items():
             outs = [out for out in entry["outs"] if "nfiles" not in out]
             md5, size = ({out["path"]: out[key] for out in outs} for key in ("md5", "size"))
-            found[stage] = Locked(md5, size)
+            found[stage] = Locked(json_digest(md5), size)
         return found
     except (yaml.YAMLError, LookupError, TypeError, AttributeError) as error:
         advice = "`git checkout dvc.lock` or `dvc repro` repairs it"
@@ -383,18 +375,15 @@ def repeat(folder: Path) -> bool:
     """
     hidden = ("CIFARLAB", "DVC_EXP", "DVC_ROOT", "MLFLOW_TRACKING")
     env = {key: value for key, value in os.environ.items() if not key.startswith(hidden)}
-    options = ["--force", "--single-item", "--no-run-cache", "--no-commit"]
-    command = ["dvc", "repro", *options, *STAGES]
+    command = ["dvc", "repro", "--force", "--single-item", "--no-run-cache", "--no-commit", *STAGES]
     return subprocess.run(command, cwd=folder, env=env, check=False).returncode == 0
 
 
 def set_options(changes: dict[str, Any]) -> list[str]:
     """Return the options of `dvc exp run` that set parameters: ["-S", "model.layers=3", …]."""
-    options: list[str] = []
-    for key, value in changes.items():  # Hydra does not read \u00e9
-        text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
-        options += ["-S", f"{key}={text}"]
-    return options
+    # Hydra does not read \u00e9.
+    write = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
+    return [part for key, value in changes.items() for part in ("-S", f"{key}={write(value)}")]
 
 
 def queued() -> dict[str, Revision]:
@@ -421,7 +410,7 @@ def differences(revision: Revision) -> dict[str, Any]:
 def _outs(stage: str, folder: Path) -> list[Path]:
     entry = _stages(folder)[stage]
     listed = [*entry["outs"], *entry.get("metrics", [])]
-    return [Path(next(iter(out)) if isinstance(out, dict) else out) for out in listed]
+    return [folder / (next(iter(out)) if isinstance(out, dict) else out) for out in listed]
 
 
 def _stages(folder: Path) -> Any:

@@ -106,5 +106,4 @@ def _remove(gone: list[Revision]) -> None:
             *_, reason = ["no reason", *without_secrets(done.stderr.decode()).splitlines()]
             raise UserError(f"MLflow cannot delete artifacts ({reason}); `mlflow gc` tries again")
     pipeline.remove_experiments(gone)
-    pipeline.clean_cache()
     print(f"removed: {len(gone)} experiments, {len(runs)} runs and what only they used")
