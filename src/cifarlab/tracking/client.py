@@ -102,7 +102,7 @@ def connect() -> Any:
     for name in ("mlflow", "alembic", "urllib3"):
         logging.getLogger(name).setLevel(logging.CRITICAL)  # failures are reported in one place
     path = database()
-    mlflow.set_tracking_uri(address())
+    mlflow.set_tracking_uri(_sqlite(path) if path else _given_uri())
     wait_for_database()
     with store_lock():
         if path and not path.exists():
@@ -117,12 +117,6 @@ def connect() -> Any:
         if path:
             _move_artifacts(path)
         return client
-
-
-def address() -> str:
-    """Return the URI of the store as MLflow wants it."""
-    path = database()
-    return _sqlite(path) if path else _given_uri()
 
 
 def database() -> Path | None:
@@ -182,8 +176,7 @@ def wait_for_database() -> None:
     OperationalError
         It is still locked.
     """
-    path = database()
-    if path and path.exists():
+    if (path := database()) and path.exists():
         with closing(sqlite3.connect(path, timeout=5)) as store:
             store.execute("BEGIN IMMEDIATE")
             store.rollback()

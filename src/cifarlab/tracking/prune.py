@@ -40,8 +40,7 @@ def prune(keep: Sequence[str], best: int, *, remove: bool) -> None:
     for place, revision in enumerate(ranked):
         reasons = {"named": revision.name in keep, f"among the best {best}": place < best}
         reasons["in a study"] = revision.name in studied
-        origin = (revision.name, revision.baseline)
-        reasons["its model is registered"] = origin in registered
+        reasons["its model is registered"] = (revision.name, revision.baseline) in registered
         reason = ", ".join(text for text, applies in reasons.items() if applies)
         gone += [] if reason else [revision]
         state = f"stays: {reason}" if reason else "goes"
@@ -97,11 +96,13 @@ def _remove(gone: list[Revision]) -> None:
         for run in runs:
             client.delete_run(run.info.run_id)
     if runs and tracking.database():  # a server keeps what it deletes until its owner cleans up
+        import mlflow
+
         command = [sys.executable, "-m", "mlflow", "gc", "--run-ids"]
         command += [",".join(run.info.run_id for run in runs)]
         command += ["--logged-model-ids", ",".join(models)] if models else []
-        command += ["--backend-store-uri"]
-        done = subprocess.run([*command, tracking.address()], capture_output=True, check=False)
+        command += ["--backend-store-uri", mlflow.get_tracking_uri()]
+        done = subprocess.run(command, capture_output=True, check=False)
         if done.returncode:
             *_, reason = ["no reason", *without_secrets(done.stderr.decode()).splitlines()]
             raise UserError(f"MLflow cannot delete artifacts ({reason}); `mlflow gc` tries again")
