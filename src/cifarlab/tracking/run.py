@@ -152,7 +152,7 @@ class StageRun:
         runs = client.search_runs([experiment], f"tags.`{KEY}` = '{execution.key}'")
         same = [run for run in runs if execution.deciding.items() <= run.data.tags.items()]
         mine = [run for run in same if execution.identity.items() <= run.data.tags.items()]
-        left = [run for run in same if _may_be_left(run) and _is_over(run)]
+        left = [run for run in same if _is_left(run)]
         known = pipeline.experiment_names() if left and not mine else []
         left = [run for run in left if run.data.tags["dvc.exp.name"] not in known]
         return next(iter([*mine, *left]), None)
@@ -222,25 +222,22 @@ def _lock_file(run_id: str) -> Path:
     return files.scratch() / "runs" / f"{run_id}.lock"
 
 
-def _may_be_left(run: Any) -> bool:
-    """Tell whether a run is not whole, or its experiment was killed before DVC had recorded it."""
-    tags = run.data.tags
-    host, _, folder = tags.get(FOLDER, "").partition(":")
-    here = host == platform.node() and Path(folder).is_relative_to(files.root())
-    return "logged.plot" not in tags or (here and bool(tags["dvc.exp.name"]))
+def _is_left(run: Any) -> bool:
+    """Tell whether the execution that started a run may have left it, and no longer continues it.
 
-
-def _is_over(run: Any) -> bool:
-    """Tell whether the execution that started an incomplete run can no longer continue it.
-
-    Between two stages no process writes to the run. Then its folder tells: DVC runs one pipeline at
-    a time in a folder, and works in it.
+    The run is not whole, or its experiment was killed before DVC had recorded it. Between two
+    stages no process writes to it. Then its folder tells: DVC runs one pipeline at a time in a
+    folder, and works in it.
     """
-    if run.info.status != "FINISHED":
-        return run.info.status != "RUNNING" or not is_alive(run.info.run_id)
-    host, _, folder = run.data.tags.get(FOLDER, "").partition(":")
-    here = run.data.tags.get(FOLDER) == _here()
-    return here or (host == platform.node() and not pipeline.in_use(Path(folder)))
+    tags, status = run.data.tags, run.info.status
+    host, _, name = tags.get(FOLDER, "").partition(":")
+    here, folder = host == platform.node(), Path(name)
+    unrecorded = here and folder.is_relative_to(files.root()) and tags["dvc.exp.name"]
+    if "logged.plot" in tags and not unrecorded:
+        return False
+    if status != "FINISHED":
+        return status != "RUNNING" or not is_alive(run.info.run_id)
+    return here and (folder == Path.cwd() or not pipeline.in_use(folder))
 
 
 def _here() -> str:
