@@ -68,15 +68,14 @@ def promote(name: str, *, force: bool) -> str:
             origin = {"run_id": run.info.run_id, "model_id": model}
             version = client.create_model_version(registered, source, description=note, **origin)
         label = f"version {version.version} of {registered}, {run.info.run_name}"
-        if champion is None:
-            client.set_registered_model_alias(registered, CHAMPION, version.version)
-            return f"{label}, is the first champion"
-        if champion.version == version.version:
+        if champion and champion.version == version.version:
             return f"{label}, is the champion already"
-        better, reason = _compare(client, champion.run_id, run)
+        better, reason = _compare(client, champion.run_id, run) if champion else (True, "")
         if not better and not force:
             return f"{label}, does not become the champion: {reason}"
         client.set_registered_model_alias(registered, CHAMPION, version.version)
+        if not champion:
+            return f"{label}, is the first champion"
         forced = "" if better else ", by --force"
         return f"{label}, is the champion now{forced}: {reason}"
 
