@@ -66,8 +66,7 @@ def run_of(revision: Revision) -> str:
     UserError
         MLflow cannot be read or written, or DVC's cache lacks files.
     """
-    mirror = Mirror(revision.name)
-    return mirror.complete(revision, tags_of(revision), check=False)[0]
+    return Mirror(revision.name).complete(revision, tags_of(revision), check=False)[0]
 
 
 class Mirror:
@@ -150,9 +149,8 @@ class Mirror:
             raise UserError("changed since its pipeline ran; `dvc repro` runs and logs it")
         commit, origin = revision.commit, (revision.name, revision.baseline)
         with pipeline.scratch_copy(commit) if commit else nullcontext(Path()) as folder:
-            for stage in pipeline.STAGES:
-                if not pipeline.outputs(stage, folder):
-                    raise UserError(f"its {stage} stage has no outputs; run the pipeline again")
+            if lost := [stage for stage in pipeline.STAGES if not pipeline.outputs(stage, folder)]:
+                raise UserError(f"its {lost[0]} stage has no outputs; run the pipeline again")
             params = load_params(folder / files.PARAMS)
             key = pipeline.training_key(params, folder)
             if known:  # a commit may be shown by the run of an experiment

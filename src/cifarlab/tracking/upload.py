@@ -171,9 +171,8 @@ class Upload:
         from cifarlab.data.dataset import Dataset
 
         data, params = Dataset.load(self._path(files.DATA)), self.execution.params.data
-        folder = [params.folder] if params.name == "folder" else []
-        sources = [*folder, *params.sources]
-        sources = ["sklearn.datasets.load_digits"] if params.name == "digits" else sources
+        sources = {"digits": ["sklearn.datasets.load_digits"]}.get(params.name, params.sources)
+        sources = [params.folder, *sources] if params.name == "folder" else sources
         source, images = CodeDatasetSource({"sources": sources}), data.images["train"]
         # MLflow takes 36 characters. Its own digest would cover only the first 10,000 values.
         known = files.read_json(self._path(files.DATA / "dataset.json"))
