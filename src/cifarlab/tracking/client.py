@@ -222,13 +222,16 @@ def in_a_sentence(before: str, after: str = "") -> Iterator[None]:
         raise UserError(f"{before}{first_line(error)[:200]}{after}") from error
 
 
-@contextmanager
-def only_warn(what: str) -> Iterator[None]:
-    """Turn a failure of MLflow into a warning: the files are the results, MLflow shows them."""
+def try_to(action: Callable[[], T], otherwise: str) -> T | None:
+    """Return the result of an action; None, with a warning, if MLflow fails or needs ten minutes.
+
+    The files are the results, MLflow only shows them.
+    """
     try:
-        yield
+        return Deadline(600).wait(action)
     except Exception as error:  # MLflow, requests, SQLAlchemy and the disk each raise their own
-        print(f"warning: {what}: {first_line(error)[:200]}", file=sys.stderr)
+        print(f"warning: {otherwise}: {first_line(error)[:200]}", file=sys.stderr)
+        return None
 
 
 def serve(port: int, experiment: str) -> None:

@@ -161,14 +161,13 @@ class StageRun:
         execution = self.execution
         variant, epochs = execution.params.model.describe(), timings.read(execution.key).epochs
         tags = {"variant": variant, "version.python": platform.python_version()}
-        tags |= {f"version.{package}": version(package) for package in VERSIONS}
+        tags |= {f"version.{package}": version(package) for package in VERSIONS} | self._origin()
         start = self.idle_since = int(1000 * self.started)
         if epochs and self.stage != "train":  # the training ran before
             ended, seconds = next(iter(epochs.values()))
             start, self.idle_since = int(ended - 1000 * seconds), max(epochs.values())[0]
         name = execution.experiment or variant
-        tags |= SOURCE | self._origin()
-        return client.create_run(experiment, start, tags, run_name=name)
+        return client.create_run(experiment, start, SOURCE | tags, run_name=name)
 
     @contextmanager
     def _warn_once(self) -> Iterator[None]:

@@ -32,9 +32,8 @@ def timing_of(revision: Revision) -> dict[str, Any]:
         values = (run_id, seconds, wall, machine.format(**run.data.tags))
         return dict(zip(TIMING, values, strict=True))
 
-    with tracking.only_warn(f"{revision.name} has no training time"):
-        return tracking.Deadline(600).wait(read)
-    return dict.fromkeys(TIMING)
+    found = tracking.try_to(read, f"{revision.name} has no training time")
+    return found or dict.fromkeys(TIMING)
 
 
 def publish(name: str, question: str, files: list[Path], runs: list[str]) -> None:
@@ -59,5 +58,4 @@ def publish(name: str, question: str, files: list[Path], runs: list[str]) -> Non
             client.log_artifact(parent, str(file))
         client.set_terminated(parent)
 
-    with tracking.only_warn(f"MLflow does not show the study {name}"):
-        tracking.Deadline(600).wait(send)
+    tracking.try_to(send, f"MLflow does not show the study {name}")

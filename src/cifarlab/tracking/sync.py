@@ -159,8 +159,7 @@ class Mirror:
                 known, tags = self.client.get_run(known.info.run_id), known.data.tags
                 origin = (tags["dvc.exp.name"], tags.get("dvc.exp.baseline", ""))
             run = StageRun("plot", Execution(params, key, *origin, folder), run=known)
-            deadline = tracking.Deadline(600)
-            return deadline.wait(lambda: self.client.get_run(run.close("FINISHED")))
+            return tracking.Deadline(600).wait(lambda: self.client.get_run(run.close("FINISHED")))
 
 
 def tags_of(revision: Revision) -> Tags:

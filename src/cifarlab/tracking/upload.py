@@ -57,9 +57,8 @@ class Execution:
 
         `dvc repro` has no name, and may run before or after a commit, so it has no baseline.
         """
-        name = self.experiment
-        origin = {"dvc.exp.name": name, "dvc.exp.baseline": self.baseline if name else ""}
-        return self.deciding | origin
+        baseline = self.baseline if self.experiment else ""
+        return self.deciding | {"dvc.exp.name": self.experiment, "dvc.exp.baseline": baseline}
 
 
 def without_tracking(params: Params) -> Values:
@@ -212,12 +211,12 @@ class Upload:
         later = "commit its results, then `cifarlab sync` names the command"
         restore = f"`{origin.restore}`" if origin.restore else later
         lines = [
-            f"{title}: test accuracy **{accuracy:.2%}**",
+            f"{title}: test accuracy **{accuracy:.2%}**\n",
             f"- best class: {best}; worst class: {worst}",
             "- confusion matrices, curves and mistakes: the folder `figures` of the artifacts",
             f"- restore it: {restore}",
         ]
-        return {NOTE: "\n".join([lines[0], "", *lines[1:]])}
+        return {NOTE: "\n".join(lines)}
 
     def _send_model(self) -> None:
         """Log the network with its test metrics; finish what an earlier try left incomplete."""
