@@ -25,13 +25,14 @@ def evaluate(params: Params) -> None:
     gpu_or_cpu = torch.device("cuda" if on_gpu else "cpu")
     trained = weights.load(files.WEIGHTS).to(gpu_or_cpu)
     with track("evaluate", params), interrupted_once():
-        pixels, truth, asked = data.images["test"], data.labels["test"], params.evaluate
+        pixels = data.images["test"]
         images = Mapped(pixels, np.arange(len(pixels)), gpu_or_cpu)
-        labels = torch.from_numpy(truth).to(gpu_or_cpu)
-        logits = network.predict(trained, images, asked.batch_size)
+        labels = torch.from_numpy(data.labels["test"]).to(gpu_or_cpu)
+        logits = network.predict(trained, images, params.evaluate.batch_size)
         probabilities = logits.double().softmax(1).cpu().numpy()
-        found, tables = metrics.evaluate(probabilities, truth, data.classes, asked.calibration_bins)
-        found |= metrics.accuracies_of_views(trained, images, labels, logits, asked)
+        truth, bins = data.labels["test"], params.evaluate.calibration_bins
+        found, tables = metrics.evaluate(probabilities, truth, data.classes, bins)
+        found |= metrics.accuracies_of_views(trained, images, labels, logits, params.evaluate)
         files.write_json(files.EVALUATION, found)
         # In a file of their own, because DVC shows every metric as a column.
         of_classes = {row["class"]: row["accuracy"] for row in tables["per_class"]}

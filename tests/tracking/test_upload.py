@@ -139,6 +139,7 @@ def test_the_description_names_accuracy_best_and_worst_class_and_how_to_restore(
     checkout: Path, params: Params, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("DVC_EXP_NAME", "small")
+    monkeypatch.setenv("DVC_EXP_BASELINE_REV", "a" * 40)  # applying this would not restore it
     log("evaluate", params)
     [run] = runs_in(checkout)
     note = run.data.tags["mlflow.note.content"]

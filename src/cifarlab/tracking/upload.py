@@ -207,7 +207,9 @@ class Upload:
             return {}
         ends = (choose(accuracies, key=lambda name: accuracies[name]) for choose in (max, min))
         best, worst = (f"{name}, {accuracies[name]:.1%}" for name in ends)
-        origin = pipeline.Revision(execution.experiment, execution.baseline, "")
+        # The commit of an experiment is not known before its end, its name is.
+        commit = "" if execution.experiment else execution.baseline
+        origin = pipeline.Revision(execution.experiment, commit, "")
         later = "commit its results, then `cifarlab sync` names the command"
         restore = f"`{origin.restore}`" if origin.restore else later
         lines = [
