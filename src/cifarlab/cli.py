@@ -105,10 +105,8 @@ def study(name: str, jobs: int, workers: str, page_only: bool) -> None:
     from cifarlab.studies import executors
     from cifarlab.studies import study as studies
 
-    if page_only:
-        click.echo(studies.rewrite_page(name))
-    else:
-        click.echo(studies.run(name, executors.executor(jobs, workers)))
+    execute = executors.executor(jobs, workers)
+    click.echo(studies.rewrite_page(name) if page_only else studies.run(name, execute))
 
 
 @main.command(epilog="Example: cifarlab studies")
