@@ -13,12 +13,8 @@ from cifarlab.errors import UserError, first_line, tolerate_settings
 from cifarlab.params.load import changed, load_params, read_yaml
 
 JOBS = click.option("--jobs", type=click.IntRange(1, 64), default=1, help="Experiments at a time.")
-WORKERS = click.option(
-    "--workers",
-    default="",
-    metavar="CLUSTER",
-    help="Run on a Ray cluster: ray, or ray://HOST:PORT (docs/scale.md).",
-)
+CLUSTER = "Run on a Ray cluster: ray, or ray://HOST:PORT (docs/scale.md)."
+WORKERS = click.option("--workers", default="", metavar="CLUSTER", help=CLUSTER)
 HERE = Path(os.environ.get("CIFARLAB_HERE", ""))  # from the top to where it was typed: launcher.py
 
 
@@ -198,12 +194,8 @@ def report(revisions: tuple[str, ...], output: Path) -> None:
         click.echo(line)
 
 
-MODEL = click.option(
-    "--model",
-    default="",
-    metavar="MODEL",
-    help="An experiment, the id of a run, models:/NAME@ALIAS or a file; else the workspace's.",
-)
+MODELS = "An experiment, the id of a run, models:/NAME@ALIAS or a file; else the workspace's."
+MODEL = click.option("--model", default="", metavar="MODEL", help=MODELS)
 
 
 def _from_here(model: str) -> str:
