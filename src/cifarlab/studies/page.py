@@ -51,11 +51,9 @@ def write_page(name: str, study: Study, points: list[Point], tables: Tables) -> 
     if len(layers.columns):
         draw_layers(folder / f"{name}-layers.png", layers, list(study.variants))
         pictures.append(f"![layer by layer]({name}-layers.png)")
+    head = [f"# {study.question}", *_notice(name, results), answer.strip(), *pictures]
     text = [*_tables(study, comparison, alone, tables), *_open(study, comparison, alone)]
-    paragraphs = [f"# {study.question}", answer.strip(), *pictures, *text]
-    path = write_answer(folder / f"{name}.md", [*paragraphs, *_how(name, study, results)])
-    update_notice(name, results, folder)
-    return path
+    return write_answer(folder / f"{name}.md", [*head, *text, *_how(name, study, results)])
 
 
 def folder_of(name: str, data: str) -> Path:
@@ -75,20 +73,20 @@ def write_answer(path: Path, paragraphs: list[str]) -> Path:
     return path
 
 
-def update_notice(name: str, results: DataFrame, folder: Path = ANSWERS) -> None:
-    """Let the notice below the title of FOLDER/NAME.md, if there is such a page, be right.
+def update_notice(name: str, results: DataFrame) -> None:
+    """Let the notice below the title of docs/studies/NAME.md, if there is such a page, be right."""
+    path = ANSWERS / f"{name}.md"
+    if path.exists():
+        title, *others = path.read_text("utf-8").removesuffix("\n").split("\n\n")
+        text = [paragraph for paragraph in others if not paragraph.startswith(NOTICE)]
+        write_answer(path, [title, *_notice(name, results), *text])
 
-    The notice says that some of the results do not count. There is none if all of them count.
-    """
-    path, commits = folder / f"{name}.md", made_by(results[~results.counts])
-    if not path.exists():
-        return
-    title, *others = path.read_text("utf-8").removesuffix("\n").split("\n\n")
-    paragraphs = [title, *(other for other in others if not other.startswith(NOTICE))]
-    if commits:
-        notice = f"{NOTICE} (commit {commits}) and have not been confirmed for the present ones"
-        paragraphs.insert(1, f"{notice}; `make study NAME={name}` asks again.")
-    write_answer(path, paragraphs)
+
+def _notice(name: str, results: DataFrame) -> list[str]:
+    """Return the paragraph that says that some of the results do not count; none if all do."""
+    commits = made_by(results[~results.counts])
+    notice = f"{NOTICE} (commit {commits}) and have not been confirmed for the present ones"
+    return [f"{notice}; `make study NAME={name}` asks again."] if commits else []
 
 
 def made_by(results: DataFrame) -> str:
