@@ -135,7 +135,7 @@ def one_at_a_time(study: Study, results: DataFrame) -> DataFrame:
     return compare(_accuracies(study, results), pairs, study.looks, study.margin)
 
 
-def seeds_needed(study: Study, results: DataFrame) -> dict[Any, int]:
+def seeds_needed(study: Study, results: DataFrame) -> dict[Any, float]:
     """Return how many seeds each variant needs, as far as the results can tell."""
     pairs = pd.concat([effects(study, results)[1:].reset_index(), one_at_a_time(study, results)])
     return pairs.melt("needed", ["variant", "reference"]).groupby("value")["needed"].max().to_dict()

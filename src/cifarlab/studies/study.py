@@ -57,10 +57,10 @@ def report() -> None:
             continue
         study, points = load(name)
         results = chosen(name, points, any_origin=True).results
-        seeds = results.groupby("variant").size().min() if len(results) else 0
+        made = results.reindex(columns=["data", "machine", "variant"]).astype(object)
+        seeds = made.variant.value_counts(dropna=False).min() if len(results) else 0
         asked, valid = needed(study, points, results), results.counts.sum()
-        made = results.reindex(columns=["data", "machine"]).astype(object)
-        places = (joined(made[column], "; ") for column in made)
+        places = (joined(made[column], "; ") for column in ("data", "machine"))
         counts = (len(asked), f"{valid} of {len(results)}", seeds)
         rows.append((name, *counts, made_by(results), *places))
         update_notice(name, results)
