@@ -13,12 +13,8 @@ from cifarlab.errors import UserError, first_line, tolerate_settings
 from cifarlab.params.load import changed, load_params, read_yaml
 
 JOBS = click.option("--jobs", type=click.IntRange(1, 64), default=1, help="Experiments at a time.")
-WORKERS = click.option(
-    "--workers",
-    default="",
-    metavar="CLUSTER",
-    help="Run on a Ray cluster: ray, or ray://HOST:PORT (docs/scale.md).",
-)
+CLUSTER = "Run on a Ray cluster: ray, or ray://HOST:PORT (docs/scale.md)."
+WORKERS = click.option("--workers", default="", metavar="CLUSTER", help=CLUSTER)
 HERE = Path(os.environ.get("CIFARLAB_HERE", ""))  # from the top to where it was typed: launcher.py
 
 
@@ -105,10 +101,8 @@ def study(name: str, jobs: int, workers: str, page_only: bool) -> None:
     from cifarlab.studies import executors
     from cifarlab.studies import study as studies
 
-    if page_only:
-        click.echo(studies.rewrite_page(name))
-    else:
-        click.echo(studies.run(name, executors.executor(jobs, workers)))
+    execute = executors.executor(jobs, workers)
+    click.echo(studies.rewrite_page(name) if page_only else studies.run(name, execute))
 
 
 @main.command(epilog="Example: cifarlab studies")
@@ -200,12 +194,8 @@ def report(revisions: tuple[str, ...], output: Path) -> None:
         click.echo(line)
 
 
-MODEL = click.option(
-    "--model",
-    default="",
-    metavar="MODEL",
-    help="An experiment, the id of a run, models:/NAME@ALIAS or a file; else the workspace's.",
-)
+MODELS = "An experiment, the id of a run, models:/NAME@ALIAS or a file; else the workspace's."
+MODEL = click.option("--model", default="", metavar="MODEL", help=MODELS)
 
 
 def _from_here(model: str) -> str:

@@ -1,7 +1,7 @@
 """The pictures of a study: effects, learning curves, classes, and what happens in each layer."""
 
-import itertools
 import textwrap
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -90,8 +90,7 @@ def draw_layers(path: Path, layers: DataFrame, names: list[str]) -> None:
     shape = (len(names), len(quantities))
     size = (3.2 * len(quantities) + 1.5, 1.5 * len(names) + 0.7)
     figure, panels = plt.subplots(*shape, figsize=size, squeeze=False, sharex=True, sharey="col")
-    for axes, shown in zip(panels.flat, itertools.product(names, quantities), strict=True):
-        name, quantity = shown
+    for axes, (name, quantity) in zip(panels.flat, product(names, quantities), strict=True):
         table = means.loc[name][quantity]
         # Not by pandas, which hides the numbers at axes that are shared.
         axes.set_prop_cycle(color=sns.color_palette("viridis", len(table.columns)))

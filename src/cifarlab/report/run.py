@@ -88,18 +88,17 @@ def load(revision: Revision, tracked: Sequence[Any]) -> Run:
     run.try_to("lock", lambda: _read_lock(run))
     with pipeline.tree(revision) as open_file:
 
-        def read(path: Path) -> BytesIO:
+        def opened(path: Path) -> BytesIO:
             with open_file(path) as file:
                 return BytesIO(file.read())
 
         def table(path: Path, columns: dict[str, Any]) -> pd.DataFrame:
             # A damaged table is refused. A class may be called 7 or NA.
-            return pd.read_csv(
-                read(path), usecols=list(columns), dtype=columns, keep_default_na=False
-            )
+            file, names = opened(path), list(columns)
+            return pd.read_csv(file, usecols=names, dtype=columns, keep_default_na=False)
 
         run.history = run.try_to(
-            "history", lambda: pd.read_csv(read(files.HISTORY), dtype=float).set_index("epoch")
+            "history", lambda: pd.read_csv(opened(files.HISTORY), dtype=float).set_index("epoch")
         )
         columns = {"actual": str, "predicted": str, "confidence": float}
         run.predictions = run.try_to("predictions", lambda: table(files.PREDICTIONS, columns))
@@ -108,9 +107,8 @@ def load(revision: Revision, tracked: Sequence[Any]) -> Run:
             run.classes = [*each["class"]]
         elif run.predictions is not None:
             run.classes = sorted({*run.predictions.actual, *run.predictions.predicted})
-        weights = files.WEIGHTS
-        run.filters = run.try_to("filters", lambda: pictures.filters(read(weights).getvalue()))
-        data = run.try_to("data", lambda: read(files.DATA / "dataset.json").getvalue())
+        run.filters = run.try_to("filters", lambda: pictures.filters(opened(files.WEIGHTS).read()))
+        data = run.try_to("data", lambda: opened(files.DATA / "dataset.json").read())
     if run.predictions is not None:
         run.mistakes = run.try_to("mistakes", lambda: _mistakes(run))
     wanted = run.try_to("MLflow", lambda: tags_of(revision))

@@ -100,8 +100,8 @@ def precision(params: TrainParams, device: torch.device) -> torch.dtype:
     "auto" gives bfloat16 where the hardware is faster at it, else float32.
     """
     if params.precision != "auto":
-        return torch.bfloat16 if params.precision == "bfloat16" else torch.float32
-    if device.type == "cuda":
+        fast = params.precision == "bfloat16"
+    elif device.type == "cuda":
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
         # Intel's AVX-512 is not faster at bfloat16 than at float32, and conversions cost time, too.

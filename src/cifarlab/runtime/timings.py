@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from pydantic import TypeAdapter
 from tqdm import tqdm
 
 from cifarlab import files
@@ -30,10 +31,8 @@ class Timings(NamedTuple):
 def read(key: str, checkout: Path | None = None) -> Timings:
     """Return the timings of the training with this key; empty if there are none."""
     try:
-        content = files.read_json(path_of(key, checkout))
-        epochs = {number: (int(end), float(s)) for number, (end, s) in content["epochs"].items()}
-        return Timings(dict(content["conditions"]), epochs)
-    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return TypeAdapter(Timings).validate_json(path_of(key, checkout).read_bytes())
+    except (OSError, ValueError):
         return Timings({}, {})
 
 

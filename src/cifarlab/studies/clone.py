@@ -12,9 +12,10 @@ import os
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from subprocess import DEVNULL, PIPE, Popen
-from typing import NamedTuple
+from typing import IO, NamedTuple
 
 # It reads the process group of each command that starts, and 0 when it has ended. If its standard
 # input ends before that, this process was ended: the group is told to stop, and killed after three
@@ -31,7 +32,7 @@ from cifarlab.runtime import timings
 print(timings.path_of(pipeline.training_key(load_params())))"""  # the file of the epoch times
 GIT = ("git", "-c", "core.autocrlf=false", "-c", "gc.auto=0")
 
-watchers = set[Popen[str]]()
+pipes = set[IO[str]]()  # to the watchers
 
 
 class Order(NamedTuple):
@@ -87,25 +88,18 @@ def work(order: Order, name: str, options: Sequence[str]) -> dict[str, str]:
         env["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{env['PATH']}"
         env.setdefault("MLFLOW_TRACKING_URI", NO_SERVER)
         env.setdefault("CIFARLAB_CHECKPOINTS", str(shared / "checkpoints"))
+    start = partial(Popen[str], env=env, process_group=0, stdin=DEVNULL, text=True)
     with watcher(folder) as watching, log.open("w") as output:
 
         def run(*command: str, where: Path = folder / "clone" / order.prefix) -> str:
-            process = Popen(
-                command,
-                cwd=where,
-                env=env,
-                process_group=0,
-                stdin=DEVNULL,
-                stdout=output if command[0] == "dvc" else PIPE,
-                stderr=output,
-                text=True,
-            )
+            to = output if command[0] == "dvc" else PIPE
+            process = start(command, cwd=where, stdout=to, stderr=output)
             watching(process.pid)
             answer, _ = process.communicate()
             watching(0)
             if process.returncode:
-                said = log.read_text("utf-8", "replace").strip() or f"{command[0]} failed"
-                last = said.splitlines()[-1]
+                said = log.read_text("utf-8", "replace").strip().splitlines()
+                *_, last = [f"{command[0]} failed", *said]
                 raise RuntimeError(f"{last} ({log})" if order.checkout else last)
             return answer or ""
 
@@ -142,10 +136,8 @@ def configure(project: Path, settings: str, cache: str) -> None:
     """Write .dvc/config.local: the settings, with another cache, which processes may share."""
     config = configparser.RawConfigParser()
     config.read_string(settings)
-    for section, option, path in (
-        ("cache", "dir", cache),
-        ("core", "site_cache_dir", str(project / ".dvc/tmp/site")),
-    ):
+    site = str(project / ".dvc/tmp/site")
+    for section, option, path in (("cache", "dir", cache), ("core", "site_cache_dir", site)):
         mark = "'" if '"' in path else '"'  # a path may hold # or a comma
         config.read_dict({section: {option: f"{mark}{path}{mark}"}})
     with (project / ".dvc/config.local").open("w", encoding="utf-8") as file:
@@ -161,23 +153,23 @@ def watcher(folder: Path) -> Iterator[Callable[[int], None]]:
     """
     command = ["sh", "-c", WATCHER, "sh", str(folder)]
     with Popen(command, stdin=PIPE, stdout=PIPE, text=True, start_new_session=True) as process:
-        assert process.stdin and process.stdout  # noqa: PT018
+        pipe = process.stdin
+        assert pipe and process.stdout  # noqa: PT018
 
         def watch(group: int) -> None:
-            if process.stdin and not process.stdin.closed:
-                print(group, file=process.stdin, flush=True)
+            if not pipe.closed:
+                print(group, file=pipe, flush=True)
 
-        watchers.add(process)
+        pipes.add(pipe)
         try:
             yield watch
         finally:
-            watchers.discard(process)
-            process.stdin.close()
+            pipes.discard(pipe)
+            pipe.close()
             process.stdout.read()  # until it has ended
 
 
 def stop() -> None:
     """End all experiments that this process runs."""
-    for process in list(watchers):
-        if process.stdin:
-            process.stdin.close()
+    for pipe in list(pipes):
+        pipe.close()

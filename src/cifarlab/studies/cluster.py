@@ -85,16 +85,13 @@ def _remote() -> tuple[str, clone.Order]:
     if "core.remote" not in pipeline.dvc("config", "--project", "--list"):
         advice = "`dvc remote add --default NAME URL`, commit and push"
         raise UserError(f"workers send their outputs to a DVC remote, and there is none; {advice}")
-    identity = {
-        f"GIT_{role}_{part}": value
-        for role in ("AUTHOR", "COMMITTER")
-        for part, value in zip(("NAME", "EMAIL"), _identity(role), strict=True)
-    }
-    passed = {key: value for key, value in os.environ.items() if key.startswith(PASSED_ON)}
+    env = {key: value for key, value in os.environ.items() if key.startswith(PASSED_ON)}
+    for role in ("AUTHOR", "COMMITTER"):
+        name, _, rest = git("var", f"GIT_{role}_IDENT").partition(" <")
+        env |= {f"GIT_{role}_NAME": name, f"GIT_{role}_EMAIL": rest.partition(">")[0]}
     if tracking.database():  # of this machine, also if MLflow has set the variable
-        passed.pop("MLFLOW_TRACKING_URI", None)
-    prefix = git("rev-parse", "--show-prefix").strip()
-    return remote, clone.Order(url, head, head, prefix, identity | passed)
+        env.pop("MLFLOW_TRACKING_URI", None)
+    return remote, clone.Order(url, head, head, git("rev-parse", "--show-prefix").strip(), env)
 
 
 def _keep(times: Mapping[str, str]) -> None:
@@ -102,11 +99,6 @@ def _keep(times: Mapping[str, str]) -> None:
     for name, content in times.items():
         with files.atomic(timings.path_of("").with_name(name)) as path:
             path.write_text(content, "utf-8")
-
-
-def _identity(role: str) -> tuple[str, str]:
-    name, _, rest = git("var", f"GIT_{role}_IDENT").partition(" <")
-    return name, rest.partition(">")[0]
 
 
 def _pull(remote: str, name: str, changes: Parameters) -> str:

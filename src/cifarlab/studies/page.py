@@ -43,7 +43,7 @@ def write_page(name: str, study: Study, points: list[Point], tables: Tables) -> 
     answer = f"{_filled(study.findings, comparison, alone, results)} {_summary(study, comparison)}"
     grid = DataFrame.from_dict(study.variants, orient="index")[list(study.grid)]
     title, label = study.question, f"{study.answer_by} accuracy"
-    folder = folder_of(name, _joined(results.data, " and "))
+    folder = folder_of(name, joined(results.data, " and "))
     picture, margin = folder / f"{name}.png", study.margin
     draw_study(picture, title, label, comparison, tables=tables, grid=grid, margin=margin)
     pictures = [f"![effects, learning curves and classes]({name}.png)"]
@@ -51,11 +51,9 @@ def write_page(name: str, study: Study, points: list[Point], tables: Tables) -> 
     if len(layers.columns):
         draw_layers(folder / f"{name}-layers.png", layers, list(study.variants))
         pictures.append(f"![layer by layer]({name}-layers.png)")
+    head = [f"# {study.question}", *_notice(name, results), answer.strip(), *pictures]
     text = [*_tables(study, comparison, alone, tables), *_open(study, comparison, alone)]
-    paragraphs = [f"# {study.question}", answer.strip(), *pictures, *text]
-    path = write_answer(folder / f"{name}.md", [*paragraphs, *_how(name, study, results)])
-    update_notice(name, results, folder)
-    return path
+    return write_answer(folder / f"{name}.md", [*head, *text, *_how(name, study, results)])
 
 
 def folder_of(name: str, data: str) -> Path:
@@ -75,20 +73,20 @@ def write_answer(path: Path, paragraphs: list[str]) -> Path:
     return path
 
 
-def update_notice(name: str, results: DataFrame, folder: Path = ANSWERS) -> None:
-    """Let the notice below the title of FOLDER/NAME.md, if there is such a page, be right.
+def update_notice(name: str, results: DataFrame) -> None:
+    """Let the notice below the title of docs/studies/NAME.md, if there is such a page, be right."""
+    path = ANSWERS / f"{name}.md"
+    if path.exists():
+        title, *others = path.read_text("utf-8").removesuffix("\n").split("\n\n")
+        text = [paragraph for paragraph in others if not paragraph.startswith(NOTICE)]
+        write_answer(path, [title, *_notice(name, results), *text])
 
-    The notice says that some of the results do not count. There is none if all of them count.
-    """
-    path, commits = folder / f"{name}.md", made_by(results[~results.counts])
-    if not path.exists():
-        return
-    text = re.sub(f"^{re.escape(NOTICE)}.*\n\n", "", path.read_text("utf-8"), flags=re.MULTILINE)
-    if commits:
-        notice = f"{NOTICE} (commit {commits}) and have not been confirmed for the present ones"
-        text = text.replace("\n\n", f"\n\n{notice}; `make study NAME={name}` asks again.\n\n", 1)
-    with atomic(path) as temporary:
-        temporary.write_text(text, "utf-8")
+
+def _notice(name: str, results: DataFrame) -> list[str]:
+    """Return the paragraph that says that some of the results do not count; none if all do."""
+    commits = made_by(results[~results.counts])
+    notice = f"{NOTICE} (commit {commits}) and have not been confirmed for the present ones"
+    return [f"{notice}; `make study NAME={name}` asks again."] if commits else []
 
 
 def made_by(results: DataFrame) -> str:
@@ -133,15 +131,14 @@ def _filled(findings: str, comparison: DataFrame, alone: DataFrame, results: Dat
 
 def _tables(study: Study, comparison: DataFrame, alone: DataFrame, tables: Tables) -> list[str]:
     """Return the tables, with a warning if there are few seeds."""
-    paragraphs = [_main_table(study, comparison, tables)]
+    fewest = tables.results.groupby("variant").size().min()
+    warning = f"> Only {fewest} seeds. With so few, only large differences can be told from chance."
+    paragraphs = [warning] if fewest < FEW else []
+    paragraphs.append(_main_table(study, comparison, tables))
     if len(alone):
         rows = [[row.variant, row.reference, *_compared(row)] for _, row in alone.iterrows()]
         table = markdown_table(["variant", "compared with", *COMPARISON], rows)
         paragraphs += ["The effect of one parameter alone, compared with its first value:", table]
-    fewest = tables.results.groupby("variant").size().min()
-    if fewest < FEW:
-        warning = "With so few, only large differences can be told from chance."
-        return [f"> Only {fewest} seeds. {warning}", *paragraphs]
     return paragraphs
 
 
@@ -175,18 +172,19 @@ def _how(name: str, study: Study, results: DataFrame) -> list[str]:
     return [
         "## How it was measured",
         f"{results.seed.nunique()} seeds ({', '.join(map(str, sorted(set(results.seed))))}), "
-        f"{results.images.max():,} training images of {_joined(results.data, ' and ')}.\n"
+        f"{results.images.max():,} training images of {joined(results.data, ' and ')}.\n"
         "± and intervals are 95 % intervals by Student's t. Differences are paired by seed.\n"
         "*Different*: paired t test. *Equivalent*: two one-sided t tests. p is corrected for all "
         "comparisons of a table by Holm's method; 5 % is the limit.\n"
-        f"{own}{looks}{study.shared}\nMachine{several}: {_joined(results.machine, '; ')}.",
+        f"{own}{looks}{study.shared}\nMachine{several}: {joined(results.machine, '; ')}.",
         f"    make study NAME={name}",
         f"asks studies/{name}.yaml again. {name}.csv lists every point with its DVC experiment and "
         "its MLflow run.",
     ]
 
 
-def _joined(names: Any, separator: str) -> str:
+def joined(names: Any, separator: str) -> str:
+    """Return the different names in a column of the results, in alphabetical order."""
     return separator.join(sorted(set(names.fillna("unknown"))))
 
 

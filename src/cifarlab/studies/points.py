@@ -142,15 +142,13 @@ def valid_origins(parameters: Parameters, code: str, links: list[Link]) -> set[t
             continue
         found.add(origin)
         for link in links:
-            new, old = link.new_parameters, link.old_parameters
             if any(values.get(key) == value for key, value in link.without.items()):
                 continue
-            if link.code == here and new.items() <= values.items():
-                older = {key: value for key, value in values.items() if key not in new}
-                to_visit.append((link.base_code, older | old))
-            if link.base_code == here and old.items() <= values.items():
-                newer = {key: value for key, value in values.items() if key not in old}
-                to_visit.append((link.code, newer | new))
+            sides = (link.code, link.new_parameters), (link.base_code, link.old_parameters)
+            for (one, lost), (other, gained) in itertools.permutations(sides):
+                if one == here and lost.items() <= values.items():
+                    shared = {key: value for key, value in values.items() if key not in lost}
+                    to_visit.append((other, shared | gained))
     return found
 
 

@@ -7,11 +7,11 @@ of comparisons.
 
 import functools
 import itertools
-from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import pandas as pd
 from pandas import DataFrame
 from scipy import optimize, stats
 from statsmodels.stats.multitest import multipletests
@@ -135,15 +135,10 @@ def one_at_a_time(study: Study, results: DataFrame) -> DataFrame:
     return compare(_accuracies(study, results), pairs, study.looks, study.margin)
 
 
-def seeds_needed(study: Study, results: DataFrame) -> Counter[str]:
+def seeds_needed(study: Study, results: DataFrame) -> dict[Any, float]:
     """Return how many seeds each variant needs, as far as the results can tell."""
-    others = effects(study, results)[1:].reset_index(names="variant")
-    needed = Counter[str]()
-    for table in (others, one_at_a_time(study, results)):
-        for names in (table.variant, table.reference):
-            for name, seeds in zip(names, table.needed, strict=True):
-                needed[name] = max(needed[name], seeds)
-    return needed
+    pairs = pd.concat([effects(study, results)[1:].reset_index(), one_at_a_time(study, results)])
+    return pairs.melt("needed", ["variant", "reference"]).groupby("value")["needed"].max().to_dict()
 
 
 def _accuracies(study: Study, results: DataFrame) -> DataFrame:

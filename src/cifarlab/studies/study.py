@@ -7,7 +7,7 @@ import pandas as pd
 from cifarlab.files import QUESTIONS
 from cifarlab.params.load import read_yaml
 from cifarlab.studies import executors
-from cifarlab.studies.page import made_by, update_notice, write_page
+from cifarlab.studies.page import joined, made_by, update_notice, write_page
 from cifarlab.studies.points import Point, chosen, load, needed, paths, record
 from cifarlab.studies.question import names
 from cifarlab.tracking.studies import publish
@@ -58,11 +58,10 @@ def report() -> None:
         study, points = load(name)
         results = chosen(name, points, any_origin=True).results
         made = results.reindex(columns=["data", "machine", "variant"]).astype(object)
-        made = made.fillna("unknown")
-        seeds = made.groupby("variant").size().min()
+        seeds = made.variant.value_counts(dropna=False).min() if len(results) else 0
         asked, valid = needed(study, points, results), results.counts.sum()
-        counts = (len(asked), f"{valid} of {len(results)}", seeds if len(results) else 0)
-        places = ("; ".join(sorted(set(made[column]))) for column in ("data", "machine"))
+        places = (joined(made[column], "; ") for column in ("data", "machine"))
+        counts = (len(asked), f"{valid} of {len(results)}", seeds)
         rows.append((name, *counts, made_by(results), *places))
         update_notice(name, results)
     columns = ["study", "points", "valid rows", "seeds", "commit", "data", "machine"]
