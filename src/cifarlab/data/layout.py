@@ -6,7 +6,7 @@ import re
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 from cifarlab.data.archives import readable
@@ -112,8 +112,8 @@ def by_table(names: Iterable[str], text: str, table: str) -> Layout:
     return places, problems + [Problem(name, missing) for name in images if name not in places]
 
 
-def checked_classes(labels: Iterable[str], source: str) -> dict[str, str]:
-    """Return how each label is shown. Labels that are the same text in Unicode become one class.
+def checked_classes(places: dict[str, Place], source: Path) -> dict[str, Place]:
+    """Return the places with labels that can be shown. Equal texts in Unicode become one class.
 
     Raises
     ------
@@ -122,7 +122,7 @@ def checked_classes(labels: Iterable[str], source: str) -> dict[str, str]:
     """
     shown: dict[str, str] = {}
     classes: dict[str, str] = {}
-    for label in sorted({*labels}):
+    for label in sorted({place.label for place in places.values()}):
         normal = unicodedata.normalize("NFC", label)
         if found := UNSAFE.search(label):
             hidden = f"the character U+{ord(found[0]):04X}, which cannot be seen"
@@ -130,7 +130,7 @@ def checked_classes(labels: Iterable[str], source: str) -> dict[str, str]:
         shown[label] = readable(normal)
         if (twin := classes.setdefault(shown[label], normal)) != normal:
             raise UserError(f"{source}: the classes {twin!a} and {label!a} look equal; rename one")
-    return shown
+    return {n: place._replace(label=shown[place.label]) for n, place in places.items()}
 
 
 def summary(problems: Sequence[Problem]) -> str:
@@ -203,8 +203,7 @@ def _same_case(places: dict[str, Place]) -> dict[str, Place]:
 def _rows(text: str, table: str) -> list[tuple[int, dict[str, str]]]:
     """Return the rows of a table with commas, semicolons or tabs, and their numbers of line."""
     head = text.partition("\n")[0]
-    file = io.StringIO(text, newline="")
-    reader = csv.DictReader(file, delimiter=max("\t;,", key=head.count))
+    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=max("\t;,", key=head.count))
     try:
         names = {name: COLUMNS.get(name.strip().lower(), "") for name in reader.fieldnames or []}
         if not {"file", "label"} <= {*names.values()}:
