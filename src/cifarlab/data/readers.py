@@ -127,8 +127,7 @@ def write_folder(source: Path, params: DataParams, folder: Path) -> list[Problem
     else:
         places, others = layout.by_folders(names)
     problems += others
-    shown = layout.checked_classes((place.label for place in places.values()), str(source))
-    places = {n: place._replace(label=shown[place.label]) for n, place in places.items()}
+    places = layout.checked_classes(places, source)
     if not places:
         layouts = "train/<class>/ and test/<class>/, or in <class>/"
         found = layout.summary(unreadable + problems)
@@ -198,16 +197,13 @@ def _with_test(
     # By content, so that neither order nor names matter, and equal images stay together.
     digests = {member.name: _sha256(member) for member in _again(source, names, places)}
     classes: dict[str, list[str]] = {}
-    for name in sorted(places, key=lambda name: (digests[name], places[name])):
+    for name in sorted(places, key=digests.__getitem__):
         classes.setdefault(places[name].label, []).append(name)
     test = set[str]()
     for of_class in classes.values():
         count = min(max(1, round(share * len(of_class))), len(of_class) - 1)
-        while 0 < count < len(of_class) and (
-            digests[of_class[count - 1]] == digests[of_class[count]]
-        ):
-            count += 1
-        test.update(of_class[:count])
+        last = digests[of_class[count - 1]]
+        test.update(name for name in of_class if count and digests[name] <= last)
     return {n: p._replace(split="test" if n in test else "train") for n, p in places.items()}
 
 
@@ -272,10 +268,7 @@ class Reading:
         digests: dict[str, dict[bytes, str]] = {split: {} for split in SPLITS}
         with ThreadPoolExecutor() as pool:
             for batch in self._batches():
-                decoded = pool.map(self._decode, *zip(*batch, strict=True))
-                for (name, _), pixels in zip(batch, decoded, strict=True):
-                    if pixels is None:
-                        continue
+                for name, pixels in filter(None, pool.map(self._decode, *zip(*batch, strict=True))):
                     split, row = rows[name]
                     digest = hashlib.blake2b(pixels.data, digest_size=16).digest()
                     digests[split][digest] = min(name, digests[split].get(digest, name))
@@ -305,9 +298,9 @@ class Reading:
             batch.append((member.name, file))
         yield batch
 
-    def _decode(self, name: str, file: io.BytesIO) -> Pixels | None:
+    def _decode(self, name: str, file: io.BytesIO) -> tuple[str, Pixels] | None:
         try:
-            return decode(file, self.size)
+            return name, decode(file, self.size)
         except Exception as error:  # damaged bytes can raise any exception
             self._note(name, error)
             return None
@@ -315,8 +308,7 @@ class Reading:
     def _note(self, name: str, error: Exception) -> None:
         """Note an image that cannot be read."""
         suffix = PurePosixPath(name).suffix.lower()
-        extra = suffix in EXTRA.keys() - formats()
-        needed = f"; {EXTRA[suffix]} opens {suffix}" if extra else ""
+        needed = "" if suffix in formats() else f"; {EXTRA[suffix]} opens {suffix}"
         self.problems.append(Problem(name, UNREADABLE, f"{reason(error)}{needed}"))
 
     def _judge(self, train: dict[bytes, str], test: dict[bytes, str]) -> None:
