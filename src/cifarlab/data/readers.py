@@ -254,8 +254,7 @@ class Reading:
         arrays = {split: np.array(numbers, np.int64) for split, numbers in labels.items()}
         name = self.source.resolve().name.split(".")[0]
         data = Dataset(images, arrays, classes, name, validation)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow's, of metadata and large images
+        with warnings.catch_warnings(action="ignore"):  # Pillow's, of metadata and large images
             data.save(folder, self._decoded(rows))
 
     def _decoded(self, rows: dict[str, tuple[str, int]]) -> Iterator[tuple[str, int, Pixels]]:
