@@ -51,7 +51,6 @@ def export_onnx(network: Network, path: Path) -> None:
         input_names=["images"],
         output_names=["probabilities"],
         dynamic_shapes=_any_number(),
-        dynamo=True,
         verbose=False,
     )
     assert program
