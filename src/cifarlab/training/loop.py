@@ -20,6 +20,7 @@ from cifarlab.training.optimizers import make_optimizers, schedule
 from cifarlab.training.ranks import ALONE, Ranks
 
 Row = dict[str, float | None]  # of history.csv
+Loss = Callable[[Tensor, Tensor], Tensor]
 
 
 class Checkpoint(Protocol):
@@ -278,9 +279,7 @@ def check_finite(network: Network, row: Row, params: TrainParams) -> None:
     raise UserError(f"the training {reason}; try a train.lr below {params.lr:g}{muon}")
 
 
-def loss_function(
-    name: str, smoothing: float = 0.0, weights: Tensor | None = None
-) -> Callable[[Tensor, Tensor], Tensor]:
+def loss_function(name: str, smoothing: float = 0.0, weights: Tensor | None = None) -> Loss:
     """Return the mean loss of logits (N, classes) and targets.
 
     Targets are labels, int64 (N,), or the share of each class, float (N, classes). cross_entropy

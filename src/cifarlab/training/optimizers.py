@@ -88,9 +88,7 @@ def schedule(name: str, steps: int) -> npt.NDArray[np.float64]:
     return rates
 
 
-def make_optimizers(
-    network: nn.Module, params: TrainParams, dtype: torch.dtype = torch.float32
-) -> list[Optimizer]:
+def make_optimizers(network: nn.Module, params: TrainParams, dtype: torch.dtype) -> list[Optimizer]:
     """Return the optimizers of a network, with the highest learning rates.
 
     `dtype` is for Muon's matrix products. The biases of normalisation layers have a learning rate
