@@ -41,8 +41,10 @@ class Place(NamedTuple):
     """Its path inside the class."""
 
 
-Layout = tuple[dict[str, Place], list[Problem]]
-"""The place of each image by its name, and the files that are no images or have no place."""
+Places = dict[str, Place]
+"""The place of each image by its name."""
+Layout = tuple[Places, list[Problem]]
+"""The places of the images, and the files that are no images or have no place."""
 
 
 def by_folders(names: Iterable[str]) -> Layout:
@@ -87,7 +89,7 @@ def by_table(names: Iterable[str], text: str, table: str) -> Layout:
         path = PurePosixPath(name)
         for key in {str(path), "/".join(parts), path.name, path.stem}:
             found.setdefault(key, []).append(name)
-    places: dict[str, Place] = {}
+    places: Places = {}
     rows = _rows(text, table)
     for line, row in rows:
         file, label, split = (row.get(column, "") for column in ("file", "label", "split"))
@@ -112,7 +114,7 @@ def by_table(names: Iterable[str], text: str, table: str) -> Layout:
     return places, problems + [Problem(name, missing) for name in images if name not in places]
 
 
-def checked_classes(places: dict[str, Place], source: Path) -> dict[str, Place]:
+def checked_classes(places: Places, source: Path) -> Places:
     """Return the places with labels that can be shown. Equal texts in Unicode become one class.
 
     Raises
@@ -188,16 +190,13 @@ def _without_top(paths: Mapping[str, tuple[str, ...]]) -> dict[str, tuple[str, .
     return dict(paths)
 
 
-def _same_case(places: dict[str, Place]) -> dict[str, Place]:
+def _same_case(places: Places) -> Places:
     """Give a class in validation/ and test/ the case that its name has in train/."""
     train = {place.label for place in places.values() if place.split == "train"}
-    spelled = {label.casefold(): label for label in train}
-    if len(spelled) < len(train):  # the case distinguishes classes, such as a and A
+    known = {label.casefold(): label for label in train}
+    if len(known) < len(train):  # the case distinguishes classes, such as a and A
         return places
-    return {
-        name: place._replace(label=spelled.get(place.label.casefold(), place.label))
-        for name, place in places.items()
-    }
+    return {n: p._replace(label=known.get(p.label.casefold(), p.label)) for n, p in places.items()}
 
 
 def _rows(text: str, table: str) -> list[tuple[int, dict[str, str]]]:

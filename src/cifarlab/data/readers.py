@@ -19,7 +19,7 @@ from cifarlab.data.archives import Member, members, readable, reason
 from cifarlab.data.dataset import SPLITS, Dataset, Labels, Pixels, stratified_split
 from cifarlab.data.fetch import fetch, find_images
 from cifarlab.data.images import EXTRA, MAX_IMAGE, count_pixels, decode, formats, is_image
-from cifarlab.data.layout import UNREADABLE, Place, Problem
+from cifarlab.data.layout import UNREADABLE, Places, Problem
 from cifarlab.errors import UserError
 from cifarlab.params.sections import DataParams
 
@@ -181,9 +181,7 @@ def _table(source: Path, name: str) -> tuple[str, str]:
         raise UserError(f"{name} cannot be read: {reason(error)}; replace it") from error
 
 
-def _with_test(
-    source: Path, names: Collection[str], places: dict[str, Place], share: float
-) -> dict[str, Place]:
+def _with_test(source: Path, names: Collection[str], places: Places, share: float) -> Places:
     """Return the places with a part for testing, and print where it comes from."""
     splits = {place.split for place in places.values()}
     if "test" in splits:
@@ -207,7 +205,7 @@ def _with_test(
     return {n: p._replace(split="test" if n in test else "train") for n, p in places.items()}
 
 
-def _check_classes(source: Path, places: dict[str, Place]) -> None:
+def _check_classes(source: Path, places: Places) -> None:
     """Refuse fewer than two classes, classes that differ between the splits, and equal names."""
     classes = {split: {p.label for p in places.values() if p.split == split} for split in SPLITS}
     if len(classes["train"] | classes["test"]) < 2:
@@ -232,7 +230,7 @@ class Reading:
 
     source: Path
     size: int
-    places: dict[str, Place]
+    places: Places
     names: Collection[str]
     """All files of the source."""
     problems: list[Problem]
