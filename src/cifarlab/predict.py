@@ -12,7 +12,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -28,15 +27,9 @@ from cifarlab.nn.network import Network
 
 BATCH = 100
 STDIN = "-"
-
-
-class Prediction(NamedTuple):
-    """What a network says about an image."""
-
-    image: str
-    """The path, or "-" for standard input."""
-    top: list[tuple[str, float]]
-    """The most probable classes with their probabilities, the best first."""
+Prediction = tuple[str, list[tuple[str, float]]]
+"""The path of an image, or "-" for standard input, and its most probable classes with their
+probabilities, the best first."""
 
 
 def load(model: str) -> Network:
@@ -53,7 +46,7 @@ def load(model: str) -> Network:
         There is no such network.
     """
     if not model or Path(model).is_file():
-        return weights.load(Path(model) if model else files.WEIGHTS)
+        return weights.load(Path(model or files.WEIGHTS))
     with tempfile.TemporaryDirectory() as name:
         path = Path(name) / files.WEIGHTS.name
         if model.startswith("models:/") or re.fullmatch("[0-9a-f]{32}", model):
@@ -116,7 +109,7 @@ def predict(
             probabilities = logits.double().softmax(1).cpu().numpy()
             best = np.argsort(-probabilities, 1, kind="stable")[:, :top]
             for (name, _), row, order in zip(kept, probabilities, best, strict=True):
-                yield Prediction(name, [(network.classes[i], float(row[i])) for i in order])
+                yield name, [(network.classes[i], float(row[i])) for i in order]
 
 
 def shown(predictions: Iterator[Prediction], form: str) -> Iterator[str]:

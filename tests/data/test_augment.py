@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from cifarlab.data.augment import Draws, augment, draw
+from cifarlab.params.sections import TrainParams
 
 HEIGHT, WIDTH = 5, 6  # not square, so that a mix-up of rows and columns is noticed
 N = 20_000  # coin tosses: their share of heads is within 0.018 of ½, five standard deviations
@@ -36,8 +37,12 @@ def transformed(
     return crop[:, ::-1] if mirrored else crop
 
 
+def params(**given: object) -> TrainParams:
+    return TrainParams.model_construct(None, **given)
+
+
 def drawn(n: int, seed: int = 0, epoch: int = 1, flip: str = "random", translate: int = 2) -> Draws:
-    draws = draw(n, seed, epoch, flip=flip, translate=translate)  # type: ignore[arg-type]
+    draws = draw(n, params(seed=seed, flip=flip, translate=translate), epoch)
     assert draws is not None
     return draws
 
@@ -77,7 +82,7 @@ def test_random_mirrors_another_half_of_the_images_in_every_epoch() -> None:
 def test_mirroring_and_translation_can_be_switched_off() -> None:
     assert not drawn(N, flip="none").mirrored.any()
     assert not drawn(N, translate=0).shifts.any()
-    assert draw(N, 0, 1, flip="none", translate=0) is None
+    assert draw(N, params(seed=0, flip="none", translate=0), 1) is None
 
 
 @pytest.mark.parametrize("flip", ["none", "random", "alternating"])
@@ -186,7 +191,7 @@ def test_every_shift_and_mirroring_occurs_equally_often_and_nothing_else(
 def test_augment_keeps_the_type_and_its_input(flip: str, translate: int) -> None:
     batch = pixels(8)
     before = batch.clone()
-    out = augment(batch, draw(8, 1, 1, flip=flip, translate=translate))  # type: ignore[arg-type]
+    out = augment(batch, draw(8, params(seed=1, flip=flip, translate=translate), 1))
     assert out.dtype == torch.uint8
     assert out.shape == (8, 3, HEIGHT, WIDTH)
     assert out.is_contiguous(memory_format=torch.channels_last)

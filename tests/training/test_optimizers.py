@@ -64,9 +64,8 @@ def test_first_step_of_the_optimizers(
 ) -> None:
     weight = nn.Linear(1, 1, bias=False)
     nn.init.constant_(weight.weight, 2)
-    [optimizer] = make_optimizers(
-        weight, train_params(lr=0.1, weight_decay=0.5, schedule="constant", **changes)
-    )
+    params = train_params(lr=0.1, weight_decay=0.5, schedule="constant", **changes)
+    [optimizer] = make_optimizers(weight, params, torch.float32)
     weight(torch.ones(1, 1)).sum().backward()
     optimizer.step()
     assert weight.weight.item() == pytest.approx(expected, abs=1e-6)
@@ -87,7 +86,7 @@ def test_norm_biases_learn_faster_and_decay_like_other_weights(
         norm_bias_lr=64,
         schedule="constant",
     )
-    sgd = make_optimizers(network, params)[0]
+    sgd = make_optimizers(network, params, torch.float32)[0]
     sgd.step()
     fast, frozen = {"stages.0.first.1.bias", "stages.1.first.1.bias"}, {"stem.0.weight"}
     if optimizer == "muon":
@@ -111,7 +110,7 @@ def test_first_steps_of_adam_are_as_long_as_the_learning_rates(
     params = train_params(
         optimizer=optimizer, lr=0.001, weight_decay=0, norm_bias_lr=16, schedule="constant"
     )
-    [adam] = make_optimizers(network, params)
+    [adam] = make_optimizers(network, params, torch.float32)
     adam.step()
     moved = {name: (p - before[name]).abs().max().item() for name, p in network.named_parameters()}
     assert moved["stages.0.first.1.bias"] == pytest.approx(0.016, rel=1e-3)
@@ -129,7 +128,7 @@ def test_muon_moves_only_the_filters_and_all_directions_equally(
     network = make_network()
     before = copies(network)
     params = train_params(optimizer="muon", muon_lr=0.1, weight_decay=0, schedule="constant")
-    [_, muon] = make_optimizers(network, params)
+    [_, muon] = make_optimizers(network, params, torch.float32)
     muon.step()
     before = {
         name: b * len(b) ** 0.5 / b.norm() if name.startswith("stages") and b.ndim == 4 else b

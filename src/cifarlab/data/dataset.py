@@ -100,9 +100,8 @@ class Dataset:
             counts = {split: len(labels[split]) for split in SPLITS}
             counts |= {"validation": validation} if validation else {}
             digests = {"digest": kept.digest(files), "test_digest": kept.digest(files, ["test"])}
-            meta = {"name": self.name, **digests, **counts}
-            path = stack.enter_context(atomic(folder / "dataset.json"))
-            write_json(path, {**meta, "classes": self.classes})
+            meta = {"name": self.name, **digests, **counts, "classes": self.classes}
+            write_json(stack.enter_context(atomic(folder / "dataset.json")), meta)
 
     @classmethod
     def load(cls, folder: Path) -> "Dataset":

@@ -1,8 +1,9 @@
 """Find the archive or folder that data.sources names: a verified download or a local path."""
 
-import hashlib
 from pathlib import Path, PurePosixPath
 from urllib.parse import unquote, urlsplit
+
+import pooch
 
 from cifarlab.data.archives import members
 from cifarlab.data.images import is_image
@@ -75,17 +76,13 @@ def _local(source: str, sha256: str | None, root: Path) -> Path:
         raise UserError("is neither a file nor a folder")
     if sha256 and path.is_dir():
         raise UserError("a directory has no checksum, set data.sha256: null")
-    if sha256:
-        with path.open("rb") as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
-        if found != sha256:
-            raise UserError(f"its SHA-256 is {found}, data.sha256 says {sha256}")
+    if sha256 and (found := pooch.file_hash(path)) != sha256:
+        raise UserError(f"its SHA-256 is {found}, data.sha256 says {sha256}")
     return path
 
 
 def _download(url: str, sha256: str, cache: Path) -> Path:
     """Download an archive, unless the cache holds it. Its checksum is verified either way."""
-    import pooch
     import requests
 
     pooch.get_logger().setLevel("WARNING")

@@ -6,7 +6,7 @@ import re
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 from cifarlab.data.archives import readable
@@ -41,8 +41,10 @@ class Place(NamedTuple):
     """Its path inside the class."""
 
 
-Layout = tuple[dict[str, Place], list[Problem]]
-"""The place of each image by its name, and the files that are no images or have no place."""
+Places = dict[str, Place]
+"""The place of each image by its name."""
+Layout = tuple[Places, list[Problem]]
+"""The places of the images, and the files that are no images or have no place."""
 
 
 def by_folders(names: Iterable[str]) -> Layout:
@@ -87,7 +89,7 @@ def by_table(names: Iterable[str], text: str, table: str) -> Layout:
         path = PurePosixPath(name)
         for key in {str(path), "/".join(parts), path.name, path.stem}:
             found.setdefault(key, []).append(name)
-    places: dict[str, Place] = {}
+    places: Places = {}
     rows = _rows(text, table)
     for line, row in rows:
         file, label, split = (row.get(column, "") for column in ("file", "label", "split"))
@@ -112,8 +114,8 @@ def by_table(names: Iterable[str], text: str, table: str) -> Layout:
     return places, problems + [Problem(name, missing) for name in images if name not in places]
 
 
-def checked_classes(labels: Iterable[str], source: str) -> dict[str, str]:
-    """Return how each label is shown. Labels that are the same text in Unicode become one class.
+def checked_classes(places: Places, source: Path) -> Places:
+    """Return the places with labels that can be shown. Equal texts in Unicode become one class.
 
     Raises
     ------
@@ -122,7 +124,7 @@ def checked_classes(labels: Iterable[str], source: str) -> dict[str, str]:
     """
     shown: dict[str, str] = {}
     classes: dict[str, str] = {}
-    for label in sorted({*labels}):
+    for label in sorted({place.label for place in places.values()}):
         normal = unicodedata.normalize("NFC", label)
         if found := UNSAFE.search(label):
             hidden = f"the character U+{ord(found[0]):04X}, which cannot be seen"
@@ -130,7 +132,7 @@ def checked_classes(labels: Iterable[str], source: str) -> dict[str, str]:
         shown[label] = readable(normal)
         if (twin := classes.setdefault(shown[label], normal)) != normal:
             raise UserError(f"{source}: the classes {twin!a} and {label!a} look equal; rename one")
-    return shown
+    return {n: place._replace(label=shown[place.label]) for n, place in places.items()}
 
 
 def summary(problems: Sequence[Problem]) -> str:
@@ -188,23 +190,19 @@ def _without_top(paths: Mapping[str, tuple[str, ...]]) -> dict[str, tuple[str, .
     return dict(paths)
 
 
-def _same_case(places: dict[str, Place]) -> dict[str, Place]:
+def _same_case(places: Places) -> Places:
     """Give a class in validation/ and test/ the case that its name has in train/."""
     train = {place.label for place in places.values() if place.split == "train"}
-    spelled = {label.casefold(): label for label in train}
-    if len(spelled) < len(train):  # the case distinguishes classes, such as a and A
+    known = {label.casefold(): label for label in train}
+    if len(known) < len(train):  # the case distinguishes classes, such as a and A
         return places
-    return {
-        name: place._replace(label=spelled.get(place.label.casefold(), place.label))
-        for name, place in places.items()
-    }
+    return {n: p._replace(label=known.get(p.label.casefold(), p.label)) for n, p in places.items()}
 
 
 def _rows(text: str, table: str) -> list[tuple[int, dict[str, str]]]:
     """Return the rows of a table with commas, semicolons or tabs, and their numbers of line."""
     head = text.partition("\n")[0]
-    file = io.StringIO(text, newline="")
-    reader = csv.DictReader(file, delimiter=max("\t;,", key=head.count))
+    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=max("\t;,", key=head.count))
     try:
         names = {name: COLUMNS.get(name.strip().lower(), "") for name in reader.fieldnames or []}
         if not {"file", "label"} <= {*names.values()}:

@@ -65,16 +65,15 @@ class Mapped:
         The kernel is asked for all of them at once. By itself, it would read one page after the
         other, and much around each.
         """
-        array = self.array
-        kernel: Any = array.base
+        kernel: Any = self.array.base
         if isinstance(kernel, mmap.mmap) and len(rows):
-            size, page = array[:1].nbytes, mmap.ALLOCATIONGRANULARITY
-            first = array.ctypes.data % page  # where the array begins in its map
+            size, page = self.array[:1].nbytes, mmap.ALLOCATIONGRANULARITY
+            first = self.array.ctypes.data % page  # where the array begins in its map
             for run in np.split(rows, np.flatnonzero(np.diff(rows) != 1) + 1):
                 start, end = first + int(run[0]) * size, first + (int(run[-1]) + 1) * size
                 for part in range(start - start % page, end, READ):
                     kernel.madvise(mmap.MADV_WILLNEED, part, min(READ, end - part))
-        return array[rows]
+        return self.array[rows]
 
 
 Rows = Tensor | Mapped

@@ -19,7 +19,7 @@ from cifarlab.data.archives import Member, members, readable, reason
 from cifarlab.data.dataset import SPLITS, Dataset, Labels, Pixels, stratified_split
 from cifarlab.data.fetch import fetch, find_images
 from cifarlab.data.images import EXTRA, MAX_IMAGE, count_pixels, decode, formats, is_image
-from cifarlab.data.layout import UNREADABLE, Place, Problem
+from cifarlab.data.layout import UNREADABLE, Places, Problem
 from cifarlab.errors import UserError
 from cifarlab.params.sections import DataParams
 
@@ -127,8 +127,7 @@ def write_folder(source: Path, params: DataParams, folder: Path) -> list[Problem
     else:
         places, others = layout.by_folders(names)
     problems += others
-    shown = layout.checked_classes((place.label for place in places.values()), str(source))
-    places = {n: place._replace(label=shown[place.label]) for n, place in places.items()}
+    places = layout.checked_classes(places, source)
     if not places:
         layouts = "train/<class>/ and test/<class>/, or in <class>/"
         found = layout.summary(unreadable + problems)
@@ -182,9 +181,7 @@ def _table(source: Path, name: str) -> tuple[str, str]:
         raise UserError(f"{name} cannot be read: {reason(error)}; replace it") from error
 
 
-def _with_test(
-    source: Path, names: Collection[str], places: dict[str, Place], share: float
-) -> dict[str, Place]:
+def _with_test(source: Path, names: Collection[str], places: Places, share: float) -> Places:
     """Return the places with a part for testing, and print where it comes from."""
     splits = {place.split for place in places.values()}
     if "test" in splits:
@@ -198,20 +195,17 @@ def _with_test(
     # By content, so that neither order nor names matter, and equal images stay together.
     digests = {member.name: _sha256(member) for member in _again(source, names, places)}
     classes: dict[str, list[str]] = {}
-    for name in sorted(places, key=lambda name: (digests[name], places[name])):
+    for name in sorted(places, key=digests.__getitem__):
         classes.setdefault(places[name].label, []).append(name)
     test = set[str]()
     for of_class in classes.values():
         count = min(max(1, round(share * len(of_class))), len(of_class) - 1)
-        while 0 < count < len(of_class) and (
-            digests[of_class[count - 1]] == digests[of_class[count]]
-        ):
-            count += 1
-        test.update(of_class[:count])
+        last = digests[of_class[count - 1]]
+        test.update(name for name in of_class if count and digests[name] <= last)
     return {n: p._replace(split="test" if n in test else "train") for n, p in places.items()}
 
 
-def _check_classes(source: Path, places: dict[str, Place]) -> None:
+def _check_classes(source: Path, places: Places) -> None:
     """Refuse fewer than two classes, classes that differ between the splits, and equal names."""
     classes = {split: {p.label for p in places.values() if p.split == split} for split in SPLITS}
     if len(classes["train"] | classes["test"]) < 2:
@@ -236,7 +230,7 @@ class Reading:
 
     source: Path
     size: int
-    places: dict[str, Place]
+    places: Places
     names: Collection[str]
     """All files of the source."""
     problems: list[Problem]
@@ -258,8 +252,7 @@ class Reading:
         arrays = {split: np.array(numbers, np.int64) for split, numbers in labels.items()}
         name = self.source.resolve().name.split(".")[0]
         data = Dataset(images, arrays, classes, name, validation)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow's, of metadata and large images
+        with warnings.catch_warnings(action="ignore"):  # Pillow's, of metadata and large images
             data.save(folder, self._decoded(rows))
 
     def _decoded(self, rows: dict[str, tuple[str, int]]) -> Iterator[tuple[str, int, Pixels]]:
@@ -272,10 +265,7 @@ class Reading:
         digests: dict[str, dict[bytes, str]] = {split: {} for split in SPLITS}
         with ThreadPoolExecutor() as pool:
             for batch in self._batches():
-                decoded = pool.map(self._decode, *zip(*batch, strict=True))
-                for (name, _), pixels in zip(batch, decoded, strict=True):
-                    if pixels is None:
-                        continue
+                for name, pixels in filter(None, pool.map(self._decode, *zip(*batch, strict=True))):
                     split, row = rows[name]
                     digest = hashlib.blake2b(pixels.data, digest_size=16).digest()
                     digests[split][digest] = min(name, digests[split].get(digest, name))
@@ -305,9 +295,9 @@ class Reading:
             batch.append((member.name, file))
         yield batch
 
-    def _decode(self, name: str, file: io.BytesIO) -> Pixels | None:
+    def _decode(self, name: str, file: io.BytesIO) -> tuple[str, Pixels] | None:
         try:
-            return decode(file, self.size)
+            return name, decode(file, self.size)
         except Exception as error:  # damaged bytes can raise any exception
             self._note(name, error)
             return None
@@ -315,8 +305,7 @@ class Reading:
     def _note(self, name: str, error: Exception) -> None:
         """Note an image that cannot be read."""
         suffix = PurePosixPath(name).suffix.lower()
-        extra = suffix in EXTRA.keys() - formats()
-        needed = f"; {EXTRA[suffix]} opens {suffix}" if extra else ""
+        needed = "" if suffix in formats() else f"; {EXTRA[suffix]} opens {suffix}"
         self.problems.append(Problem(name, UNREADABLE, f"{reason(error)}{needed}"))
 
     def _judge(self, train: dict[bytes, str], test: dict[bytes, str]) -> None:

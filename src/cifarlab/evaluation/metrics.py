@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from cifarlab.data.augment import Draws, augment
+from cifarlab.data.dataset import Labels
 from cifarlab.data.mapped import Rows
 from cifarlab.errors import UserError
 from cifarlab.nn.network import Network, predict
 from cifarlab.params.sections import EvaluateParams
 
 Floats = npt.NDArray[np.float64]
-Labels = npt.NDArray[np.int64]
 Table = list[dict[str, Any]]
 
 

@@ -147,7 +147,7 @@ def training_images(data: Dataset, params: Params) -> Figure:
     train, generator = params.train, torch.Generator().manual_seed(params.train.seed)
     kept, _ = data.split(params.data.validation, params.data.validation_seed)
     chosen = kept[torch.randperm(len(kept), generator=generator)[: params.plot.samples].numpy()]
-    draws = draw(len(chosen), train.seed, 1, flip=train.flip, translate=train.translate)
+    draws = draw(len(chosen), train, 1)
     images = augment(torch.from_numpy(data.images["train"][chosen]), draws)
     captions = [_shorten(data.classes[label], CAPTION) for label in data.labels["train"][chosen]]
     mixed = ", before CutMix" if train.cutmix else ""

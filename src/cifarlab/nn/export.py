@@ -1,26 +1,15 @@
 """The network in formats that other programs read: PyTorch's exported graph, and ONNX."""
 
 import json
+from collections import OrderedDict
 from pathlib import Path
-from typing import cast
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from cifarlab.files import atomic
 from cifarlab.nn.network import Network
-
-
-class Probabilities(nn.Module):
-    """Raw pixels in, probabilities of the classes out."""
-
-    def __init__(self, network: Network) -> None:
-        super().__init__()
-        self.network = network
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Map uint8 (N, 3, image_size, image_size) to float32 (N, classes)."""
-        return cast(Tensor, self.network(images).softmax(1))
 
 
 def export_torch(network: Network, path: Path) -> None:
@@ -29,7 +18,7 @@ def export_torch(network: Network, path: Path) -> None:
     It takes uint8 (N, 3, image_size, image_size) and returns logits. Names of the classes and size
     are in its extra file network.json.
     """
-    program = torch.export.export(network, _example(network), dynamic_shapes=_any_number())
+    program = torch.export.export(network, **_inputs(network))
     with atomic(path) as temporary:
         # It wants this suffix.
         target = temporary.with_suffix(".pt2")
@@ -45,15 +34,9 @@ def export_onnx(network: Network, path: Path) -> None:
     """
     import onnx
 
-    program = torch.onnx.export(
-        Probabilities(network).eval(),
-        _example(network),
-        input_names=["images"],
-        output_names=["probabilities"],
-        dynamic_shapes=_any_number(),
-        dynamo=True,
-        verbose=False,
-    )
+    names: dict[str, Any] = {"input_names": ["images"], "output_names": ["probabilities"]}
+    module = nn.Sequential(OrderedDict(network=network, softmax=nn.Softmax(1))).eval()
+    program = torch.onnx.export(module, **_inputs(network), **names, verbose=False)
     assert program
     model = program.model_proto
     onnx.helper.set_model_props(model, {"network": _description(network)})
@@ -61,14 +44,10 @@ def export_onnx(network: Network, path: Path) -> None:
         onnx.save(model, temporary)
 
 
-def _example(network: Network) -> tuple[Tensor]:
+def _inputs(network: Network) -> dict[str, Any]:
     # With a single image, the exported graph would accept no other number.
-    size = network.image_size
-    return (torch.zeros(2, 3, size, size, dtype=torch.uint8),)
-
-
-def _any_number() -> tuple[dict[int, torch.export.Dim]]:
-    return ({0: torch.export.Dim("images", min=1)},)
+    images = torch.zeros(2, 3, network.image_size, network.image_size, dtype=torch.uint8)
+    return {"args": (images,), "dynamic_shapes": ({0: torch.export.Dim("images", min=1)},)}
 
 
 def _description(network: Network) -> str:

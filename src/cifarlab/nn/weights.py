@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save_model
 
 from cifarlab.errors import UserError, first_line
 from cifarlab.files import atomic
@@ -22,11 +22,10 @@ def save(network: Network, path: Path) -> None:
     """
     params, size, classes = network.params.model_dump(), network.image_size, network.classes
     header = json.dumps({"params": params, "image_size": size, "classes": classes})
-    tensors = {name: tensor.cpu().contiguous() for name, tensor in network.state_dict().items()}
     with atomic(path) as temporary:
         try:
             # A single key: safetensors writes several in random order, so the bytes would differ.
-            save_file(tensors, temporary, {"network": header})
+            save_model(network, temporary, {"network": header})
         except SafetensorError as error:  # safetensors' error for a full disk
             raise OSError(first_line(error)) from error
         temporary.chmod(0o644)  # safetensors makes it readable for its owner only

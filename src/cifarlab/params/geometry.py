@@ -121,19 +121,15 @@ class ModelParams(Section):
                 raise ValueError("model.stem = whiten needs images of 2×2 pixels, not 1×1")
         places = [(stage, i) for stage, n in enumerate(self.stages) for i in range(n)]
         for layer, (stage, i) in enumerate(places, start=1):
-            convolution = self._convolution(stage, i, channels, size)
+            stride = 2 if self.pool == "stride" and i == 0 else 1
+            steps = size - 1 if self.padding == "same" else size - self.kernel_size
+            out_size, width = steps // stride + 1, self.widths[stage]
+            pooled_layer = 0 if self.pool_at == "start" else self.stages[stage] - 1
+            pooled = self.pool in ("max", "avg") and i == pooled_layer
+            convolution = Convolution(stage, channels, width, stride, size, out_size, pooled)
             self._check(convolution, layer)
             yield convolution
-            size, channels = convolution.pooled_size, convolution.out_channels
-
-    def _convolution(self, stage: int, i: int, channels: int, size: int) -> Convolution:
-        """Return convolution `i` of a stage, for an input of `channels` and `size`."""
-        stride = 2 if self.pool == "stride" and i == 0 else 1
-        steps = size - 1 if self.padding == "same" else size - self.kernel_size
-        pooled_layer = 0 if self.pool_at == "start" else self.stages[stage] - 1
-        pooled = self.pool in ("max", "avg") and i == pooled_layer
-        width = self.widths[stage]
-        return Convolution(stage, channels, width, stride, size, steps // stride + 1, pooled)
+            size, channels = convolution.pooled_size, width
 
     def _check(self, convolution: Convolution, layer: int) -> None:
         """Raise ValueError where too few pixels are left. Layers are counted from 1."""

@@ -39,12 +39,9 @@ class Batches:
         self.steps = len(data.labels) // self.size
         device = data.images.device
         self.part = ranks.part(self.size)
-        own = self.part.stop - self.part.start
-        self.order = torch.zeros(self.steps, own, dtype=torch.int64, device=device)
-        self.draws: Draws | None = None
-        if params.flip != "none" or params.translate:
-            mirrored = torch.zeros_like(self.order, dtype=torch.bool)
-            self.draws = Draws(mirrored, torch.zeros_like(self.order)[..., None].repeat(1, 1, 2))
+        order = torch.zeros(self.steps, self.part.stop - self.part.start, dtype=torch.int64)
+        self.order, draws = order.to(device), draw(len(data.labels), params, 1)
+        self.draws = draws and Draws(*(drawn[order].to(device) for drawn in draws))
         self.boxes = torch.zeros(self.steps, 4, dtype=torch.int64, device=device)
         self.position = torch.zeros(1, dtype=torch.int64, device=device)
         self.reading: Iterator[Tensor] = iter(())  # of images on disk
@@ -61,12 +58,11 @@ class Batches:
         if self.ranks.rank:  # dropout draws in each process for itself
             torch.manual_seed(params.seed * 100_003 + epoch + self.ranks.rank * 2**40)
         self.order.copy_(order)
-        draws = draw(len(labels), params.seed, epoch, flip=params.flip, translate=params.translate)
+        draws = draw(len(labels), params, epoch)
         for buffer, drawn in zip(self.draws or (), draws or (), strict=True):
             buffer.copy_(drawn[order])
         if params.cutmix:
-            height, seed = self.data.images.shape[1], params.seed
-            self.boxes.copy_(draw_boxes(self.steps, params.cutmix, height, seed, epoch))
+            self.boxes.copy_(draw_boxes(self.steps, self.data.images.shape[1], params, epoch))
         self.position.zero_()
         if isinstance(self.data.images, Mapped):
             self.reading = self.data.images.batches(order)

@@ -4,13 +4,11 @@ import math
 from collections.abc import Callable
 from typing import Any, Protocol
 
-import numpy as np
-import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cifarlab.data.dataset import Dataset
+from cifarlab.data.dataset import Dataset, Labels
 from cifarlab.data.mapped import Mapped
 from cifarlab.errors import UserError, first_line
 from cifarlab.nn.diagnostics import diagnose
@@ -22,6 +20,7 @@ from cifarlab.training.optimizers import make_optimizers, schedule
 from cifarlab.training.ranks import ALONE, Ranks
 
 Row = dict[str, float | None]  # of history.csv
+Loss = Callable[[Tensor, Tensor], Tensor]
 
 
 class Checkpoint(Protocol):
@@ -60,7 +59,7 @@ def prepare(
         left = f"data.validation = {params.data.validation} leaves {len(kept)} images to train on"
         raise UserError(f"{left}, too few for a batch; lower it")
 
-    def select(indices: npt.NDArray[np.int64]) -> Images:
+    def select(indices: Labels) -> Images:
         images = Mapped(data.images["train"], indices, device)
         labels = torch.from_numpy(data.labels["train"][indices]).to(device)
         return Images(images if stream else images[:], labels)
@@ -113,7 +112,8 @@ def fit(
     for epoch in range(len(history) + 1, params.epochs + 1):
         row = trainer.epoch(epoch, on_batch) | trainer.validate(validation)
         check_finite(network, row, params)
-        row["learning_rate"] = trainer.learning_rate(epoch)  # of the next step
+        # Of the next step, for what `train.lr` is for.
+        row["learning_rate"] = float(trainer.schedule[epoch * trainer.steps]) * params.lr
         if params.diagnostics:
             row.update(diagnose(network, *train, trainer.loss_of))
         history.append(row)
@@ -144,8 +144,7 @@ class Trainer:
         weights = class_weights(data.labels, classes) if balanced else None
         self.loss_of = loss_function(params.loss, params.label_smoothing, weights)
         self.optimizers = make_optimizers(net, params, dtype)
-        self.parts: dict[str, Any] = {"network": net}
-        self.parts |= {str(i): optimizer for i, optimizer in enumerate(self.optimizers)}
+        self.parts: list[Any] = [net, *self.optimizers]
         self.highest = [[g["lr"] for g in optimizer.param_groups] for optimizer in self.optimizers]
         self.schedule = schedule(params.schedule, params.epochs * self.steps)
         # The rates of an epoch, the highest is 1. Fused optimizers take float32 on CUDA; on a CPU,
@@ -224,23 +223,22 @@ class Trainer:
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
-            reason = first_line(error)
-            print(f"no CUDA graph, the training is slower: {reason}", flush=True)
+            self.ranks.say(f"no CUDA graph, the training is slower: {first_line(error)}")
             replay = self.step
-        for optimizer_state in self.optimizer_states():
-            optimizer_state.zero_()  # a new one begins with zeros
+        for tensor in self.tensors():
+            tensor.zero_()  # the state of a new optimizer begins with zeros
         for tensor, value in before:
             tensor.copy_(value)
         return replay
 
-    def optimizer_states(self) -> list[Tensor]:
-        """Return momenta, and with Adam squared gradients and numbers of steps."""
-        states = [state for optimizer in self.optimizers for state in optimizer.state.values()]
-        return [value for state in states for value in state.values() if torch.is_tensor(value)]
-
     def tensors(self) -> list[Tensor]:
-        """Return all that a step changes for good."""
-        return [*self.network.state_dict().values(), *self.optimizer_states()]
+        """Return all that a step changes for good.
+
+        Those of the network, momenta, and with Adam squared gradients and numbers of steps.
+        """
+        states = [state for optimizer in self.optimizers for state in optimizer.state.values()]
+        values = [value for state in states for value in state.values()]
+        return [*self.network.state_dict().values(), *filter(torch.is_tensor, values)]
 
     def validate(self, held_out: Images | None) -> Row:
         """Return the loss, without label smoothing, and the accuracy; None without images."""
@@ -252,20 +250,16 @@ class Trainer:
         accuracy = (logits.argmax(1) == held_out.labels).float().mean()
         return {"val_loss": loss.item(), "val_accuracy": accuracy.item()}
 
-    def learning_rate(self, epoch: int) -> float:
-        """Return the rate of the first step after an epoch, for what `train.lr` is for."""
-        return float(self.schedule[epoch * self.steps]) * self.params.lr
-
     def state(self) -> dict[str, Any]:
         """Return what a resumed training needs: weights and optimizers."""
-        return {name: part.state_dict() for name, part in self.parts.items()}
+        return {"parts": [part.state_dict() for part in self.parts]}
 
     def resume(self, checkpoint: Checkpoint | None) -> list[Row]:
         """Continue from the checkpoint of the first process, if there is one; return its rows."""
         if (state := self.ranks.from_first(checkpoint and checkpoint.load())) is None:
             return []
-        for name, part in self.parts.items():
-            part.load_state_dict(state[name])
+        for part, saved in zip(self.parts, state["parts"], strict=True):
+            part.load_state_dict(saved)
         history: list[Row] = state["history"]
         self.ranks.say(f"continuing after epoch {len(history)} of {self.params.epochs}")
         return history
@@ -285,9 +279,7 @@ def check_finite(network: Network, row: Row, params: TrainParams) -> None:
     raise UserError(f"the training {reason}; try a train.lr below {params.lr:g}{muon}")
 
 
-def loss_function(
-    name: str, label_smoothing: float = 0.0, weights: Tensor | None = None
-) -> Callable[[Tensor, Tensor], Tensor]:
+def loss_function(name: str, smoothing: float = 0.0, weights: Tensor | None = None) -> Loss:
     """Return the mean loss of logits (N, classes) and targets.
 
     Targets are labels, int64 (N,), or the share of each class, float (N, classes). cross_entropy
@@ -297,17 +289,15 @@ def loss_function(
     ----------
     weights : float (classes,), factors on the loss of each image; without them, all are 1
     """
-    reduction = "mean" if weights is None else "none"
+    reduce = "mean" if weights is None else "none"
 
     def loss(logits: Tensor, targets: Tensor) -> Tensor:
         if name == "cross_entropy":
-            losses = F.cross_entropy(
-                logits, targets, reduction=reduction, label_smoothing=label_smoothing
-            )
+            losses = F.cross_entropy(logits, targets, reduction=reduce, label_smoothing=smoothing)
         else:
             classes = logits.shape[1]
             target = targets if targets.ndim == 2 else F.one_hot(targets, classes)
-            target = target * (1 - label_smoothing) + label_smoothing / classes
+            target = target * (1 - smoothing) + smoothing / classes
             losses = (logits.softmax(1) - target).square().sum(1)
             losses = (losses.mean() if weights is None else losses) / 2
         if weights is None:

@@ -1,19 +1,19 @@
 """Optimizers, and the schedule of their learning rates."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
+from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from cifarlab.params.sections import TrainParams
 
-Groups = list[dict[str, Any]]
 
-
-class Muon(torch.optim.Optimizer):
+class Muon(Optimizer):
     """Muon (Jordan 2024) with Nesterov momentum, for convolution filters as rows of a matrix.
 
     Torch's own Muon takes only matrices, and always computes in bfloat16, which is slow where the
@@ -73,17 +73,6 @@ def orthogonalize(matrices: Tensor, dtype: torch.dtype, iterations: int = 3) -> 
     return (wide.mT if tall else wide).to(matrices.dtype)
 
 
-def _sgd(groups: Groups, params: TrainParams) -> torch.optim.Optimizer:
-    nesterov = params.momentum > 0
-    return torch.optim.SGD(groups, params.lr, params.momentum, nesterov=nesterov, fused=True)
-
-
-OPTIMIZERS: dict[str, Callable[[Groups, TrainParams], torch.optim.Optimizer]] = {
-    "sgd": _sgd,
-    "muon": _sgd,  # for all parameters but the filters
-    "adam": lambda groups, params: torch.optim.Adam(groups, params.lr, fused=True),
-    "adamw": lambda groups, params: torch.optim.AdamW(groups, params.lr, fused=True),
-}
 # Points (share of the training, share of the highest learning rate), with lines between them.
 SCHEDULES: dict[str, list[tuple[float, float]]] = {
     "constant": [(0, 1), (1, 1)],
@@ -99,9 +88,7 @@ def schedule(name: str, steps: int) -> npt.NDArray[np.float64]:
     return rates
 
 
-def make_optimizers(
-    network: nn.Module, params: TrainParams, dtype: torch.dtype = torch.float32
-) -> list[torch.optim.Optimizer]:
+def make_optimizers(network: nn.Module, params: TrainParams, dtype: torch.dtype) -> list[Optimizer]:
     """Return the optimizers of a network, with the highest learning rates.
 
     `dtype` is for Muon's matrix products. The biases of normalisation layers have a learning rate
@@ -113,11 +100,14 @@ def make_optimizers(
     filters = [p for p in trained if p.ndim == 4] if muon else []
     biases = [m.bias for m in network.modules() if isinstance(m, nn.BatchNorm2d | nn.GroupNorm)]
     others = [p for p in trained if not any(p is other for other in filters + biases)]
-    groups: Groups = [
+    groups: list[dict[str, Any]] = [
         {"params": others, "lr": params.lr, "weight_decay": params.weight_decay},
         {"params": biases, "lr": params.lr * factor, "weight_decay": params.weight_decay / factor},
     ]
-    optimizers = [OPTIMIZERS[params.optimizer](groups, params)]
+    sgd = partial(SGD, momentum=params.momentum, nesterov=params.momentum > 0)
+    kinds: dict[str, Callable[..., Optimizer]] = {"adam": Adam, "adamw": AdamW}
+    # With muon, sgd is for all parameters but the filters.
+    optimizers = [kinds.get(params.optimizer, sgd)(groups, params.lr, fused=True)]
     if filters:
         optimizers.append(Muon(filters, params.muon_lr, params.muon_momentum, dtype))
     return optimizers
