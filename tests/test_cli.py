@@ -64,6 +64,9 @@ def test_paths_start_where_the_command_is_typed(checkout: Path) -> None:
         name = "mine.safetensors" if "export" in command else "no.png"
         assert done.stderr.startswith(f"error: src/cifarlab/{name}")  # as seen from the top
     assert launch(checkout, "predict", "no.png").stderr.startswith("error: no.png: ")
+    (below / "docs").mkdir()  # there is no such folder at the top
+    refused = launch(below, "report", "--output", "docs").stderr
+    assert "Invalid value for '--output': File 'src/cifarlab/docs' is a directory." in refused
 
 
 def test_the_command_works_without_activating_its_environment(

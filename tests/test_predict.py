@@ -79,6 +79,9 @@ def test_folders_patterns_and_standard_input(predict: Predict) -> None:
     at_home = predict("~", env={"HOME": str(Path("home").resolve())}).stdout
     assert at_home.partition("  ")[0].endswith("/home/c.png")
     assert "~nobody-here" in predict("~nobody-here/c.png").output
+    for name in ("~c.png", "-c.png"):
+        image(0).save(name)
+        assert predict("--", f"./{name}").stdout.startswith(f"{name}  ")
     done = predict("-", input=Path("x1.png").read_bytes())
     assert done.stdout.startswith("-  ")
 

@@ -23,7 +23,7 @@ class FromHere(click.Path):
 
     def convert(self, value: Any, parameter: Any, ctx: Any) -> Any:
         """Return the path as the top of the checkout sees it."""
-        return HERE / str(super().convert(value, parameter, ctx))
+        return super().convert(HERE / value, parameter, ctx)
 
 
 FILE = FromHere(path_type=Path, dir_okay=False)
@@ -218,8 +218,9 @@ def predict(images: tuple[str, ...], model: str, top: int, form: str | None) -> 
     from cifarlab import predict as predicting
 
     broken: list[str] = []
-    typed = [name if name.startswith(("-", "~")) else str(HERE / name) for name in images]
-    paths, network = predicting.find(typed), predicting.load(_from_here(model))
+    # Not by Path.expanduser: a name may begin with ./~
+    whole = [name if name == "-" else str(HERE / os.path.expanduser(name)) for name in images]  # noqa: PTH111
+    paths, network = predicting.find(whole), predicting.load(_from_here(model))
     for line in predicting.shown(predicting.predict(network, paths, top, broken), form or ""):
         click.echo(line)
     if broken:

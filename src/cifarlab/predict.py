@@ -9,7 +9,6 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -69,8 +68,6 @@ def find(names: Sequence[str]) -> list[str]:
     found: list[str] = []
     for name in names:
         path = Path(name)
-        with suppress(RuntimeError):  # ~name, and there is no such user
-            path = path.expanduser()
         if name == STDIN or path.is_file():
             found.append(str(path))
             continue

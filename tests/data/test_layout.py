@@ -241,6 +241,16 @@ def test_a_class_without_readable_images_is_refused(
     assert "holds no images in test/fish/" in refused("folder", folder)
 
 
+def test_splits_without_one_to_train_on_are_refused(
+    tmp_path: Path, refused: Callable[..., str], read: Read
+) -> None:
+    folder = write(tmp_path / "mine", under("val", CATS) | under("test", MORE))
+    assert "there are images in test/, val/ but none in train/" in refused("folder", folder)
+    # A third class makes clear that these are classes.
+    write(folder, pictures(10, "other"))
+    assert read("folder", folder)[0].classes == ["other", "test", "val"]
+
+
 def test_an_image_in_train_and_test_is_reported(tmp_path: Path, read: Read) -> None:
     files = under("train", CATS) | under("test", MORE)
     files["test/cat/same.png"] = files["train/cat/3.png"]

@@ -1,6 +1,7 @@
 """Exported networks compute what the network computes."""
 
 import json
+import resource
 from pathlib import Path
 
 import onnxruntime
@@ -34,6 +35,24 @@ def test_a_graph_of_pytorch_takes_any_number_of_images(
     loaded = torch.export.load(tmp_path / "a file", extra_files=extra).module()
     assert torch.equal(loaded(IMAGES[:count]), network(IMAGES[:count]))
     assert json.loads(extra["network.json"]) == {"classes": CLASSES, "image_size": 32}
+
+
+def test_the_same_network_gives_the_same_file(network: Network, tmp_path: Path) -> None:
+    for name in ("first", "another"):
+        export_torch(network, tmp_path / name)
+    assert (tmp_path / "first").read_bytes() == (tmp_path / "another").read_bytes()
+
+
+def test_a_full_disk_is_an_error_and_leaves_no_file(network: Network, tmp_path: Path) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))  # the error of a full disk
+    try:
+        for export in (export_torch, export_onnx):
+            with pytest.raises(OSError, match="File too large"):
+                export(network, tmp_path / "network")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert not [*tmp_path.glob("*network*")]
 
 
 def test_onnx_gives_the_probabilities(network: Network, tmp_path: Path) -> None:

@@ -52,6 +52,11 @@ def by_folders(names: Iterable[str]) -> Layout:
 
     Folders around all of these, and folders inside of a class, make no difference; neither does
     the case of the names of the splits.
+
+    Raises
+    ------
+    UserError
+        All images are in folders of other splits than train.
     """
     images, problems = _images(names)
     found = {name: _split(PurePosixPath(name).parts) for name in images}
@@ -60,6 +65,8 @@ def by_folders(names: Iterable[str]) -> Layout:
         outside = f"outside of {_join(splits)}"
         problems += [Problem(name, outside) for name, (split, _) in found.items() if not split]
         found = {name: place for name, place in found.items() if place[0]}
+    elif len(splits) > 1 and all(split for split, _ in found.values()):
+        raise UserError(f"there are images in {_join(splits)} but none in train/; add or move some")
     else:
         found = {name: ("", PurePosixPath(name).parts) for name in images}
     places = {}

@@ -1,5 +1,6 @@
 """The network in formats that other programs read: PyTorch's exported graph, and ONNX."""
 
+import io
 import json
 from collections import OrderedDict
 from pathlib import Path
@@ -18,12 +19,11 @@ def export_torch(network: Network, path: Path) -> None:
     It takes uint8 (N, 3, image_size, image_size) and returns logits. Names of the classes and size
     are in its extra file network.json.
     """
-    program = torch.export.export(network, **_inputs(network))
+    program, content = torch.export.export(network, **_inputs(network)), io.BytesIO()
+    # Not to the file: on a full disk, PyTorch's writer would abort the process.
+    torch.export.save(program, content, extra_files={"network.json": _description(network)})
     with atomic(path) as temporary:
-        # It wants this suffix.
-        target = temporary.with_suffix(".pt2")
-        torch.export.save(program, target, extra_files={"network.json": _description(network)})
-        target.replace(temporary)
+        temporary.write_bytes(content.getbuffer())
 
 
 def export_onnx(network: Network, path: Path) -> None:

@@ -162,9 +162,9 @@ def _read_origin(run: Run, data: bytes | None) -> None:
         counts = "{name}, {train:,} training and {test:,} test images"
         facts |= {"data": counts.format(**known), "digest of the data": known["digest"]}
         run.tests |= {known["test_digest"]} if "test_digest" in known else set()
+    if run.changed:
+        return
     with pipeline.tracked_files(commit) if commit else nullcontext(Path()) as folder:
-        if run.changed:
-            return
         facts["digest of the code"] = pipeline.stage_code(folder, pipeline.STAGES)
         if data and commit:
             (folder / files.DATA).mkdir()

@@ -185,7 +185,7 @@ def _how(name: str, study: Study, results: DataFrame) -> list[str]:
 
 def joined(names: Any, separator: str) -> str:
     """Return the different names in a column of the results, in alphabetical order."""
-    return separator.join(sorted(set(names.fillna("unknown"))))
+    return separator.join(sorted(set(names.astype(object).fillna("unknown"))))
 
 
 def _main_table(study: Study, comparison: DataFrame, tables: Tables) -> str:
