@@ -37,8 +37,7 @@ def draw_study(
     label : what is compared, "test accuracy" or "validation accuracy"
     effects : what `studies.statistics.effects` returns
     tables : the results and the epochs of the study
-    grid : the values of each parameter of a grid, one row per variant; without columns if there is
-        no grid
+    grid : values of the parameters of a grid, one row per variant; else without columns
     margin : differences below it, in points, count as equivalent
     """
     style.apply()
@@ -48,7 +47,7 @@ def draw_study(
     figure, panels = plt.subplot_mosaic("ab;cc", figsize=(12, sum(heights)), height_ratios=heights)
     left, middle, right = panels.values()
     one_epoch = epochs.epoch.nunique() == 1  # its line and band could not be seen
-    look = BARS if one_epoch else {"err_kws": {"alpha": min(0.1, 0.7 / len(names))}}
+    bands = {"err_kws": {"alpha": min(0.1, 0.7 / len(names))}}
     if len(grid.columns) and is_numeric_dtype(grid.iloc[:, 0]) and grid.iloc[:, 0].nunique() > 2:
         parameter, *others = grid.columns
         line = ", ".join(others) or None
@@ -57,15 +56,17 @@ def draw_study(
         results, epochs = (table.join(grid, on="variant") for table in (results, epochs))
         lines = BARS | {"hue": line, "style": line}
         _lines(left, label, results, parameter, lines)
-        shades = look | {"hue": parameter, "style": line, "palette": "flare", "legend": "full"}
+        shades = bands | {"hue": parameter, "style": line, "palette": "flare", "legend": "full"}
         x, look = (parameter, lines | {"legend": False}) if one_epoch else ("epoch", shades)
         _lines(middle, seen, epochs, x, look)
     else:
         palette = ["black", *sns.color_palette("husl", len(names) - 1)]
         _effects(left, effects, palette, label, margin)
         hues = {"hue": "variant", "hue_order": names, "palette": palette, "legend": False}
-        _lines(middle, seen, epochs, "epoch", look | hues)
-        middle.set(xlabel="epoch (colours as on the left)")
+        if one_epoch:
+            _rows(middle, seen, epochs, names, hues)
+        else:
+            _lines(middle, seen, epochs, "epoch", bands | hues)
     _each_class(right, results, names)
     figure.suptitle(title)
     style.save(figure, path, dpi=100)
@@ -98,14 +99,8 @@ def draw_layers(path: Path, layers: DataFrame, names: list[str]) -> None:
         if name == names[-1]:
             axes.set(xlabel="epoch")
         axes.locator_params("x", integer=True, min_n_ticks=1)
-        every = means[quantity]
-        if quantity == "gradient_norm" and every.max().max() > 1000 * every.min().min():
-            # Many powers of ten, and perhaps zero.
-            axes.set_yscale("symlog", linthresh=1e-6)
-            axes.yaxis.get_major_locator().set_params(numticks=4)
-            axes.yaxis.set_major_formatter("{x:g}")
     for axes, quantity in zip(panels[0], quantities, strict=True):
-        axes.set_title(quantity.replace("_", " "))
+        _quantity(axes, quantity, means[quantity])
     for axes, name in zip(panels[:, 0], names, strict=True):
         axes.set_ylabel(textwrap.fill(name, 14), fontsize=11)
     figure.legend(*axes.get_legend_handles_labels(), title="layer", loc="outside right center")
@@ -117,9 +112,21 @@ def _one_epoch(path: Path, means: DataFrame, quantities: list[str]) -> None:
     figure, panels = plt.subplots(1, len(quantities), figsize=(3.2 * len(quantities) + 2, 3))
     for axes, quantity in zip(np.atleast_1d(panels), quantities, strict=True):
         axes.plot(means[quantity].T, marker="o", label=list(means.index), alpha=0.7)
-        axes.set(title=quantity.replace("_", " "), xlabel="layer")
+        axes.set(xlabel="layer")
+        _quantity(axes, quantity, means[quantity])
     figure.legend(*axes.get_legend_handles_labels(), loc="outside right center")
     style.save(figure, path, dpi=100)
+
+
+def _quantity(axes: Any, quantity: str, values: Any) -> None:
+    """Title a panel of drawn values, and let its axis begin at zero."""
+    axes.set_title(quantity.replace("_", " "))
+    if quantity == "gradient_norm" and values.max().max() > 1000 * values.min().min():
+        # Many powers of ten, and perhaps zero.
+        axes.set_yscale("symlog", linthresh=1e-6)
+        axes.yaxis.get_major_locator().set_params(numticks=4)
+        axes.yaxis.set_major_formatter("{x:g}")
+    axes.set_ylim(bottom=0)
 
 
 def _interval(values: Any) -> tuple[float, float]:
@@ -146,6 +153,16 @@ def _lines(axes: Axes, label: str, table: DataFrame, x: str, look: dict[str, Any
         axes.set_xticks(sorted(table[x].unique()))
     if x == "epoch" and axes.get_legend():
         sns.move_legend(axes, "center left", bbox_to_anchor=(1, 0.5), fontsize=9, frameon=False)
+    elif x == "epoch":
+        axes.set(xlabel="epoch (colours as on the left)")
+
+
+def _rows(axes: Axes, label: str, table: DataFrame, rows: list[str], look: dict[str, Any]) -> None:
+    """Draw the accuracy of each variant, in rows as on the left."""
+    percent = table.assign(accuracy=100 * table.accuracy)
+    look |= {"errorbar": _interval, "linestyle": "none", "capsize": 0.15, "err_kws": {"lw": 1.5}}
+    sns.pointplot(percent, x="accuracy", y="variant", order=rows, ax=axes, **look)
+    axes.set(title="Mean and 95 % interval", xlabel=f"{label}, %", ylabel="", yticklabels=[])
 
 
 def _effects(axes: Axes, effects: DataFrame, palette: list[Any], label: str, margin: float) -> None:
