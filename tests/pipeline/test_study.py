@@ -143,6 +143,8 @@ def test_a_search_continues_and_names_the_best_trial_within_its_time(project: Pr
     best = max(re.findall(r"^\| search-\d-2 \| 2 \| ([\d.]+)%", page, re.MULTILINE), key=float)
     assert f"{best}% on validation" in page
     assert "Images of digits." in page
+    head = project.run("git", "rev-parse", "--short=7", "HEAD").stdout.strip()
+    assert re.search(rf"^Commit {head}, machine: .* threads, ", page, re.MULTILINE)
     client = project.client()
     [experiment] = client.search_experiments(filter_string="name = 'cifarlab'")
     children = client.search_runs([experiment.experiment_id], "tags.study = 'search'")

@@ -7,12 +7,13 @@ from typing import Any
 
 import optuna
 from optuna.trial import FrozenTrial, TrialState
+from pandas import DataFrame
 
 from cifarlab import files, pipeline
 from cifarlab.errors import UserError
 from cifarlab.params.load import changed
 from cifarlab.studies.executors import run_one
-from cifarlab.studies.page import folder_of, markdown_table, write_answer
+from cifarlab.studies.page import folder_of, joined, made_by, markdown_table, write_answer
 from cifarlab.studies.points import Point, data_set, finished, key_of
 from cifarlab.studies.question import Range, Search, slug
 from cifarlab.tracking.studies import publish
@@ -110,8 +111,10 @@ def _page(name: str, search: Search, trials: list[FrozenTrial], data: str) -> li
         cells = [last["experiment"], str(last["epochs"]), f"{last['val_accuracy']:.2%}"]
         shown = [f"{value:.3g}" if isinstance(value, float) else str(value) for value in values]
         rows.append([*cells, f"{last['seconds']:.0f}", *shown])
-    best, test = ranked[0].params, ranked[0].user_attrs["rungs"][-1]["test_accuracy"]
-    settings = ", ".join(f"`{key}={value}`" for key, value in best.items())
+    pairs = zip(search.space, rows[0][4:], strict=True)
+    settings = ", ".join(f"`{key}={value}`" for key, value in pairs)
+    test = ranked[0].user_attrs["rungs"][-1]["test_accuracy"]
+    made = DataFrame([rung for trial in ranked for rung in trial.user_attrs["rungs"]])
     head = ["experiment", "epochs", "validation accuracy", f"s for {search.rungs[-1]} epochs"]
     return [
         f"# {search.question}",
@@ -121,7 +124,8 @@ def _page(name: str, search: Search, trials: list[FrozenTrial], data: str) -> li
         "Trials are drawn by TPE. The better third of them goes on from each number of epochs\n"
         f"({', '.join(map(str, search.rungs))}) to the next. Trials that take longer than "
         f"{search.seconds:g} s are dropped.\nEach trial has one seed: make a study to find out "
-        f"whether neighbours in this table differ.\nImages of {data}. {search.shared}",
+        f"whether neighbours in this table differ.\nImages of {data}. {search.shared}\n"
+        f"Commit {made_by(made)}, machine: {joined(made.machine, '; ')}.",
         f"    make search NAME={name}",
         f"asks studies/{name}.yaml again. Each trial is a DVC experiment and an MLflow run for "
         "every number of epochs.",
