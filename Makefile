@@ -9,7 +9,8 @@ SPACE := $(subst ,, )
 # $(value …) keeps make from expanding them, "$$NAME" keeps the shell from reading them.
 override PYTHON := $(value PYTHON)
 override TORCH := $(value TORCH)
-override NAME := $(value NAME)
+# Not the variable of the environment: under WSL, NAME is there the name of the computer.
+override NAME := $(if $(filter command,$(origin NAME)),$(value NAME))
 override REV := $(value REV)
 override BASE := $(value BASE)
 override JOBS := $(value JOBS)

@@ -58,6 +58,8 @@ def compare(rev: str, without: Parameters) -> bool:
         copy_commit(commit, base)
         copy_workspace(workspace)
         old, new = flat(base), flat(workspace)
+        if unknown := [key for key in without if key not in new]:
+            raise UserError(f"WITHOUT: {unknown[0]} is no parameter; give KEY=VALUE")
         chosen = {
             name: own
             for name, own in VARIANTS.items()
@@ -65,6 +67,8 @@ def compare(rev: str, without: Parameters) -> bool:
         }
         lacking = {name: [k for k in own if k not in old] for name, own in chosen.items()}
         compared = [name for name in chosen if not lacking[name]]
+        if not compared:
+            raise UserError("no variant is left that both can train")
         for variant in ["data", *compared]:
             changes = SHARED | VARIANTS.get(variant, {})
             prepare(base / variant, {k: v for k, v in (old | new | changes).items() if k in old})
@@ -283,11 +287,16 @@ def processor() -> str:
 
 
 def record(entry: dict[str, Any]) -> None:
-    """Add an entry to docs/studies/same-bytes.json, but one for every pair of codes."""
+    """Add an entry to docs/studies/same-bytes.json, but one for every pair of codes.
+
+    Where nothing was left out, it replaces an entry for which something was.
+    """
     entries = json.loads(EQUAL_CODE.read_text("utf-8")) if EQUAL_CODE.exists() else []
     pair = ("base_code", "code")
-    if all([known[key] for key in pair] != [entry[key] for key in pair] for known in entries):
-        text = json.dumps([*entries, entry], indent=2, ensure_ascii=False)
+    others = [e for e in entries if [e[key] for key in pair] != [entry[key] for key in pair]]
+    replaced = [e for e in entries if e not in others and e.get("without")]
+    if len(others) == len(entries) or (replaced and not entry["without"]):
+        text = json.dumps([*others, entry], indent=2, ensure_ascii=False)
         with atomic(EQUAL_CODE) as path:
             path.write_text(f"{text}\n", "utf-8")
 

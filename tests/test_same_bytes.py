@@ -114,6 +114,17 @@ def test_other_arithmetic_is_different_and_the_same_is_recorded_once(
     rest = {"new_parameters": {"model.unread": 7}, "old_parameters": {}, "without": {}}
     rest |= {"variants": 3}
     assert entry == {"base": base, **digests, **rest}
+    # An entry that leaves something out is replaced by one that does not, and not the reverse.
+    for without, left in (({}, {}), ({"train.optimizer": "sgd"}, {})):
+        same_bytes.record(entry | {"without": without})
+        assert [e["without"] for e in json.loads((clone / RECORD).read_text("utf-8"))] == [left]
+    partial = entry | {"base_code": "older", "without": {"train.optimizer": "sgd"}}
+    for new in (partial, partial | {"without": {}}):
+        same_bytes.record(new)
+        assert json.loads((clone / RECORD).read_text("utf-8"))[-1] == new
+    assert len(json.loads((clone / RECORD).read_text("utf-8"))) == 2
+    for wrong in ("foo", "train.optimizerr=sgd"):
+        assert run(clone, f"--without={wrong}")[0] == 1
 
 
 def test_metrics_that_moved_to_another_file_are_no_difference(tmp_path: Path) -> None:

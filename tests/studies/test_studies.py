@@ -107,6 +107,11 @@ def test_a_grid_is_every_combination(checkout: Path) -> None:
             "{question: a, seeds: [0, 1], variants: {a: {}, b: {}}, grid: {train.lr: [1, 2]}}",
             "variants or a grid, not both",
         ),
+        (
+            "{question: a, seeds: [0, 1], grid: {train.seed: [5, 6]}}",
+            "train.seed comes from seeds; leave it out",
+        ),
+        ("{question: a, seeds: [0, 1], variants: {a: {}, b: {}}, margin: .inf}", "finite number"),
         ("{question: a, seeds: 5..15, variants: {a: {}, b: {}}}", "together with stop: decided"),
         (
             "{question: a, seeds: 5..5, stop: decided, variants: {a: {}, b: {}}}",
@@ -224,7 +229,8 @@ def run_all(experiments: list[pipeline.Revision]) -> points.Tables:
 
 def counted() -> tuple[int, int]:
     """Return how many points have a row that counts, and how many only one that does not."""
-    counts = points.chosen("demo", points.load("demo")[1], any_origin=True).results.counts
+    every = points.by_data("demo", points.load("demo")[1]).values()
+    counts = next(tables.results for tables in every if len(tables.results)).counts
     return int(counts.sum()), int((~counts).sum())
 
 
@@ -234,7 +240,7 @@ def test_a_study_about_a_folder_counts_its_rows_whatever_the_images_are_called(
     """The folder may be a link, and a downloaded archive gets a name of its own."""
     base = {"data.name": "folder", "data.folder": "/home/me/current.pets", "train.epochs": 2}
     (checkout / "studies/demo.yaml").write_text(yaml.safe_dump(DEMO | {"base": base}))
-    assert set(run_all(demo).results.data) == {"current"}
+    assert set(run_all(demo).results.data) == {"current.pets"}
     assert counted() == (6, 0)
 
 
@@ -309,6 +315,68 @@ def test_rows_of_other_data_are_shown_but_are_not_the_answer_of_a_run(
     renamed = {"data.name": "folder", "data.sources": ["/images/cifar10.tar.gz"]}
     moved = [point._replace(parameters=point.parameters | renamed) for point in found]
     assert len(points.chosen("demo", moved).results) == 6
+
+
+def test_experiments_on_other_images_are_no_results_of_the_present_ones(
+    demo: list[pipeline.Revision], checkout: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(page, "draw_study", lambda *_, **__: None)
+    path = checkout / "studies/demo.yaml"
+    run_all(demo)
+    first = study.rewrite_page("demo")
+    for folder in ("/mnt/photos.v1", "/mnt/photos.v2", "/mnt/images"):
+        base = DEMO["base"] | {"data.name": "folder", "data.folder": folder}
+        path.write_text(yaml.safe_dump(DEMO | {"base": base}))
+        assert points.record("demo", *points.load("demo")).results.empty
+        run_all(demo)
+        written = study.rewrite_page("demo")
+        assert f"images of {Path(folder).name}." in written.read_text()
+        assert written.parent == first.parent / re.sub(r"\W", "-", Path(folder).name)
+    study.report()  # a line and a notice for each
+    change_network()
+    study.report()
+    for folder in (".", "photos-v1", "photos-v2", "images"):
+        assert "(commit bbbbbbb)" in (first.parent / folder / "demo.md").read_text()
+
+
+def test_a_page_is_about_one_data_set(demo: list[pipeline.Revision], checkout: Path) -> None:
+    run_all(demo)
+    demo.clear()
+    table = checkout / "docs/studies/demo.csv"
+    table.write_text(table.read_text().replace("digits", "cifar10"))
+    asked, found = points.load("demo")
+    demo.append(run(found[0], accuracy=0.9))
+    points.record("demo", asked, found)
+    with pytest.raises(UserError, match=r"lack 5 points"):
+        study.rewrite_page("demo")
+
+
+def test_labels_are_those_of_the_question(
+    demo: list[pipeline.Revision], checkout: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(page, "draw_study", lambda *_, **__: None)
+    for variants in (
+        {"four": {}, "1": {"train.epochs": 1}},
+        {"FOUR": {}, "1": {"train.epochs": 1}},
+    ):
+        content = DEMO | {"variants": variants}
+        (checkout / "studies/demo.yaml").write_text(yaml.safe_dump(content))
+        run_all(demo)
+        text = study.rewrite_page("demo").read_text()
+        assert all(f"\n| {name} |" in text for name in variants)
+
+
+def test_a_study_that_is_not_valid_here_does_not_hide_the_others(
+    demo: list[pipeline.Revision], checkout: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_all(demo)
+    (checkout / "studies/a.yaml").write_text("5")
+    (checkout / "studies/b.yaml").write_text(yaml.safe_dump(DEMO | {"base": {"train.lrr": 1}}))
+    study.report()
+    _, a, b, last = capsys.readouterr().out.splitlines()
+    assert "not valid with the present params.yaml: studies/a.yaml is not a study" in a
+    assert "studies/b.yaml: four: unknown key train.lrr" in b
+    assert "6 of 6" in last
 
 
 def test_an_experiment_of_other_code_is_not_recorded(demo: list[pipeline.Revision]) -> None:
@@ -425,17 +493,18 @@ def test_a_page_is_rewritten_from_the_tables_and_says_whether_its_rows_count(
 
 
 def test_a_notice_is_put_below_the_title_replaced_and_removed(checkout: Path) -> None:
-    table = pd.DataFrame({"commit": ["abc1234ffff", "abc1234ffff", None], "counts": False})
+    commits = ["abc1234ffff", "abc1234ffff", None]
+    table = pd.DataFrame({"commit": commits, "counts": False, "data": "digits"})
     path = checkout / "docs/studies/depth.md"
     page.update_notice("depth", table)
     assert not path.exists()
     path.parent.mkdir(parents=True)
-    text = "# A title\n\nSome text.\n\n> a quote\n"
+    text = "# A title\n\nSome images of digits.\n\n> a quote\n"
     path.write_text(text)
     for _ in range(2):
         page.update_notice("depth", table)
         title, notice, rest = path.read_text().split("\n\n", 2)
-        assert (title, rest) == ("# A title", "Some text.\n\n> a quote\n")
+        assert (title, rest) == ("# A title", "Some images of digits.\n\n> a quote\n")
         assert notice.startswith("> These figures")
         assert "(commit abc1234, unknown)" in notice
         assert "\n" not in notice

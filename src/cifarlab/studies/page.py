@@ -61,7 +61,8 @@ def folder_of(name: str, data: str) -> Path:
 
     The page that docs/studies has may be about other data. Then it stays.
     """
-    page, named = ANSWERS / f"{name}.md", rf"(?<![\w-]){re.escape(data)}(?![\w-])"
+    # A page of a study or a search says "images of DATA.", that of confusion begins with "DATA, ".
+    page, named = ANSWERS / f"{name}.md", "(?m)mages of {0}\\.|^{0}, ".format(re.escape(data))
     other = page.exists() and not re.search(named, page.read_text("utf-8"))
     return ANSWERS / re.sub(r"\W+", "-", data) if other else ANSWERS
 
@@ -74,9 +75,9 @@ def write_answer(path: Path, paragraphs: list[str]) -> Path:
 
 
 def update_notice(name: str, results: DataFrame) -> None:
-    """Let the notice below the title of docs/studies/NAME.md, if there is such a page, be right."""
-    path = ANSWERS / f"{name}.md"
-    if path.exists():
+    """Let the notice below the title of the page about these results, if there is one, be right."""
+    path = folder_of(name, joined(results.data, " and ")) / f"{name}.md"
+    if path.exists() and len(results):
         title, *others = path.read_text("utf-8").removesuffix("\n").split("\n\n")
         text = [paragraph for paragraph in others if not paragraph.startswith(NOTICE)]
         write_answer(path, [title, *_notice(name, results), *text])
@@ -96,7 +97,8 @@ def made_by(results: DataFrame) -> str:
 
 def markdown_table(head: list[str], rows: list[list[str]]) -> str:
     """Return a table in Markdown."""
-    head_line, *lines = (f"| {' | '.join(cells)} |" for cells in (head, *rows))
+    escaped = ([cell.replace("|", r"\|") for cell in cells] for cells in (head, *rows))
+    head_line, *lines = (f"| {' | '.join(cells)} |" for cells in escaped)
     return "\n".join([head_line, "|---" * len(head) + "|", *lines])
 
 

@@ -9,6 +9,7 @@ the same bytes.
 import io
 import itertools
 import json
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,7 +30,8 @@ from cifarlab.tracking.studies import timing_of
 from cifarlab.tracking.upload import read_table
 
 ORIGIN = ["experiment", "code", "key"]  # what identifies a row
-TEXT = dict.fromkeys([*ORIGIN, "commit", "run"], str)  # a digest may consist of digits only
+# A digest, a variant and a folder of images may consist of digits only.
+TEXT = dict.fromkeys([*ORIGIN, "commit", "run", "variant", "data", "machine"], str)
 # Pictures, tracking and the number of images tested at a time decide no result. The data are
 # compared by the name of the data set, because the same images can come from several places.
 DATA_SET = ("data.name", "data.folder", "data.sources", "data.sha256")
@@ -187,39 +189,53 @@ def read_tables(name: str) -> Tables:
     """
     tables = []
     for path, identity in zip(paths(name), (ORIGIN, [*ORIGIN, "epoch"]), strict=True):
-        table = DataFrame(columns=[*identity, "commit", "data"])
+        table = DataFrame(columns=[*identity, "commit"])
         try:
             if path.exists():  # a variant may be called None
                 table = pd.read_csv(path, dtype=TEXT, keep_default_na=False, na_values=[""])
-            tables.append(table.drop_duplicates(identity, keep="last", ignore_index=True))
+            table = table.assign(data=table.get("data"))  # old tables of epochs lack it
+            unique = [*identity, "data"]
+            tables.append(table.drop_duplicates(unique, keep="last", ignore_index=True))
         except (ValueError, KeyError) as error:  # for example the marks of a merge conflict
             reason = f"is damaged or lacks columns ({first_line(error)})"
             raise UserError(f"{path} {reason}; `git checkout {path}` repairs it") from error
     return Tables(*tables)
 
 
-def chosen(name: str, points: list[Point], *, any_origin: bool = False) -> Tables:
-    """Return the rows of the tables that count for the points, at most one for each.
+def by_data(name: str, points: list[Point]) -> dict[str, Tables]:
+    """Return the tables for each data set: of each point the newest row, if possible a valid one.
 
-    With `any_origin`, rows of other data count as well, and points without a row that counts have
-    the newest one of other code.
+    The data that the points are about come first, as "", then others by name, the newest first.
     """
     tables, parameters = read_tables(name), {point.experiment: point.parameters for point in points}
-    rows = tables.results
-    if not any_origin:
-        data = rows.experiment.map({name: data_set(values) for name, values in parameters.items()})
-        rows = rows[rows.data.fillna(data) == data]
-    results = choose_rows(rows, parameters, pipeline.stage_code(), read_links())
-    results = results if any_origin else results[results.counts]
-    return Tables(results, tables.epochs.merge(results[ORIGIN], on=ORIGIN))
+    labels = {point.experiment: point.variant for point in points}  # tables may have older ones
+    rows = tables.results[tables.results.experiment.isin(parameters)]
+    present = rows.experiment.map({name: data_set(values) for name, values in parameters.items()})
+    data = rows.data.where(rows.data.fillna(present) != present, "")
+    code, links, found = pipeline.stage_code(), read_links(), dict[str, Tables]()
+    for one in dict.fromkeys(["", *data[::-1]]):
+        results = choose_rows(rows[data == one], parameters, code, links)
+        epochs = tables.epochs.merge(results[[*ORIGIN, "data"]], on=ORIGIN, suffixes=("", "_row"))
+        row = epochs.pop("data_row").fillna("")
+        both = results, epochs[epochs.data.fillna(row) == row]
+        found[one] = Tables(*(table.assign(variant=table.experiment.map(labels)) for table in both))
+    return found
+
+
+def chosen(name: str, points: list[Point]) -> Tables:
+    """Return the rows that count for the points and their data, at most one for each point."""
+    results, epochs = by_data(name, points)[""]
+    results = results[results.counts]
+    return Tables(results, epochs.merge(results[ORIGIN], on=ORIGIN))
 
 
 def data_set(parameters: Parameters) -> str:
-    """Return the name of the data set: of a folder or archive, its name without suffixes."""
+    """Return the name of the data set: of an archive, its name without suffixes."""
     if parameters["data.name"] != "folder":
         return str(parameters["data.name"])
     folder, sources = parameters["data.folder"], parameters["data.sources"]
-    return Path(folder if folder != DEFAULT_FOLDER else sources[0]).name.split(".")[0]
+    name = Path(folder if folder != DEFAULT_FOLDER else sources[0]).name
+    return re.sub(r"(?i)(\.tar)?\.(tar|tgz|tbz2?|txz|zip|gz|bz2|xz)$", "", name)
 
 
 def record(name: str, study: Study, points: list[Point]) -> Tables:
@@ -256,33 +272,34 @@ def record(name: str, study: Study, points: list[Point]) -> Tables:
 def finished(points: list[Point]) -> Iterator[tuple[dict[str, Any], DataFrame]]:
     """Yield the results of each point that has run as an experiment, and its epochs, one row each.
 
-    An experiment counts if it has the point's parameters and the present code.
+    An experiment counts if it has the point's parameters and data set, and the present code.
     """
     code, experiments = pipeline.stage_code(), pipeline.experiments()
     for point in points:
-        key = key_of(point.parameters)
+        key, data = wanted = key_of(point.parameters), data_set(point.parameters)
         named = (revision for revision in experiments if revision.name == point.experiment)
-        revision = next((found for found in named if _ran_with(found) == key), None)
+        revision = next((found for found in named if _ran_with(found) == wanted), None)
         if not revision:
             continue
-        wanted = (files.TRAIN_METRICS, files.EVALUATION, files.PER_CLASS, files.HISTORY)
-        train, evaluation, per_class, history = (pipeline.read(p, revision.commit) for p in wanted)
+        written = (files.TRAIN_METRICS, files.EVALUATION, files.PER_CLASS, files.HISTORY)
+        train, evaluation, per_class, history = (pipeline.read(p, revision.commit) for p in written)
         identity: dict[str, Any] = {"experiment": point.experiment, "commit": revision.baseline}
         identity |= {"code": code, "key": key, "variant": point.variant, "seed": point.seed}
+        identity |= {"data": data}
         row = identity | json.loads(train)
         row["images"] = row.pop("training_images")  # the name of the column in older tables
         row |= {f"test_{name}": value for name, value in json.loads(evaluation).items()}
         classes = read_table(io.BytesIO(per_class), "class").set_index("class")["accuracy"]
         row |= {f"accuracy/{label}": share for label, share in classes.items()}
-        row |= timing_of(revision) | {"data": data_set(point.parameters)}
+        row |= timing_of(revision)
         yield row, pd.read_csv(io.BytesIO(history)).assign(**identity)
 
 
-def _ran_with(revision: Revision) -> str:
-    """Return the key of a revision's parameters; empty if it has other code or other sections."""
+def _ran_with(revision: Revision) -> tuple[str, str]:
+    """Return key and data set of a revision; empty if it has other code or other sections."""
     differs = pipeline.git("diff", "--name-only", revision.commit, "--", *pipeline.dependencies())
     params = None if differs else pipeline.params_of(revision)
-    return key_of(params.flat()) if params else ""
+    return (key_of(params.flat()), data_set(params.flat())) if params else ("", "")
 
 
 def paths(name: str) -> tuple[Path, Path]:

@@ -5,7 +5,7 @@ import json
 import re
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
 from cifarlab.digest import json_digest
 from cifarlab.errors import UserError
@@ -75,7 +75,7 @@ class Study(Question):
     and 15 of them."""
     looks: list[int] = []
     """Numbers of seeds. After so many, only variants whose answer is undecided get more."""
-    margin: Annotated[float, Field(gt=0)] = 1
+    margin: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1
     """Differences of less than this, in percentage points of accuracy, count as equivalent."""
     answer_by: Literal["test", "validation"] = "test"
     """The accuracy that is compared. To choose between variants, use validation."""
@@ -109,6 +109,10 @@ class Study(Question):
             raise ValueError("a study needs at least two variants, or a grid, with different names")
         if len(set(self.seeds)) < len(self.seeds):
             raise ValueError("a seed is listed twice")
+        drawn = ("train.seed", "data.validation_seed")[: 1 + (self.splits == "own")]
+        for key in itertools.chain(self.base, *self.variants.values()):
+            if key in drawn:
+                raise ValueError(f"{key} comes from seeds; leave it out")
         self.looks = self.looks or [len(self.seeds)]
         if self.looks != sorted({*self.looks, len(self.seeds)}) or self.looks[0] < 2:
             raise ValueError("looks are growing numbers of seeds; the last one is all seeds")
@@ -120,23 +124,38 @@ class Study(Question):
         return f"{self.margin:g} point{'' if self.margin == 1 else 's'}"
 
 
-class Range(BaseModel, extra="forbid"):
-    """Numbers from low to high."""
+class Range(BaseModel, extra="forbid", allow_inf_nan=False):
+    """Numbers from low to high; whole numbers if both are."""
 
-    low: float
-    high: float
+    low: int | float
+    high: int | float
     log: bool = False
     """Draw the logarithm of the number uniformly."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.low >= self.high or (self.log and self.low <= 0):
+            raise ValueError("low must be below high, and above 0 with log: true")
+        return self
 
 
 class Search(Question):
     """Find the best parameters within a limited training time."""
 
-    space: Annotated[dict[str, list[Any] | Range], Field(min_length=1)]
+    space: Annotated[
+        dict[str, Annotated[list[Any], Field(min_length=1)] | Range], Field(min_length=1)
+    ]
     """The parameters to choose, each with a list of values or a range."""
-    rungs: Annotated[list[int], Field(min_length=1)]
-    """Epochs of successive halving: every trial trains for the first number of epochs. The better
-    third is trained anew for the next number, and so on."""
-    seconds: float
+    rungs: Annotated[list[Annotated[int, Field(gt=0)]], Field(min_length=1)]
+    """Growing numbers of epochs: every trial trains for the first of them. The better third is
+    trained anew for the next, and so on (successive halving)."""
+    seconds: Annotated[float, Field(gt=0)]
     """Longest training time on the last rung; slower trials are dropped."""
-    trials: int
+    trials: Annotated[int, Field(gt=0)]
+
+    @field_validator("rungs")
+    @classmethod
+    def _growing(cls, rungs: list[int]) -> list[int]:
+        if rungs != sorted(set(rungs)):
+            raise ValueError("must be growing numbers of epochs")
+        return rungs

@@ -10,7 +10,7 @@ from optuna.trial import FrozenTrial, TrialState
 from pandas import DataFrame
 
 from cifarlab import files, pipeline
-from cifarlab.errors import UserError
+from cifarlab.errors import UserError, first_line
 from cifarlab.params.load import changed
 from cifarlab.studies.executors import run_one
 from cifarlab.studies.page import folder_of, joined, made_by, markdown_table, write_answer
@@ -69,7 +69,8 @@ def _train(name: str, search: Search, trial: optuna.Trial) -> float:
         try:
             parameters = changed(changes).flat()
         except UserError as error:  # a combination that is not possible
-            raise optuna.TrialPruned(str(error)) from error
+            trial.set_user_attr("refused", first_line(error))
+            raise optuna.TrialPruned from error
         experiment = f"{slug(name)}-{trial.number}-{epochs}"
         run_one(experiment, changes)
         point = Point(f"trial {trial.number}", 0, experiment, changes, parameters)
@@ -88,6 +89,8 @@ def _train(name: str, search: Search, trial: optuna.Trial) -> float:
 
 
 def _draw(trial: optuna.Trial, key: str, values: list[Any] | Range) -> Any:
+    if isinstance(values, Range) and isinstance(values.low, int) and isinstance(values.high, int):
+        return trial.suggest_int(key, values.low, values.high, log=values.log)
     if isinstance(values, Range):
         return trial.suggest_float(key, values.low, values.high, log=values.log)
     # Optuna cannot store lists, so they are written as JSON.
@@ -101,10 +104,11 @@ def _page(name: str, search: Search, trials: list[FrozenTrial], data: str) -> li
         last = trial.user_attrs["rungs"][-1]
         return -last["epochs"], last["seconds"] > search.seconds, -last["val_accuracy"]
 
-    ranked = sorted((trial for trial in trials if trial.user_attrs), key=rank)
+    ranked = sorted((trial for trial in trials if "rungs" in trial.user_attrs), key=rank)
     if not ranked or ranked[0].state != TrialState.COMPLETE:
-        limit = f"{search.seconds:g} s; raise seconds or trials"
-        raise UserError(f"studies/{name}.yaml: no trial finished within {limit}")
+        slow = f"no trial finished within {search.seconds:g} s; raise seconds or trials"
+        refused = [trial.user_attrs.get("refused", slow) for trial in trials]
+        raise UserError(f"studies/{name}.yaml: {slow if ranked else refused[-1]}")
     rows = []
     for trial in ranked:
         last, values = trial.user_attrs["rungs"][-1], [trial.params[key] for key in search.space]
@@ -121,10 +125,11 @@ def _page(name: str, search: Search, trials: list[FrozenTrial], data: str) -> li
         f"**{settings}**: {rows[0][2]} on validation, {test:.2%} on the test images, which were "
         f"not used to choose. {search.findings}",
         markdown_table([*head, *search.space], rows),
-        "Trials are drawn by TPE. The better third of them goes on from each number of epochs\n"
-        f"({', '.join(map(str, search.rungs))}) to the next. Trials that take longer than "
-        f"{search.seconds:g} s are dropped.\nEach trial has one seed: make a study to find out "
-        f"whether neighbours in this table differ.\nImages of {data}. {search.shared}\n"
+        "Trials are drawn by TPE. About the better third of them, and more at the start, goes on\n"
+        f"from each number of epochs ({', '.join(map(str, search.rungs))}) to the next. Trials "
+        f"that take longer than {search.seconds:g} s are\ndropped. Each trial has one seed: make a "
+        "study to find out whether neighbours in this table differ.\n"
+        f"Images of {data}. {search.shared}\n"
         f"Commit {made_by(made)}, machine: {joined(made.machine, '; ')}.",
         f"    make search NAME={name}",
         f"asks studies/{name}.yaml again. Each trial is a DVC experiment and an MLflow run for "

@@ -4,11 +4,12 @@ from pathlib import Path
 
 import pandas as pd
 
+from cifarlab.errors import UserError, first_line
 from cifarlab.files import QUESTIONS
 from cifarlab.params.load import read_yaml
 from cifarlab.studies import executors
 from cifarlab.studies.page import joined, made_by, update_notice, write_page
-from cifarlab.studies.points import Point, chosen, load, needed, paths, record
+from cifarlab.studies.points import Point, by_data, load, needed, paths, record
 from cifarlab.studies.question import names
 from cifarlab.tracking.studies import publish
 
@@ -45,24 +46,33 @@ def rewrite_page(name: str) -> Path:
     Rows that do not count for the present code are used as well, and the page says so.
     """
     study, points = load(name)
-    return write_page(name, study, points, chosen(name, points, any_origin=True))
+    found = by_data(name, points)
+    tables = next((tables for tables in found.values() if len(tables.results)), found[""])
+    return write_page(name, study, points, tables)
 
 
 def report() -> None:
-    """Print the state of every study, and update the notice at the top of its page."""
+    """Print the state of every study for each data set, and update the notices of its pages."""
     rows: list[tuple[object, ...]] = []
     for name in names():
-        if "space" in (read_yaml(QUESTIONS / f"{name}.yaml", "") or ()):
+        content = read_yaml(QUESTIONS / f"{name}.yaml", "")
+        if isinstance(content, dict) and "space" in content:
             rows.append((name, "a search: `make search` judges its trials", *[""] * 5))
             continue
-        study, points = load(name)
-        results = chosen(name, points, any_origin=True).results
-        made = results.reindex(columns=["data", "machine", "variant"]).astype(object)
-        seeds = made.variant.value_counts(dropna=False).min() if len(results) else 0
-        asked, valid = needed(study, points, results), results.counts.sum()
-        places = (joined(made[column], "; ") for column in ("data", "machine"))
-        counts = (len(asked), f"{valid} of {len(results)}", seeds)
-        rows.append((name, *counts, made_by(results), *places))
-        update_notice(name, results)
+        try:
+            study, points = load(name)
+        except UserError as error:
+            reason = f"not valid with the present params.yaml: {first_line(error)}"
+            rows.append((name, reason, *[""] * 5))
+            continue
+        every = [tables.results for tables in by_data(name, points).values()]
+        for results in [table for table in every if len(table)] or every[:1]:
+            made = results.reindex(columns=["data", "machine"])
+            seeds = results.variant.value_counts().min() if len(results) else 0
+            asked, valid = needed(study, points, results), results.counts.sum()
+            data, machine = (joined(made[column], "; ") for column in made)
+            counts = (len(asked), f"{valid} of {len(results)}", seeds)
+            rows.append((name, *counts, made_by(results), data, machine))
+            update_notice(name, results)
     columns = ["study", "points", "valid rows", "seeds", "commit", "data", "machine"]
     print(pd.DataFrame(rows, columns=columns).to_string(index=False))
