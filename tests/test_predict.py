@@ -86,6 +86,16 @@ def test_folders_patterns_and_standard_input(predict: Predict) -> None:
     assert done.stdout.startswith("-  ")
 
 
+def test_a_pattern_starts_in_a_folder_of_any_name(
+    predict: Predict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Path("in [1]").mkdir()
+    image(0).save("in [1]/a.png")
+    monkeypatch.setattr("cifarlab.cli.HERE", Path("in [1]"))
+    for names in (["*.png"], ["."], [str(Path("in [[]1]/*.png").resolve())]):
+        assert "in [1]/a.png  " in predict(*names).stdout
+
+
 def test_csv_has_a_head_and_quotes_names(predict: Predict) -> None:
     image(0).save("a, b.png")
     rows = list(csv.reader(io.StringIO(predict("a, b.png", "--csv", "--top", "2").stdout)))
@@ -98,11 +108,12 @@ def test_csv_has_a_head_and_quotes_names(predict: Predict) -> None:
 def test_a_broken_image_is_named_and_the_others_are_classified(predict: Predict) -> None:
     image(0).save("good.png")
     Path("bad.png").write_bytes(Path("good.png").read_bytes()[:-500])
-    done = predict("bad.png", "good.png")
+    done = predict("bad.png", "good.png", "missing.png")
     assert done.exit_code == 1
     first, second = done.output.splitlines()
     assert first.startswith("good.png  ")
-    assert second.startswith("error: 1 of 2 images cannot be read: bad.png: ")
+    assert second.startswith("error: 2 of 3 images cannot be read: missing.png: there is no such ")
+    assert "; bad.png: " in second
 
 
 @pytest.mark.parametrize(
@@ -110,6 +121,7 @@ def test_a_broken_image_is_named_and_the_others_are_classified(predict: Predict)
     [
         (["nothing.png"], "nothing.png: there is no such image, and no folder of images"),
         (["*.gif"], "*.gif: there is no such image"),
+        ([""], "an empty name: there is no such image"),
         (["a.png", "--model", "text.txt"], "text.txt holds no network of this version"),
     ],
 )

@@ -57,26 +57,34 @@ def load(model: str) -> Network:
         return weights.load(path)
 
 
-def find(names: Sequence[str]) -> list[str]:
+def find(names: Sequence[str], here: Path, broken: list[str]) -> list[str]:
     """Return the images that paths, folders and patterns such as "photos/*.jpg" stand for.
+
+    Parameters
+    ----------
+    here : where relative names start
+    broken : gets a sentence for each name that stands for nothing
 
     Raises
     ------
     UserError
-        One of them stands for nothing.
+        All of them stand for nothing.
     """
     found: list[str] = []
     for name in names:
-        path = Path(name)
+        path = here / name
         if name == STDIN or path.is_file():
-            found.append(str(path))
+            found.append(name if name == STDIN else str(path))
             continue
-        pattern = f"{glob.escape(str(path))}/**" if path.is_dir() else str(path)
-        inside = map(Path, glob.glob(pattern, recursive=True))  # noqa: PTH207, absolute ones, too
+        pattern = f"{glob.escape(name)}/**" if name and path.is_dir() else name
+        inside = [here / n for n in glob.glob(pattern, root_dir=here, recursive=True)]  # noqa: PTH207, absolute ones, too
         images = sorted(str(image) for image in inside if is_image(image.name) and image.is_file())
         if not images:
-            raise UserError(f"{readable(name)}: there is no such image, and no folder of images")
+            shown = readable(str(path)) if name else "an empty name"
+            broken.append(f"{shown}: there is no such image, and no folder of images")
         found += images
+    if not found:
+        raise UserError("; ".join(broken[:5]))
     return found
 
 
