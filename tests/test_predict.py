@@ -96,6 +96,16 @@ def test_a_pattern_starts_in_a_folder_of_any_name(
         assert "in [1]/a.png  " in predict(*names).stdout
 
 
+def test_a_link_to_a_folder_around_it_repeats_no_image(predict: Predict) -> None:
+    Path("in").mkdir()
+    image(0).save("in/z.png")
+    for name, target in (("in/again", "../in"), ("in/y.png", "z.png")):
+        Path(name).symlink_to(target)
+    for name in ("in", "in/**/*.png"):
+        lines = predict(name).stdout.splitlines()
+        assert [line.partition("  ")[0] for line in lines] == ["in/y.png", "in/z.png"]
+
+
 def test_csv_has_a_head_and_quotes_names(predict: Predict) -> None:
     image(0).save("a, b.png")
     rows = list(csv.reader(io.StringIO(predict("a, b.png", "--csv", "--top", "2").stdout)))

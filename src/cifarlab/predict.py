@@ -77,12 +77,16 @@ def find(names: Sequence[str], here: Path, broken: list[str]) -> list[str]:
             found.append(name if name == STDIN else str(path))
             continue
         pattern = f"{glob.escape(name)}/**" if name and path.is_dir() else name
-        inside = [here / n for n in glob.glob(pattern, root_dir=here, recursive=True)]  # noqa: PTH207, absolute ones, too
-        images = sorted(str(image) for image in inside if is_image(image.name) and image.is_file())
+        inside = glob.glob(pattern, root_dir=here, recursive=True)  # noqa: PTH207, also absolute
+        images: dict[Path, str] = {}
+        # Of paths that a link to a folder makes equal, the shortest is kept.
+        for image in sorted((here / match for match in inside), key=lambda p: (len(p.parts), p)):
+            if is_image(image.name) and image.is_file():
+                images.setdefault(image.parent.resolve() / image.name, str(image))
         if not images:
             shown = readable(str(path)) if name else "an empty name"
             broken.append(f"{shown}: there is no such image, and no folder of images")
-        found += images
+        found += sorted(images.values())
     if not found:
         raise UserError("; ".join(broken[:5]))
     return found
