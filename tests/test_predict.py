@@ -115,6 +115,15 @@ def test_csv_has_a_head_and_quotes_names(predict: Predict) -> None:
     assert len(rows) == 2
 
 
+def test_json_has_long_paths_as_they_are(predict: Predict) -> None:
+    folder = Path("a" * 200, "b" * 200)
+    folder.mkdir(parents=True)
+    for name in ("1.png", "2.png"):
+        image(0).save(folder / name)
+    rows = json.loads(predict(str(folder), "--json").stdout)
+    assert [row["image"] for row in rows] == [f"{folder}/1.png", f"{folder}/2.png"]
+
+
 def test_a_broken_image_is_named_and_the_others_are_classified(predict: Predict) -> None:
     image(0).save("good.png")
     Path("bad.png").write_bytes(Path("good.png").read_bytes()[:-500])

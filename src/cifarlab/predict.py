@@ -127,7 +127,8 @@ def shown(predictions: Iterator[Prediction], form: str) -> Iterator[str]:
         records = []
         for image, pairs in predictions:
             top = [{"class": label, "probability": round(p, 6)} for label, p in pairs]
-            records.append({"image": readable(image), **top[0], "top": top})
+            whole = "".join(map(readable, image))  # readable() would cut it
+            records.append({"image": whole, **top[0], "top": top})
         yield json.dumps(records, ensure_ascii=False, indent=2)
         return
     for number, (image, pairs) in enumerate(predictions):
