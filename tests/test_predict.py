@@ -3,6 +3,9 @@
 import csv
 import io
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,8 +18,10 @@ from PIL import Image, ImageOps
 from cifarlab.cli import main
 from cifarlab.nn import weights
 from cifarlab.nn.network import Network
+from tests.support.archives import raw_png
 from tests.support.networks import small_params
 
+REPO = Path(__file__).resolve().parent.parent
 CLASSES = ["NA", "cat, dog", "Käfer"]
 Predict = Callable[..., Result]
 
@@ -133,6 +138,41 @@ def test_a_broken_image_is_named_and_the_others_are_classified(predict: Predict)
     assert first.startswith("good.png  ")
     assert second.startswith("error: 2 of 3 images cannot be read: missing.png: there is no such ")
     assert "; bad.png: " in second
+
+
+MEASURE = """
+import sys
+from pathlib import Path
+from cifarlab.predict import load, predict
+
+def peak():  # getrusage would begin with the memory of the parent process
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith("VmHWM")).split()[1]) >> 10
+
+network, broken = load(""), []
+list(predict(network, ["small.png"], 1, broken))
+before = peak()
+found = list(predict(network, sys.argv[1:], 1, broken))
+print(len(found), *broken, peak() - before, sep="\\n")
+"""
+
+
+def test_many_large_images_take_no_more_memory_than_one(network: Network) -> None:
+    """Nothing is printed, also no warning of Pillow."""
+    image(0).save("small.png")
+    Path("huge.png").write_bytes(raw_png(11_000, 10_000, rows=1))
+    large = raw_png(7000, 7000, colour=6)
+    names = [f"{i}.png" for i in range(4)]
+    for name in names:
+        Path(name).write_bytes(large)
+    command = [sys.executable, "-W", "always", "-c", MEASURE, "huge.png", *names]
+    env = os.environ | {"PYTHONPATH": str(REPO / "src")}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
+    assert not done.stderr
+    count, sentence, grown = done.stdout.splitlines()
+    assert count == "4"
+    assert sentence == "huge.png: 11,000×10,000 are more than 50 million pixels"
+    assert int(grown) < 600
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import json
 import re
 import sys
 import tempfile
+import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -18,7 +19,7 @@ import torch
 from cifarlab import files, pipeline
 from cifarlab.data.archives import MAX_MEMBER, read_file, readable, reason
 from cifarlab.data.dataset import Pixels
-from cifarlab.data.images import decode, is_image
+from cifarlab.data.images import MAX_IMAGE, count_pixels, decode, is_image
 from cifarlab.errors import UserError
 from cifarlab.nn import network as networks
 from cifarlab.nn import weights
@@ -26,6 +27,7 @@ from cifarlab.nn.network import Network
 
 BATCH = 100
 STDIN = "-"
+NamedFile = tuple[str, io.BytesIO]
 Prediction = tuple[str, list[tuple[str, float]]]
 """The path of an image, or "-" for standard input, and its most probable classes with their
 probabilities, the best first."""
@@ -105,12 +107,13 @@ def predict(
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     network = network.to(device)
-    with ThreadPoolExecutor() as pool:
-        for start in range(0, len(images), BATCH):
-            names = images[start : start + BATCH]
-            decoded = list(pool.map(partial(_decode, size=network.image_size), names))
+    # Pillow warns of metadata and large images, in whichever thread.
+    with warnings.catch_warnings(action="ignore"), ThreadPoolExecutor() as pool:
+        for group in _groups(images, broken):
+            decoded = list(pool.map(partial(_decode, size=network.image_size), group))
             broken += [sentence for sentence in decoded if isinstance(sentence, str)]
-            kept = [(n, p) for n, p in zip(names, decoded, strict=True) if not isinstance(p, str)]
+            pairs = zip(group, decoded, strict=True)
+            kept = [(name, p) for (name, _), p in pairs if not isinstance(p, str)]
             if not kept:
                 continue
             batch = torch.from_numpy(np.stack([image for _, image in kept])).to(device)
@@ -144,11 +147,35 @@ def shown(predictions: Iterator[Prediction], form: str) -> Iterator[str]:
         yield line.getvalue()
 
 
-def _decode(name: str, size: int) -> Pixels | str:
+def _groups(images: Sequence[str], broken: list[str]) -> Iterator[list[NamedFile]]:
+    """Yield names and files of images, grouped so that decoding a group takes little memory."""
+    group: list[NamedFile] = []
+    used = 0.0  # of the memory that a group may take
+    for name in images:
+        try:
+            stdin = name == STDIN
+            file = io.BytesIO(sys.stdin.buffer.read(MAX_MEMBER)) if stdin else read_file(Path(name))
+            pixels, length = count_pixels(file), file.getbuffer().nbytes
+        except Exception as error:  # damaged bytes can raise any exception
+            broken.append(_sentence(name, error))
+            continue
+        share = pixels / MAX_IMAGE + length / MAX_MEMBER + 1 / BATCH
+        if used + share > 1:
+            yield group
+            group, used = [], 0
+        used += share
+        group.append((name, file))
+    yield group
+
+
+def _decode(image: NamedFile, size: int) -> Pixels | str:
     """Return the pixels of an image, or why there are none."""
+    name, file = image
     try:
-        if name == STDIN:
-            return decode(io.BytesIO(sys.stdin.buffer.read(MAX_MEMBER)), size)
-        return decode(read_file(Path(name)), size)
+        return decode(file, size)
     except Exception as error:  # damaged bytes can raise any exception
-        return f"{readable(name)}: {reason(error)}"
+        return _sentence(name, error)
+
+
+def _sentence(name: str, error: Exception) -> str:
+    return f"{readable(name)}: {reason(error)}"
