@@ -15,6 +15,7 @@ import torch
 from click.testing import CliRunner, Result
 from PIL import Image, ImageOps
 
+from cifarlab import pipeline
 from cifarlab.cli import main
 from cifarlab.nn import weights
 from cifarlab.nn.network import Network
@@ -193,6 +194,20 @@ def test_wrong_arguments_end_in_one_sentence(
     assert done.exit_code == 1
     assert done.output.startswith(f"error: {sentence}")
     assert done.output.count("\n") == 1
+
+
+def test_a_network_of_another_version_is_named(
+    predict: Predict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    image(0).save("a.png")
+    content = Path("models/network.safetensors").read_bytes()
+    assert b"norm_scale" in content
+    older = content.replace(b"norm_scale", b"norm_other")
+    monkeypatch.setattr(pipeline, "find", lambda name: pipeline.Revision(name, "0" * 40, ""))
+    monkeypatch.setattr(pipeline, "read", lambda path, commit: older)
+    done = predict("a.png", "--model", "HEAD~50")
+    sentence = "HEAD~50 holds no network of this version; use it in the checkout of its commit"
+    assert (done.exit_code, done.output) == (1, f"error: {sentence}\n")
 
 
 def test_without_a_network_predict_says_so(predict: Predict) -> None:

@@ -56,7 +56,11 @@ def load(model: str) -> Network:
             path = download_network(model, Path(name))
         else:
             path.write_bytes(pipeline.read(files.WEIGHTS, pipeline.find(model).commit))
-        return weights.load(path)
+        try:
+            return weights.load(path)
+        except UserError as error:
+            problem = f"{model} holds no network of this version"
+            raise UserError(f"{problem}; use it in the checkout of its commit") from error
 
 
 def find(names: Sequence[str], here: Path, broken: list[str]) -> list[str]:
