@@ -41,6 +41,8 @@ class Commands(click.Group):
             return super().invoke(ctx)
         except UserError as error:
             sys.exit(f"error: {error}")
+        except BrokenPipeError:  # `| head`: click ends quietly
+            raise
         except (OSError, subprocess.CalledProcessError) as error:
             sys.exit(f"error: {first_line(error)}")
 
