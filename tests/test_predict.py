@@ -17,6 +17,7 @@ from PIL import Image, ImageOps
 
 from cifarlab import pipeline
 from cifarlab.cli import main
+from cifarlab.data.images import formats
 from cifarlab.nn import weights
 from cifarlab.nn.network import Network
 from tests.support.archives import raw_png
@@ -70,6 +71,13 @@ def test_any_image_is_classified_like_in_evaluation(predict: Predict, network: N
         assert found["class"] == CLASSES[int(np.argmax(probabilities))]
         ordered = [row["probability"] for row in found["top"]]
         assert ordered == sorted(ordered, reverse=True)
+
+
+def test_float32_is_no_tf32(predict: Predict, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    image(0).save("a.png")
+    assert predict("a.png").exit_code == 0
+    assert not torch.backends.cudnn.allow_tf32
 
 
 def test_folders_patterns_and_standard_input(predict: Predict) -> None:
@@ -139,6 +147,16 @@ def test_a_broken_image_is_named_and_the_others_are_classified(predict: Predict)
     assert first.startswith("good.png  ")
     assert second.startswith("error: 2 of 3 images cannot be read: missing.png: there is no such ")
     assert "; bad.png: " in second
+
+
+def test_a_format_that_needs_another_package_names_it(
+    predict: Predict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    known = {suffix: name for suffix, name in formats().items() if suffix != ".heic"}
+    monkeypatch.setattr("cifarlab.predict.formats", lambda: known)
+    Path("a.HEIC").write_bytes(b"....ftypheic")
+    said = "a.HEIC: it is no image that Pillow can open; pillow-heif opens .heic\n"
+    assert predict("a.HEIC").output.endswith(said)
 
 
 MEASURE = """

@@ -19,7 +19,7 @@ import torch
 from cifarlab import files, pipeline
 from cifarlab.data.archives import MAX_MEMBER, read_file, readable, reason
 from cifarlab.data.dataset import Pixels
-from cifarlab.data.images import MAX_IMAGE, count_pixels, decode, is_image
+from cifarlab.data.images import EXTRA, MAX_IMAGE, count_pixels, decode, formats, is_image
 from cifarlab.errors import UserError
 from cifarlab.nn import network as networks
 from cifarlab.nn import weights
@@ -110,6 +110,7 @@ def predict(
     broken : gets a sentence for each image that cannot be read
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.backends.cudnn.allow_tf32 = False  # float32 is meant, as in evaluation
     network = network.to(device)
     # Pillow warns of metadata and large images, in whichever thread.
     with warnings.catch_warnings(action="ignore"), ThreadPoolExecutor() as pool:
@@ -182,4 +183,7 @@ def _decode(image: NamedFile, size: int) -> Pixels | str:
 
 
 def _sentence(name: str, error: Exception) -> str:
-    return f"{readable(name)}: {reason(error)}"
+    suffix = Path(name).suffix.lower()
+    opener = EXTRA.get(suffix) if suffix not in formats() else None
+    needed = f"; {opener} opens {suffix}" if opener else ""
+    return f"{readable(name)}: {reason(error)}{needed}"
