@@ -91,6 +91,17 @@ def test_the_command_runs_the_code_of_the_checkout_around_it(checkout: Path) -> 
     assert launch(checkout, "check").stdout == "params.yaml is valid here\n"
 
 
+def test_a_closed_pipe_ends_the_command_quietly(checkout: Path) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, str(LAUNCHER), "check"]
+    done = subprocess.run(
+        command, cwd=checkout, stdout=writing, stderr=subprocess.PIPE, text=True, check=False
+    )
+    os.close(writing)
+    assert not done.stderr
+
+
 def test_outside_a_checkout_the_command_refuses(tmp_path: Path) -> None:
     done = launch(tmp_path, "check")
     assert done.returncode == 1

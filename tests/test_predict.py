@@ -3,6 +3,9 @@
 import csv
 import io
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,11 +15,15 @@ import torch
 from click.testing import CliRunner, Result
 from PIL import Image, ImageOps
 
+from cifarlab import pipeline
 from cifarlab.cli import main
+from cifarlab.data.images import formats
 from cifarlab.nn import weights
 from cifarlab.nn.network import Network
+from tests.support.archives import raw_png
 from tests.support.networks import small_params
 
+REPO = Path(__file__).resolve().parent.parent
 CLASSES = ["NA", "cat, dog", "Käfer"]
 Predict = Callable[..., Result]
 
@@ -66,6 +73,13 @@ def test_any_image_is_classified_like_in_evaluation(predict: Predict, network: N
         assert ordered == sorted(ordered, reverse=True)
 
 
+def test_float32_is_no_tf32(predict: Predict, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    image(0).save("a.png")
+    assert predict("a.png").exit_code == 0
+    assert not torch.backends.cudnn.allow_tf32
+
+
 def test_folders_patterns_and_standard_input(predict: Predict) -> None:
     for name in ("in/[1]/a.png", "in/b.jpg", "in/c.txt", "x1.png", "x2.png", "é è.png"):
         Path(name).parent.mkdir(parents=True, exist_ok=True)
@@ -86,6 +100,26 @@ def test_folders_patterns_and_standard_input(predict: Predict) -> None:
     assert done.stdout.startswith("-  ")
 
 
+def test_a_pattern_starts_in_a_folder_of_any_name(
+    predict: Predict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Path("in [1]").mkdir()
+    image(0).save("in [1]/a.png")
+    monkeypatch.setattr("cifarlab.cli.HERE", Path("in [1]"))
+    for names in (["*.png"], ["."], [str(Path("in [[]1]/*.png").resolve())]):
+        assert "in [1]/a.png  " in predict(*names).stdout
+
+
+def test_a_link_to_a_folder_around_it_repeats_no_image(predict: Predict) -> None:
+    Path("in").mkdir()
+    image(0).save("in/z.png")
+    for name, target in (("in/again", "../in"), ("in/y.png", "z.png")):
+        Path(name).symlink_to(target)
+    for name in ("in", "in/**/*.png"):
+        lines = predict(name).stdout.splitlines()
+        assert [line.partition("  ")[0] for line in lines] == ["in/y.png", "in/z.png"]
+
+
 def test_csv_has_a_head_and_quotes_names(predict: Predict) -> None:
     image(0).save("a, b.png")
     rows = list(csv.reader(io.StringIO(predict("a, b.png", "--csv", "--top", "2").stdout)))
@@ -95,14 +129,69 @@ def test_csv_has_a_head_and_quotes_names(predict: Predict) -> None:
     assert len(rows) == 2
 
 
+def test_json_has_long_paths_as_they_are(predict: Predict) -> None:
+    folder = Path("a" * 200, "b" * 200)
+    folder.mkdir(parents=True)
+    for name in ("1.png", "2.png"):
+        image(0).save(folder / name)
+    rows = json.loads(predict(str(folder), "--json").stdout)
+    assert [row["image"] for row in rows] == [f"{folder}/1.png", f"{folder}/2.png"]
+
+
 def test_a_broken_image_is_named_and_the_others_are_classified(predict: Predict) -> None:
     image(0).save("good.png")
     Path("bad.png").write_bytes(Path("good.png").read_bytes()[:-500])
-    done = predict("bad.png", "good.png")
+    done = predict("bad.png", "good.png", "missing.png")
     assert done.exit_code == 1
     first, second = done.output.splitlines()
     assert first.startswith("good.png  ")
-    assert second.startswith("error: 1 of 2 images cannot be read: bad.png: ")
+    assert second.startswith("error: 2 of 3 images cannot be read: missing.png: there is no such ")
+    assert "; bad.png: " in second
+
+
+def test_a_format_that_needs_another_package_names_it(
+    predict: Predict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    known = {suffix: name for suffix, name in formats().items() if suffix != ".heic"}
+    monkeypatch.setattr("cifarlab.predict.formats", lambda: known)
+    Path("a.HEIC").write_bytes(b"....ftypheic")
+    said = "a.HEIC: it is no image that Pillow can open; pillow-heif opens .heic\n"
+    assert predict("a.HEIC").output.endswith(said)
+
+
+MEASURE = """
+import sys
+from pathlib import Path
+from cifarlab.predict import load, predict
+
+def peak():  # getrusage would begin with the memory of the parent process
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith("VmHWM")).split()[1]) >> 10
+
+network, broken = load(""), []
+list(predict(network, ["small.png"], 1, broken))
+before = peak()
+found = list(predict(network, sys.argv[1:], 1, broken))
+print(len(found), *broken, peak() - before, sep="\\n")
+"""
+
+
+def test_many_large_images_take_no_more_memory_than_one(network: Network) -> None:
+    """Nothing is printed, also no warning of Pillow."""
+    image(0).save("small.png")
+    Path("huge.png").write_bytes(raw_png(11_000, 10_000, rows=1))
+    large = raw_png(7000, 7000, colour=6)
+    names = [f"{i}.png" for i in range(4)]
+    for name in names:
+        Path(name).write_bytes(large)
+    command = [sys.executable, "-W", "always", "-c", MEASURE, "huge.png", *names]
+    env = os.environ | {"PYTHONPATH": str(REPO / "src")}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
+    assert not done.stderr
+    count, sentence, grown = done.stdout.splitlines()
+    assert count == "4"
+    assert sentence == "huge.png: 11,000×10,000 are more than 50 million pixels"
+    assert int(grown) < 600
 
 
 @pytest.mark.parametrize(
@@ -110,6 +199,7 @@ def test_a_broken_image_is_named_and_the_others_are_classified(predict: Predict)
     [
         (["nothing.png"], "nothing.png: there is no such image, and no folder of images"),
         (["*.gif"], "*.gif: there is no such image"),
+        ([""], "an empty name: there is no such image"),
         (["a.png", "--model", "text.txt"], "text.txt holds no network of this version"),
     ],
 )
@@ -122,6 +212,20 @@ def test_wrong_arguments_end_in_one_sentence(
     assert done.exit_code == 1
     assert done.output.startswith(f"error: {sentence}")
     assert done.output.count("\n") == 1
+
+
+def test_a_network_of_another_version_is_named(
+    predict: Predict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    image(0).save("a.png")
+    content = Path("models/network.safetensors").read_bytes()
+    assert b"norm_scale" in content
+    older = content.replace(b"norm_scale", b"norm_other")
+    monkeypatch.setattr(pipeline, "find", lambda name: pipeline.Revision(name, "0" * 40, ""))
+    monkeypatch.setattr(pipeline, "read", lambda path, commit: older)
+    done = predict("a.png", "--model", "HEAD~50")
+    sentence = "HEAD~50 holds no network of this version; use it in the checkout of its commit"
+    assert (done.exit_code, done.output) == (1, f"error: {sentence}\n")
 
 
 def test_without_a_network_predict_says_so(predict: Predict) -> None:

@@ -41,6 +41,8 @@ class Commands(click.Group):
             return super().invoke(ctx)
         except UserError as error:
             sys.exit(f"error: {error}")
+        except BrokenPipeError:  # `| head`: click ends quietly
+            raise
         except (OSError, subprocess.CalledProcessError) as error:
             sys.exit(f"error: {first_line(error)}")
 
@@ -219,12 +221,13 @@ def predict(images: tuple[str, ...], model: str, top: int, form: str | None) -> 
 
     broken: list[str] = []
     # Not by Path.expanduser: a name may begin with ./~
-    whole = [name if name == "-" else str(HERE / os.path.expanduser(name)) for name in images]  # noqa: PTH111
-    paths, network = predicting.find(whole), predicting.load(_from_here(model))
+    names = [os.path.expanduser(name) for name in images]  # noqa: PTH111
+    paths = predicting.find(names, HERE, broken)
+    total, network = len(paths) + len(broken), predicting.load(_from_here(model))
     for line in predicting.shown(predicting.predict(network, paths, top, broken), form or ""):
         click.echo(line)
     if broken:
-        count = f"{len(broken)} of {len(paths)} images cannot be read"
+        count = f"{len(broken)} of {total} images cannot be read"
         raise UserError(f"{count}: {'; '.join(broken[:5])}")
 
 

@@ -7,6 +7,7 @@ import json
 import re
 import sys
 import tempfile
+import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -18,7 +19,7 @@ import torch
 from cifarlab import files, pipeline
 from cifarlab.data.archives import MAX_MEMBER, read_file, readable, reason
 from cifarlab.data.dataset import Pixels
-from cifarlab.data.images import decode, is_image
+from cifarlab.data.images import EXTRA, MAX_IMAGE, count_pixels, decode, formats, is_image
 from cifarlab.errors import UserError
 from cifarlab.nn import network as networks
 from cifarlab.nn import weights
@@ -26,6 +27,7 @@ from cifarlab.nn.network import Network
 
 BATCH = 100
 STDIN = "-"
+NamedFile = tuple[str, io.BytesIO]
 Prediction = tuple[str, list[tuple[str, float]]]
 """The path of an image, or "-" for standard input, and its most probable classes with their
 probabilities, the best first."""
@@ -54,29 +56,45 @@ def load(model: str) -> Network:
             path = download_network(model, Path(name))
         else:
             path.write_bytes(pipeline.read(files.WEIGHTS, pipeline.find(model).commit))
-        return weights.load(path)
+        try:
+            return weights.load(path)
+        except UserError as error:
+            problem = f"{model} holds no network of this version"
+            raise UserError(f"{problem}; use it in the checkout of its commit") from error
 
 
-def find(names: Sequence[str]) -> list[str]:
+def find(names: Sequence[str], here: Path, broken: list[str]) -> list[str]:
     """Return the images that paths, folders and patterns such as "photos/*.jpg" stand for.
+
+    Parameters
+    ----------
+    here : where relative names start
+    broken : gets a sentence for each name that stands for nothing
 
     Raises
     ------
     UserError
-        One of them stands for nothing.
+        All of them stand for nothing.
     """
     found: list[str] = []
     for name in names:
-        path = Path(name)
+        path = here / name
         if name == STDIN or path.is_file():
-            found.append(str(path))
+            found.append(name if name == STDIN else str(path))
             continue
-        pattern = f"{glob.escape(str(path))}/**" if path.is_dir() else str(path)
-        inside = map(Path, glob.glob(pattern, recursive=True))  # noqa: PTH207, absolute ones, too
-        images = sorted(str(image) for image in inside if is_image(image.name) and image.is_file())
+        pattern = f"{glob.escape(name)}/**" if name and path.is_dir() else name
+        inside = glob.glob(pattern, root_dir=here, recursive=True)  # noqa: PTH207, also absolute
+        images: dict[Path, str] = {}
+        # Of paths that a link to a folder makes equal, the shortest is kept.
+        for image in sorted((here / match for match in inside), key=lambda p: (len(p.parts), p)):
+            if is_image(image.name) and image.is_file():
+                images.setdefault(image.parent.resolve() / image.name, str(image))
         if not images:
-            raise UserError(f"{readable(name)}: there is no such image, and no folder of images")
-        found += images
+            shown = readable(str(path)) if name else "an empty name"
+            broken.append(f"{shown}: there is no such image, and no folder of images")
+        found += sorted(images.values())
+    if not found:
+        raise UserError("; ".join(broken[:5]))
     return found
 
 
@@ -92,13 +110,15 @@ def predict(
     broken : gets a sentence for each image that cannot be read
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.backends.cudnn.allow_tf32 = False  # float32 is meant, as in evaluation
     network = network.to(device)
-    with ThreadPoolExecutor() as pool:
-        for start in range(0, len(images), BATCH):
-            names = images[start : start + BATCH]
-            decoded = list(pool.map(partial(_decode, size=network.image_size), names))
+    # Pillow warns of metadata and large images, in whichever thread.
+    with warnings.catch_warnings(action="ignore"), ThreadPoolExecutor() as pool:
+        for group in _groups(images, broken):
+            decoded = list(pool.map(partial(_decode, size=network.image_size), group))
             broken += [sentence for sentence in decoded if isinstance(sentence, str)]
-            kept = [(n, p) for n, p in zip(names, decoded, strict=True) if not isinstance(p, str)]
+            pairs = zip(group, decoded, strict=True)
+            kept = [(name, p) for (name, _), p in pairs if not isinstance(p, str)]
             if not kept:
                 continue
             batch = torch.from_numpy(np.stack([image for _, image in kept])).to(device)
@@ -115,7 +135,8 @@ def shown(predictions: Iterator[Prediction], form: str) -> Iterator[str]:
         records = []
         for image, pairs in predictions:
             top = [{"class": label, "probability": round(p, 6)} for label, p in pairs]
-            records.append({"image": readable(image), **top[0], "top": top})
+            whole = "".join(map(readable, image))  # readable() would cut it
+            records.append({"image": whole, **top[0], "top": top})
         yield json.dumps(records, ensure_ascii=False, indent=2)
         return
     for number, (image, pairs) in enumerate(predictions):
@@ -131,11 +152,38 @@ def shown(predictions: Iterator[Prediction], form: str) -> Iterator[str]:
         yield line.getvalue()
 
 
-def _decode(name: str, size: int) -> Pixels | str:
+def _groups(images: Sequence[str], broken: list[str]) -> Iterator[list[NamedFile]]:
+    """Yield names and files of images, grouped so that decoding a group takes little memory."""
+    group: list[NamedFile] = []
+    used = 0.0  # of the memory that a group may take
+    for name in images:
+        try:
+            stdin = name == STDIN
+            file = io.BytesIO(sys.stdin.buffer.read(MAX_MEMBER)) if stdin else read_file(Path(name))
+            pixels, length = count_pixels(file), file.getbuffer().nbytes
+        except Exception as error:  # damaged bytes can raise any exception
+            broken.append(_sentence(name, error))
+            continue
+        share = pixels / MAX_IMAGE + length / MAX_MEMBER + 1 / BATCH
+        if used + share > 1:
+            yield group
+            group, used = [], 0
+        used += share
+        group.append((name, file))
+    yield group
+
+
+def _decode(image: NamedFile, size: int) -> Pixels | str:
     """Return the pixels of an image, or why there are none."""
+    name, file = image
     try:
-        if name == STDIN:
-            return decode(io.BytesIO(sys.stdin.buffer.read(MAX_MEMBER)), size)
-        return decode(read_file(Path(name)), size)
+        return decode(file, size)
     except Exception as error:  # damaged bytes can raise any exception
-        return f"{readable(name)}: {reason(error)}"
+        return _sentence(name, error)
+
+
+def _sentence(name: str, error: Exception) -> str:
+    suffix = Path(name).suffix.lower()
+    opener = EXTRA.get(suffix) if suffix not in formats() else None
+    needed = f"; {opener} opens {suffix}" if opener else ""
+    return f"{readable(name)}: {reason(error)}{needed}"

@@ -67,6 +67,16 @@ def test_pytorch_gives_logits(written: Path, network: Network, count: int) -> No
     torch.testing.assert_close(loaded(images), network(images))
 
 
+def test_pypi_has_the_required_packages(
+    network: Network, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(model, "version", lambda name: "2.14.1+cpu")
+    weights.save(network, tmp_path / "network.safetensors")
+    model.write(tmp_path / "model", tmp_path / "network.safetensors", mlflow.models.Model())
+    required = (tmp_path / "model/requirements.txt").read_text().split()
+    assert required == [f"{name}==2.14.1" for name in model.PACKAGES]
+
+
 def test_the_model_says_what_it_is_and_holds_no_pickle(written: Path) -> None:
     described = mlflow.models.Model.load(str(written))
     assert described.metadata["training_key"] == "abc"

@@ -37,7 +37,8 @@ def write(folder: Path, network_file: Path, model: Any) -> None:
     export_torch(network, folder / "pytorch/model.pt2")
     shutil.copy(network_file, folder / "artifacts")
     shutil.copy(CLASSIFIER, folder)
-    packages = [f"{name}=={version(name)}" for name in PACKAGES]
+    # PyPI does not have what follows a +, such as "2.14.1+cpu".
+    packages = [f"{name}=={version(name).partition('+')[0]}" for name in PACKAGES]
     (folder / "requirements.txt").write_text("\n".join(packages), "utf-8")
     python = {"python": platform.python_version(), "dependencies": ["-r requirements.txt"]}
     (folder / "python_env.yaml").write_text(yaml.safe_dump(python), "utf-8")
