@@ -6,11 +6,15 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import yaml
 
 from bench import same_bytes
+from cifarlab.params.geometry import ModelParams
+from cifarlab.params.load import load_params
+from cifarlab.params.sections import EvaluateParams, TrainParams
 from cifarlab.pipeline import stage_code
 from tests.conftest import REPO
 
@@ -62,6 +66,23 @@ def edit(folder: Path, old: str, new: str) -> None:
     assert found
     for path in found:
         path.write_text(path.read_text("utf-8").replace(old, new), "utf-8")
+
+
+def test_the_variants_use_every_part_of_the_network_and_of_the_training() -> None:
+    """The device and what runs on GPUs only are left out."""
+    defaults = load_params(REPO / "params.yaml")
+    for name, fields in (
+        ("model", ModelParams),
+        ("train", TrainParams),
+        ("evaluate", EvaluateParams),
+    ):
+        for key, field in fields.model_fields.items():
+            choices = {
+                value for value in get_args(field.annotation) if isinstance(value, str | int)
+            }
+            used = [own.get(f"{name}.{key}") for own in same_bytes.VARIANTS.values()]
+            used += [getattr(getattr(defaults, name), key), same_bytes.SHARED.get(f"{name}.{key}")]
+            assert key in ("device", "graph") or all(c in [*used, "auto"] for c in choices), key
 
 
 def test_an_unknown_commit_is_refused() -> None:
