@@ -274,6 +274,22 @@ def test_other_test_images_are_not_compared() -> None:
 
 
 @pytest.mark.usefixtures("outside")
+def test_the_curves_say_which_loss_they_show() -> None:
+    plain = {"train.loss": "cross_entropy", "train.label_smoothing": 0}
+    other = {"train.loss": "quadratic", "train.label_smoothing": 0.2, "train.cutmix": 0.5}
+    runs = [made_up(CLASSES, 0, params=plain), made_up(CLASSES, 1, params=other)]
+    for run in runs:
+        assert run.history is not None
+        run.history["val_loss"] = 1.0
+    text = page.render(runs)
+    mixed = "training, images mixed by CutMix"
+    for label in ("validation", "training"):
+        assert f"</svg> cat-0: {label}</li>" in text
+    for label in ("validation, quadratic", f"{mixed}, quadratic, label smoothing 0.2", mixed):
+        assert f"</svg> cat-1: {label}</li>" in text  # the last one is that of the accuracy
+
+
+@pytest.mark.usefixtures("outside")
 def test_what_is_missing_is_said_in_a_sentence() -> None:
     parts = ("history", "predictions", "filters")
     missing = {part: f"no {part} there" for part in (*parts, "data")}
