@@ -274,9 +274,9 @@ def locked(revision: Revision) -> dict[str, Locked]:
             md5, size = ({out["path"]: out[key] for out in outs} for key in ("md5", "size"))
             found[stage] = Locked(json_digest(md5), size)
         return found
-    except (yaml.YAMLError, LookupError, TypeError, AttributeError) as error:
+    except (yaml.YAMLError, ValueError, LookupError, TypeError, AttributeError) as error:
         advice = "`git checkout dvc.lock` or `dvc repro` repairs it"
-        raise UserError(f"its dvc.lock is damaged; {advice}") from error
+        raise UserError(f"its dvc.lock is damaged or missing; {advice}") from error
 
 
 def training_key(params: Params, folder: Path = Path()) -> str:

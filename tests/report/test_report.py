@@ -21,10 +21,11 @@ from scipy.stats import binom
 from sklearn.calibration import calibration_curve
 from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
 
+from cifarlab.errors import UserError
 from cifarlab.evaluation.metrics import expected_calibration_error
 from cifarlab.pipeline import WORKSPACE, Revision
 from cifarlab.report import page, pictures, statistics
-from cifarlab.report.run import Run, flat
+from cifarlab.report.run import Run, flat, parameters
 from tests.support.project import Project
 
 CLASSES = ["cat", "dog", "NA", "7"]
@@ -160,6 +161,27 @@ def test_numbers_with_an_exponent_are_numbers() -> None:
         "train.decay": 1e-5,
         "plot.dpi": 1e-5,
     }
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        b"name: \xff",
+        b"<<<<<<< HEAD\ntrain: {}\n",
+        b"train\n",
+        b"[" * 5000,
+        b"a: &a0 {x: 1}\n"
+        + b"".join(
+            b"b%d: &a%d {%s}\n" % (i, i, b", ".join(b"k%d: *a%d" % (k, i - 1) for k in range(9)))
+            for i in range(1, 12)
+        ),
+    ],
+    ids=["not UTF-8", "a merge", "no mapping", "deep", "aliases of billions of values"],
+)
+def test_damaged_parameters_are_refused_in_a_sentence(outside: Path, text: bytes) -> None:
+    (outside / "params.yaml").write_bytes(text)
+    with pytest.raises(UserError, match=r"params.yaml of workspace is damaged; `cifarlab check`"):
+        parameters(WORKSPACE)
 
 
 # Pictures
@@ -408,6 +430,17 @@ def report(project: Project, *arguments: str, code: int = 0, **env: str) -> str:
     assert "Traceback" not in done.stdout
     assert "Warning" not in done.stdout
     return done.stdout
+
+
+def test_a_damaged_lock_is_said(used: Project) -> None:
+    lock = used.folder / "dvc.lock"
+    merged = f"<<<<<<< HEAD\n{lock.read_text('utf-8')}=======\n"
+    for damaged in (merged, "stages: {download: hello}", ""):
+        lock.write_text(damaged, "utf-8")
+        report(used)
+        text = Parsed((used.folder / "report.html").read_text("utf-8")).text
+        assert "dvc.lock: its dvc.lock is damaged or missing; `git checkout dvc.lock`" in text
+        assert "digest of the code" not in text
 
 
 @pytest.mark.slow
