@@ -443,6 +443,17 @@ def test_a_damaged_lock_is_said(used: Project) -> None:
         assert "digest of the code" not in text
 
 
+def test_code_that_was_committed_and_never_ran_is_said(used: Project) -> None:
+    code, page = used.folder / "src/cifarlab/training/loop.py", used.folder / "report.html"
+    for added, changed in (("# a comment", False), ("ADDED = 1", True)):
+        code.write_text(f"{code.read_text('utf-8')}\n{added}\n", "utf-8")
+        used.run("git", "commit", "--quiet", "--all", "--message=more code")
+        report(used, "HEAD")
+        text = Parsed(page.read_text("utf-8")).text
+        assert ("code or data have changed since this ran" in text) == changed
+        assert ("digest of the code" in text) != changed
+
+
 @pytest.mark.slow
 def test_what_cannot_be_read_is_said(used: Project) -> None:
     [line] = report(used, "nobody", code=1).splitlines()

@@ -148,7 +148,17 @@ def _read_lock(run: Run) -> None:
         run.changed |= any(run.params.get(key) != value for key, value in locked.items())
         run.params |= locked
         run.tests |= {out["md5"] for out in stage["outs"] if out["path"] == str(files.DATA)}
-    run.changed |= not (run.revision.commit or pipeline.workspace_is_current())
+    if commit := run.revision.commit:
+        ran = pipeline.git("rev-list", "-1", commit, "--", str(files.DVC_LOCK)).strip()
+        run.changed |= ran != commit and _code(ran) != _code(commit)
+    else:
+        run.changed |= not pipeline.workspace_is_current()
+
+
+def _code(commit: str) -> str:
+    """Return the digest of the code of a commit."""
+    with pipeline.tracked_files(commit) as folder:
+        return pipeline.stage_code(folder, pipeline.STAGES)
 
 
 def _read_origin(run: Run, data: bytes | None) -> None:
