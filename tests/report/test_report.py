@@ -473,7 +473,7 @@ def test_what_cannot_be_read_is_said(used: Project) -> None:
     assert lines[0] == "report.html"
     text = Parsed((used.folder / "report.html").read_text("utf-8")).text
     for name in ("plots/predictions.csv", "plots/history.csv", "models/network.safetensors"):
-        assert f"{name} of other-seed is neither in Git nor in DVC's cache." in text
+        assert f"{name} of other-seed is neither in Git nor in DVC's cache or remote." in text
 
 
 @pytest.mark.slow
