@@ -224,8 +224,8 @@ def test_a_scratch_copy_finds_a_cache_whose_path_has_any_character(
 def test_a_scratch_copy_needs_the_cache(project: Path) -> None:
     (project / ".dvc/cache").rename(project / ".dvc/elsewhere")
     try:
-        with pytest.raises(UserError, match="not all in DVC's cache"):  # noqa: SIM117
-            with pipeline.scratch_copy("HEAD"):
+        with pytest.raises(UserError, match="HEAD has outputs that are not in DVC's cache"):  # noqa: SIM117
+            with pipeline.scratch_copy("HEAD", "HEAD"):
                 pytest.fail("there is nothing to copy")
     finally:
         (project / ".dvc/elsewhere").rename(project / ".dvc/cache")

@@ -205,7 +205,7 @@ def tree(revision: Revision) -> Iterator[Callable[[Path], BinaryIO]]:
     """Yield a function that opens files of a revision, to read bytes.
 
     For many files it is much faster than `read`. The function raises UserError if the
-    revision has no such file, or if the content is not in DVC's cache.
+    revision has no such file, or if the content is neither in DVC's cache nor in its remote.
     """
     from dvc.api import DVCFileSystem
     from dvc.exceptions import DvcException
@@ -218,7 +218,9 @@ def tree(revision: Revision) -> Iterator[Callable[[Path], BinaryIO]]:
                 return cast(BinaryIO, found.open(f"{top}{path}", "rb"))
             except (DvcException, OSError) as error:
                 place = f"{path} of {revision.label}"
-                raise UserError(f"{place} is neither in Git nor in DVC's cache") from error
+                raise UserError(
+                    f"{place} is neither in Git nor in DVC's cache or remote"
+                ) from error
 
         yield open_file
 
@@ -274,9 +276,9 @@ def locked(revision: Revision) -> dict[str, Locked]:
             md5, size = ({out["path"]: out[key] for out in outs} for key in ("md5", "size"))
             found[stage] = Locked(json_digest(md5), size)
         return found
-    except (yaml.YAMLError, LookupError, TypeError, AttributeError) as error:
+    except (yaml.YAMLError, ValueError, LookupError, TypeError, AttributeError) as error:
         advice = "`git checkout dvc.lock` or `dvc repro` repairs it"
-        raise UserError(f"its dvc.lock is damaged; {advice}") from error
+        raise UserError(f"its dvc.lock is damaged or missing; {advice}") from error
 
 
 def training_key(params: Params, folder: Path = Path()) -> str:
@@ -344,10 +346,10 @@ def tracked_files(commit: str) -> Iterator[Path]:
 
 
 @contextmanager
-def scratch_copy(commit: str) -> Iterator[Path]:
+def scratch_copy(commit: str, name: str = "it") -> Iterator[Path]:
     """Yield a temporary folder with the files of a commit and its outputs from DVC's cache.
 
-    The copy has no Git and leaves the workspace alone.
+    The copy has no Git and leaves the workspace alone. Messages call the commit `name`.
 
     Raises
     ------
@@ -356,15 +358,16 @@ def scratch_copy(commit: str) -> Iterator[Path]:
     """
     with tracked_files(commit) as folder:
         if not (folder / files.DVC_LOCK).exists():
-            raise UserError(f"it has no {files.DVC_LOCK}; run `dvc repro` and commit it")
+            raise UserError(f"{name} has no {files.DVC_LOCK}; run `dvc repro` and commit it")
         cache = dvc("cache", "dir").strip()
         mark = "'" if '"' in cache else '"'  # a path may hold # or a comma
         config = f"[core]\n    no_scm = true\n[cache]\n    dir = {mark}{cache}{mark}\n"
         (folder / ".dvc" / "config.local").write_text(config, "utf-8")
         checkout = ["dvc", "checkout", "--quiet"]
         if subprocess.run(checkout, cwd=folder, capture_output=True, check=False).returncode:
-            advice = "use `dvc fetch --all-commits` where there is a remote, or run it again"
-            raise UserError(f"its outputs are not all in DVC's cache; {advice}")
+            advice = "`dvc exp pull REMOTE NAME` gets those of an experiment"
+            advice += ", `dvc fetch --all-commits` those of commits; or run it again"
+            raise UserError(f"{name} has outputs that are not in DVC's cache; {advice}")
         yield folder
 
 

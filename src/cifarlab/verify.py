@@ -25,7 +25,7 @@ def verify(name: str) -> None:
     UserError
         There is no such experiment or commit, it could not be repeated, or the result differs.
     """
-    with pipeline.scratch_copy(pipeline.find(name).commit) as folder:
+    with pipeline.scratch_copy(pipeline.find(name).commit, name) as folder:
         first = _contents(folder)
         key = pipeline.training_key(load_params(folder / files.PARAMS), folder)
         if not pipeline.repeat(folder):

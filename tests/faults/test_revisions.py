@@ -142,7 +142,7 @@ def test_what_cannot_be_logged_is_listed(used: Project) -> None:
     output = cifarlab(used, "sync", code=1)
     assert re.search(
         r"other-seed\s+dvc exp apply \w{10}\s+"
-        r"not logged: its outputs are not all in DVC's cache",
+        r"not logged: it has outputs that are not in DVC's cache; `dvc exp pull REMOTE NAME`",
         output,
     )
     assert re.search(r"commit \w+\s.*logged", output)
@@ -203,7 +203,8 @@ def test_verify_under_the_same_conditions_names_what_differs(used: Project) -> N
 
 def test_verify_refuses_a_commit_without_its_outputs(used: Project) -> None:
     shutil.rmtree(used.folder.parent / "shared/files")
-    assert "not all in DVC's cache" in cifarlab(used, "verify", "HEAD", code=1)
+    output = cifarlab(used, "verify", "HEAD", code=1)
+    assert output.startswith("error: HEAD has outputs that are not in DVC's cache; ")
     assert not list(Path(used.folder / ".dvc/tmp").glob("scratch-*"))
 
 

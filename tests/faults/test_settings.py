@@ -348,7 +348,7 @@ def test_no_setting_changes_a_byte_and_verify_repeats_the_commit(
     project, command = drawing_project, ("python", "-m", "cifarlab.cli", "verify", "HEAD")
     project.edit("tracking", log_model=False)
     project.dvc("repro")
-    assert "it has no dvc.lock" in project.run(*command, check=False, PYTHONPATH="src").stdout
+    assert "HEAD has no dvc.lock" in project.run(*command, check=False, PYTHONPATH="src").stdout
     project.run("git", "add", "--all")
     project.run("git", "commit", "--quiet", "--message=without settings")
     before = outputs(project)

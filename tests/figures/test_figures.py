@@ -160,6 +160,14 @@ def test_title_of_a_long_variant_stays_inside(tmp_path: Path, params: Params) ->
     assert [name for name, figure in run.figures.items() if sticks_out(figure) > 0.05] == []
 
 
+@pytest.mark.filterwarnings("error")
+def test_names_in_scripts_that_the_font_lacks_cause_no_warning(
+    tmp_path: Path, params: Params
+) -> None:
+    Run(tmp_path, classes=["猫", "कुत्ता"], errors=3).draw(params)
+    plt.close("all")
+
+
 def test_no_text_is_parsed_as_mathematics(run: Run) -> None:
     texts = [text for figure in run.figures.values() for text in figure.findobj(Text)]
     parsed = [text.get_text() for text in texts if text.get_parse_math()]

@@ -21,10 +21,11 @@ from scipy.stats import binom
 from sklearn.calibration import calibration_curve
 from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
 
+from cifarlab.errors import UserError
 from cifarlab.evaluation.metrics import expected_calibration_error
 from cifarlab.pipeline import WORKSPACE, Revision
 from cifarlab.report import page, pictures, statistics
-from cifarlab.report.run import Run, flat
+from cifarlab.report.run import Run, flat, parameters
 from tests.support.project import Project
 
 CLASSES = ["cat", "dog", "NA", "7"]
@@ -162,6 +163,27 @@ def test_numbers_with_an_exponent_are_numbers() -> None:
     }
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        b"name: \xff",
+        b"<<<<<<< HEAD\ntrain: {}\n",
+        b"train\n",
+        b"[" * 5000,
+        b"a: &a0 {x: 1}\n"
+        + b"".join(
+            b"b%d: &a%d {%s}\n" % (i, i, b", ".join(b"k%d: *a%d" % (k, i - 1) for k in range(9)))
+            for i in range(1, 12)
+        ),
+    ],
+    ids=["not UTF-8", "a merge", "no mapping", "deep", "aliases of billions of values"],
+)
+def test_damaged_parameters_are_refused_in_a_sentence(outside: Path, text: bytes) -> None:
+    (outside / "params.yaml").write_bytes(text)
+    with pytest.raises(UserError, match=r"params.yaml of workspace is damaged; `cifarlab check`"):
+        parameters(WORKSPACE)
+
+
 # Pictures
 
 
@@ -271,6 +293,22 @@ def test_other_test_images_are_not_compared() -> None:
     text = Parsed(page.render([first, unlike])).text
     assert "were not tested on the same images" in text
     assert "McNemar" not in text
+
+
+@pytest.mark.usefixtures("outside")
+def test_the_curves_say_which_loss_they_show() -> None:
+    plain = {"train.loss": "cross_entropy", "train.label_smoothing": 0}
+    other = {"train.loss": "quadratic", "train.label_smoothing": 0.2, "train.cutmix": 0.5}
+    runs = [made_up(CLASSES, 0, params=plain), made_up(CLASSES, 1, params=other)]
+    for run in runs:
+        assert run.history is not None
+        run.history["val_loss"] = 1.0
+    text = page.render(runs)
+    mixed = "training, images mixed by CutMix"
+    for label in ("validation", "training"):
+        assert f"</svg> cat-0: {label}</li>" in text
+    for label in ("validation, quadratic", f"{mixed}, quadratic, label smoothing 0.2", mixed):
+        assert f"</svg> cat-1: {label}</li>" in text  # the last one is that of the accuracy
 
 
 @pytest.mark.usefixtures("outside")
@@ -394,6 +432,28 @@ def report(project: Project, *arguments: str, code: int = 0, **env: str) -> str:
     return done.stdout
 
 
+def test_a_damaged_lock_is_said(used: Project) -> None:
+    lock = used.folder / "dvc.lock"
+    merged = f"<<<<<<< HEAD\n{lock.read_text('utf-8')}=======\n"
+    for damaged in (merged, "stages: {download: hello}", ""):
+        lock.write_text(damaged, "utf-8")
+        report(used)
+        text = Parsed((used.folder / "report.html").read_text("utf-8")).text
+        assert "dvc.lock: its dvc.lock is damaged or missing; `git checkout dvc.lock`" in text
+        assert "digest of the code" not in text
+
+
+def test_code_that_was_committed_and_never_ran_is_said(used: Project) -> None:
+    code, page = used.folder / "src/cifarlab/training/loop.py", used.folder / "report.html"
+    for added, changed in (("# a comment", False), ("ADDED = 1", True)):
+        code.write_text(f"{code.read_text('utf-8')}\n{added}\n", "utf-8")
+        used.run("git", "commit", "--quiet", "--all", "--message=more code")
+        report(used, "HEAD")
+        text = Parsed(page.read_text("utf-8")).text
+        assert ("code or data have changed since this ran" in text) == changed
+        assert ("digest of the code" in text) != changed
+
+
 @pytest.mark.slow
 def test_what_cannot_be_read_is_said(used: Project) -> None:
     [line] = report(used, "nobody", code=1).splitlines()
@@ -413,7 +473,7 @@ def test_what_cannot_be_read_is_said(used: Project) -> None:
     assert lines[0] == "report.html"
     text = Parsed((used.folder / "report.html").read_text("utf-8")).text
     for name in ("plots/predictions.csv", "plots/history.csv", "models/network.safetensors"):
-        assert f"{name} of other-seed is neither in Git nor in DVC's cache." in text
+        assert f"{name} of other-seed is neither in Git nor in DVC's cache or remote." in text
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """The look of all pictures, and how they are saved."""
 
+import warnings
 from pathlib import Path
 
 import matplotlib as mpl
@@ -23,6 +24,8 @@ def apply() -> None:
     settings = {"figure.constrained_layout.use": True, "text.parse_math": False}
     # It comes with matplotlib; seaborn would prefer Arial where it is installed.
     sns.set_theme(style="whitegrid", rc=settings | {"font.sans-serif": ["DejaVu Sans"]})
+    # Of a script that it lacks. Other fonts would give other bytes where they are installed.
+    warnings.filterwarnings("ignore", r"Glyph \d+ .* missing from", UserWarning)
 
 
 def save(figure: Figure, path: Path, dpi: int) -> None:

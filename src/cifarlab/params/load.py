@@ -67,7 +67,7 @@ def read_yaml(path: Path, hint: str) -> Any:
             content = file.read(MAX_BYTES + 1)
         if len(content) > MAX_BYTES:
             raise UserError(f"{path} is larger than {MAX_BYTES:,} bytes; {hint}")
-        return yaml.load(content.decode("utf-8"), _Loader)  # noqa: S506, it is a safe loader
+        return yaml.load(content.decode("utf-8"), Loader)  # noqa: S506, it is a safe loader
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}; {hint}") from error
     except yaml.MarkedYAMLError as error:
@@ -79,7 +79,7 @@ def read_yaml(path: Path, hint: str) -> Any:
         raise UserError(f"{path} is not valid YAML: {first_line(error)}") from error
 
 
-class _Loader(yaml.SafeLoader):
+class Loader(yaml.SafeLoader):
     """PyYAML's safe loader, without three things that DVC refuses or that may take minutes.
 
     PyYAML silently keeps the last of two equal keys. With aliases (`*name`) and merge keys (`<<`),

@@ -100,7 +100,12 @@ def _chart(quantity: str, runs: Sequence[Run]) -> dict[str, Any] | None:
     lines = []
     for color, run in enumerate(runs):
         mixed = ", images mixed by CutMix" if run.params.get("train.cutmix") else ""
-        for split, label in (("val", "validation"), ("train", f"training{mixed}")):
+        given = run.params if quantity == "loss" else {}
+        kind = ", quadratic" if given.get("train.loss") == "quadratic" else ""
+        smoothing = given.get("train.label_smoothing")
+        smoothed = f", label smoothing {smoothing}" if smoothing else ""
+        trained = f"training{mixed}{kind}{smoothed}"
+        for split, label in (("val", f"validation{kind}"), ("train", trained)):
             if run.history is not None and f"{split}_{quantity}" in run.history:
                 values = run.history[f"{split}_{quantity}"]
                 name = f"{run.revision.label}: {label}" if len(runs) > 1 else label

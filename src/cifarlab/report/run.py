@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 
 from cifarlab import files, pipeline
 from cifarlab.errors import UserError, first_line
-from cifarlab.params.load import load_params
+from cifarlab.params.load import Loader, load_params
 from cifarlab.pipeline import Revision
 from cifarlab.report import pictures
 from cifarlab.report.statistics import right
@@ -24,6 +24,8 @@ from cifarlab.tracking.sync import tags_of
 
 MISTAKES = 24  # the most that are shown
 CONDITIONS = ("device", "threads", "precision", "torch", "environment")
+# What damaged files, DVC, Git and the disk raise.
+ERRORS = (UserError, OSError, ValueError, LookupError, TypeError, AttributeError, SyntaxError)
 T = TypeVar("T")
 Values = dict[str, Any]
 Pictures = list[tuple[str, list[str]]]
@@ -57,7 +59,7 @@ class Run:
         """Return the result of an action, or None and note why the part is missing."""
         try:
             return action()
-        except (UserError, OSError, ValueError, LookupError, TypeError, SafetensorError) as error:
+        except (*ERRORS, yaml.YAMLError, SafetensorError) as error:
             self.missing[part] = first_line(error)
             return None
 
@@ -121,8 +123,9 @@ def load(revision: Revision, tracked: Sequence[Any]) -> Run:
 def parameters(revision: Revision) -> Values:
     """Return the parameters in params.yaml by full key, also those of older versions."""
     try:
-        return dict(flat(yaml.safe_load(pipeline.read_text(files.PARAMS, revision)) or {}))
-    except (yaml.YAMLError, AttributeError) as error:
+        text = pipeline.read_text(files.PARAMS, revision)
+        return dict(flat(yaml.load(text, Loader) or {}))  # noqa: S506, it is a safe loader
+    except (yaml.YAMLError, ValueError, RecursionError, AttributeError) as error:
         advice = "`cifarlab check` says what is wrong"
         raise UserError(f"params.yaml of {revision.label} is damaged; {advice}") from error
 
@@ -138,13 +141,24 @@ def flat(tree: Values, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 def _read_lock(run: Run) -> None:
     """Take from dvc.lock the parameters that ran, and the MD5 of the data."""
+    pipeline.locked(run.revision)  # says what is wrong with a damaged one
     lock = yaml.safe_load(pipeline.read_text(files.DVC_LOCK, run.revision))
     for stage in lock["stages"].values():
         locked = dict(flat(stage.get("params", {}).get(str(files.PARAMS), {})))
         run.changed |= any(run.params.get(key) != value for key, value in locked.items())
         run.params |= locked
         run.tests |= {out["md5"] for out in stage["outs"] if out["path"] == str(files.DATA)}
-    run.changed |= not (run.revision.commit or pipeline.workspace_is_current())
+    if commit := run.revision.commit:
+        ran = pipeline.git("rev-list", "-1", commit, "--", str(files.DVC_LOCK)).strip()
+        run.changed |= ran != commit and _code(ran) != _code(commit)
+    else:
+        run.changed |= not pipeline.workspace_is_current()
+
+
+def _code(commit: str) -> str:
+    """Return the digest of the code of a commit."""
+    with pipeline.tracked_files(commit) as folder:
+        return pipeline.stage_code(folder, pipeline.STAGES)
 
 
 def _read_origin(run: Run, data: bytes | None) -> None:
@@ -162,7 +176,7 @@ def _read_origin(run: Run, data: bytes | None) -> None:
         counts = "{name}, {train:,} training and {test:,} test images"
         facts |= {"data": counts.format(**known), "digest of the data": known["digest"]}
         run.tests |= {known["test_digest"]} if "test_digest" in known else set()
-    if run.changed:
+    if run.changed or "lock" in run.missing:
         return
     with pipeline.tracked_files(commit) if commit else nullcontext(Path()) as folder:
         facts["digest of the code"] = pipeline.stage_code(folder, pipeline.STAGES)
