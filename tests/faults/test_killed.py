@@ -347,7 +347,7 @@ def test_divergence_keeps_the_last_good_checkpoint(
     state = checkpoint.load()
     assert state is not None
     assert len(state["history"]) == 2
-    assert all(bool(tensor.isfinite().all()) for tensor in state["network"].values())
+    assert all(bool(tensor.isfinite().all()) for tensor in state["parts"][0].values())
 
 
 def test_two_trainings_take_turns_on_a_gpu(tmp_path: Path, fork_server: ForkServer) -> None:

@@ -23,7 +23,7 @@ def results(**accuracies: list[float]) -> pd.DataFrame:
 
 
 def asked(names: list[str], seeds: Any, **settings: Any) -> Study:
-    variants = {name: {"train.seed": place} for place, name in enumerate(names)}
+    variants = {name: {"train.epochs": place} for place, name in enumerate(names)}
     content = {"question": "?", "variants": variants, "seeds": seeds}
     return Study.model_validate(content | settings)
 

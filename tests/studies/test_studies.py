@@ -434,10 +434,11 @@ def test_rows_of_an_earlier_version_are_kept_but_need_epochs(checkout: Path) -> 
 
 def test_a_digest_of_digits_only_is_not_read_as_a_number(checkout: Path) -> None:
     (checkout / "docs/studies").mkdir(parents=True)
-    content = "experiment,commit,code,key\na,1e10,0012,12e45\n"
+    content = "experiment,commit,code,key,data\na,1e10,0012,12e45,2024\n"
     (checkout / "docs/studies/demo.csv").write_text(content)
     [row] = points.read_tables("demo").results.to_dict("records")
-    assert row == {"experiment": "a", "commit": "1e10", "code": "0012", "key": "12e45"}
+    origin = {"experiment": "a", "commit": "1e10", "code": "0012", "key": "12e45"}
+    assert row == origin | {"data": "2024"}
 
 
 def test_a_page_is_rewritten_from_the_tables_and_says_whether_its_rows_count(
