@@ -9,7 +9,7 @@ SPACE := $(subst ,, )
 # $(value …) keeps make from expanding them, "$$NAME" keeps the shell from reading them.
 override PYTHON := $(value PYTHON)
 override TORCH := $(value TORCH)
-# Not the variable of the environment: under WSL, NAME is there the name of the computer.
+# NAME counts on the command line only: under WSL, the environment has the computer's name in it.
 override NAME := $(if $(filter command,$(origin NAME)),$(value NAME))
 override REV := $(value REV)
 override BASE := $(value BASE)

@@ -47,10 +47,10 @@ def test_every_number_of_a_finding_comes_from_the_table(path: Path) -> None:
     assert not re.search(r"\d", re.sub(r"{\w+\[[^]]+\]}", "", findings))
 
 
+@pytest.mark.usefixtures("without_pictures")
 def test_numbers_of_findings_are_those_of_the_table(
-    demo: list[pipeline.Revision], checkout: Path, monkeypatch: pytest.MonkeyPatch
+    demo: list[pipeline.Revision], checkout: Path
 ) -> None:
-    monkeypatch.setattr(page, "draw_study", lambda *_, **__: None)
     path = checkout / "studies/demo.yaml"
     text = "One: {accuracy[one]} %, {difference[one]} points, loss {loss[one]}."
     path.write_text(yaml.safe_dump(DEMO | {"findings": text}))
@@ -64,10 +64,10 @@ def test_numbers_of_findings_are_those_of_the_table(
             study.rewrite_page("demo")
 
 
+@pytest.mark.usefixtures("without_pictures")
 def test_a_study_that_stops_early_warns_of_the_seeds_that_it_has(
-    demo: list[pipeline.Revision], checkout: Path, monkeypatch: pytest.MonkeyPatch
+    demo: list[pipeline.Revision], checkout: Path
 ) -> None:
-    monkeypatch.setattr(page, "draw_study", lambda *_, **__: None)
     content = DEMO | {"seeds": "3..6", "stop": "decided", "splits": "own"}
     (checkout / "studies/demo.yaml").write_text(yaml.safe_dump(content))
     asked, found = points.load("demo")
@@ -188,6 +188,12 @@ def demo(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> list[pipeline.Revis
         monkeypatch.setenv(f"GIT_{name}_EMAIL", "a@example.org")
     subprocess.run(["git", "init", "--quiet"], check=True)
     return experiments
+
+
+@pytest.fixture
+def without_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pages without pictures, which take seconds."""
+    monkeypatch.setattr(page, "draw_study", lambda *_, **__: None)
 
 
 def run(point: points.Point, **metrics: float) -> pipeline.Revision:
@@ -317,10 +323,10 @@ def test_rows_of_other_data_are_shown_but_are_not_the_answer_of_a_run(
     assert len(points.chosen("demo", moved).results) == 6
 
 
+@pytest.mark.usefixtures("without_pictures")
 def test_experiments_on_other_images_are_no_results_of_the_present_ones(
-    demo: list[pipeline.Revision], checkout: Path, monkeypatch: pytest.MonkeyPatch
+    demo: list[pipeline.Revision], checkout: Path
 ) -> None:
-    monkeypatch.setattr(page, "draw_study", lambda *_, **__: None)
     path = checkout / "studies/demo.yaml"
     run_all(demo)
     first = study.rewrite_page("demo")
@@ -351,10 +357,8 @@ def test_a_page_is_about_one_data_set(demo: list[pipeline.Revision], checkout: P
         study.rewrite_page("demo")
 
 
-def test_labels_are_those_of_the_question(
-    demo: list[pipeline.Revision], checkout: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(page, "draw_study", lambda *_, **__: None)
+@pytest.mark.usefixtures("without_pictures")
+def test_labels_are_those_of_the_question(demo: list[pipeline.Revision], checkout: Path) -> None:
     for variants in (
         {"four": {}, "1": {"train.epochs": 1}},
         {"FOUR": {}, "1": {"train.epochs": 1}},
