@@ -85,7 +85,7 @@ def variant(name: str) -> None:
     options = ["--temp", "--force", "--name", name, *pipeline.set_options(changes)]
     # Without --quiet, twelve warnings of DVC hide the sentence of a stage that failed.
     if subprocess.run(["dvc", "exp", "run", "--quiet", *options], check=False).returncode:
-        raise UserError(f"{name} failed; `dvc exp run --dry --temp` tells what is not said above")
+        raise UserError(f"{name} failed; if no reason is above, try `dvc exp run --dry --temp`")
 
 
 @main.command(epilog="Example: cifarlab study depth --jobs 2")
@@ -98,7 +98,7 @@ def study(name: str, jobs: int, workers: str, page_only: bool) -> None:
 
     The question is studies/NAME.yaml, the page docs/studies/NAME.md.
 
-    Stop it whenever you like: the same command continues. Without NAME it lists the studies.
+    Stop it whenever you like: the same command continues. `cifarlab studies` lists the studies.
     """
     from cifarlab.studies import executors
     from cifarlab.studies import study as studies
@@ -163,7 +163,8 @@ def sync(check: bool) -> None:
 def prune(keep: tuple[str, ...], best: int, remove: bool) -> None:
     """List the experiments that nobody needs any more, or remove them.
 
-    From DVC, its cache and MLflow. What the table of a study names always stays.
+    They are removed from DVC, its cache and MLflow. What the table of a study names always stays,
+    and so does what MLflow has registered.
     """
     from cifarlab.tracking import prune as pruning
 

@@ -94,6 +94,19 @@ def test_cost_is_measured_with_the_given_parameters(monkeypatch: pytest.MonkeyPa
     assert run["memory_mb"] > 50
 
 
+@pytest.mark.usefixtures("small_data")
+def test_the_compiled_network_takes_turns_with_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[bool] = []
+
+    def fit(network: Network, *_: Any, **__: Any) -> None:
+        seen.append(network._compiled_call_impl is not None)
+
+    monkeypatch.setattr(measure, "fit", fit)
+    run = measure.compiled(40)
+    assert seen == [False, True] * 4
+    assert len(run["seconds_of_the_first_epoch"]) == 2
+
+
 def runs() -> dict[str, list[dict[str, Any]]]:
     """Return made-up results of all measurements."""
 
