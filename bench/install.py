@@ -109,7 +109,9 @@ def main() -> None:
         sys.exit(f"error: TORCH = {torch} is refused; say TORCH=cpu, or nothing for CUDA")
     if not usable():
         print(f"making {VENV} with Python {platform.python_version()}", flush=True)
-        subprocess.run([sys.executable, "-m", "venv", "--clear", VENV], check=True)
+        if subprocess.run([sys.executable, "-m", "venv", "--clear", VENV], check=False).returncode:
+            needed = "the reason is above; Debian and Ubuntu need the package python3-venv"
+            sys.exit(f"error: {sys.executable} cannot make {VENV}: {needed}")
     LOG.unlink(missing_ok=True)
     lock, requirements = LOCK.read_text("utf-8"), LOCK
     if torch == "cpu":

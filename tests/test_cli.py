@@ -83,6 +83,9 @@ def test_the_command_works_without_activating_its_environment(
     started = [bare, command, "check"]
     done = subprocess.run(started, cwd=checkout, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (0, "params.yaml is valid\n"), done.stderr
+    python.write_text('#!/bin/sh\necho "$PATH"\n')  # where the command looks for dvc
+    done = subprocess.run(started, cwd=checkout, capture_output=True, text=True, check=False)
+    assert done.stdout.split(":")[0] == str(python.parent)
 
 
 def test_the_command_runs_the_code_of_the_checkout_around_it(checkout: Path) -> None:

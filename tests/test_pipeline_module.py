@@ -148,6 +148,21 @@ def test_experiments_and_commits_are_listed() -> None:
         pipeline.find("nobody")
 
 
+def test_a_name_means_what_it_means_to_dvc(
+    small_project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(shutil.copytree(small_project, tmp_path / "copy", symlinks=True))
+    head, other = pipeline.git_commit(), "b" * 40
+    newer = pipeline.Revision("twice", "1" * 40, other)
+    here = pipeline.Revision("twice", "2" * 40, head)
+    monkeypatch.setattr(pipeline, "experiments", lambda: [newer, here])
+    assert pipeline.find("twice") == here
+    monkeypatch.setattr(pipeline, "experiments", lambda: [newer, newer])
+    assert pipeline.find("twice") == newer
+    pipeline.git("branch", "twice")
+    assert pipeline.find("twice") == pipeline.Revision("", head, head)
+
+
 @pytest.mark.usefixtures("project")
 def test_files_are_read_from_an_experiment_and_a_commit() -> None:
     by_name = {revision.name: revision for revision in pipeline.experiments()}

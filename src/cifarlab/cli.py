@@ -81,7 +81,7 @@ def variant(name: str) -> None:
     changes = {str(key): value for key, value in variants[name].items()}
     data = changed(changes).data
     if data.name == "folder":
-        changes = {**changes, "data.folder": str(Path(data.folder).resolve())}
+        changes = {**changes, "data.folder": str(Path(data.folder).expanduser().resolve())}
     options = ["--temp", "--force", "--name", name, *pipeline.set_options(changes)]
     # Without --quiet, twelve warnings of DVC hide the sentence of a stage that failed.
     if subprocess.run(["dvc", "exp", "run", "--quiet", *options], check=False).returncode:

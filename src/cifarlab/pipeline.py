@@ -159,14 +159,18 @@ def dvc(*arguments: str) -> str:
 def find(name: str) -> Revision:
     """Return an experiment, or the commit that Git calls so.
 
+    As in DVC's commands, a branch or tag comes first, then an experiment of the current commit.
+
     Raises
     ------
     UserError
         There is no such experiment or commit.
     """
-    if experiment := next((found for found in experiments() if found.name == name), None):
-        return experiment
-    if commit := git_commit(name):
+    commit, head = git_commit(name), git_commit()
+    named = [e for e in experiments() if e.name == name and commit in ("", e.commit)]
+    if named:
+        return next((experiment for experiment in named if experiment.baseline == head), named[0])
+    if commit:
         return Revision("", commit, commit)
     advice = "`dvc exp list --all-commits` lists the experiments"
     raise UserError(f"{name} is not an experiment or a commit; {advice}")

@@ -148,6 +148,13 @@ def test_make_takes_the_newest_python_that_works(folder: Path, tmp_path: Path) -
     assert not list(folder.glob("x"))
 
 
+def test_a_python_without_venv_is_named(folder: Path) -> None:
+    (folder / "venv.py").write_text("raise SystemExit(1)")
+    done = set_up(folder, PYTHON=sys.executable)
+    assert "Debian and Ubuntu need the package python3-venv" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 def wheel(index: Path, name: str, version: str) -> None:
     """Put an empty package into an index of files."""
     about = f"{name}-{version}.dist-info"

@@ -251,6 +251,16 @@ def test_splits_without_one_to_train_on_are_refused(
     assert read("folder", folder)[0].classes == ["other", "test", "val"]
 
 
+@pytest.mark.parametrize("top", ["", "photos"])
+@pytest.mark.parametrize("split", ["test", "val"])
+def test_classes_beside_a_split_do_not_make_it_a_class(
+    tmp_path: Path, refused: Callable[..., str], split: str, top: str
+) -> None:
+    files = CATS | under(split, MORE)
+    folder = write(tmp_path / "mine", under(top, files) if top else files)
+    assert f"the class cat is in {split}/ and beside it; move" in refused("folder", folder)
+
+
 def test_an_image_in_train_and_test_is_reported(tmp_path: Path, read: Read) -> None:
     files = under("train", CATS) | under("test", MORE)
     files["test/cat/same.png"] = files["train/cat/3.png"]
@@ -311,6 +321,14 @@ def test_a_table_says_the_labels(
     assert data.classes == ["cat", "dog"]
     assert (len(data.labels["train"]), len(data.labels["test"])) == (16, 4)
     assert problems == []
+
+
+def test_a_table_may_write_accents_otherwise_than_the_folder(tmp_path: Path, read: Read) -> None:
+    files = {f"e\u0301{i}.png": picture(i) for i in range(20)}  # as macOS does
+    rows = [(f"\u00e9{i}.png", "cat" if i % 2 else "dog") for i in range(20)]
+    folder = write(tmp_path / "mine", files | {"t.csv": table(rows)})
+    data, problems = read("folder", folder, labels="t.csv")
+    assert (len(data.labels["train"]), len(data.labels["test"]), problems) == (16, 4, [])
 
 
 def test_a_table_may_name_the_splits(tmp_path: Path, read: Read) -> None:

@@ -25,7 +25,8 @@ def test_learning_curves_of_one_epoch_can_be_seen(
         for variant, mean in (("one", 0.7), ("other", 0.8))
         for seed in range(3)
     ]
-    results = pd.DataFrame(rows)
+    # The table also has a class of another data set.
+    results = pd.DataFrame(rows).assign(**{"accuracy/0": np.nan})
     epochs = pd.concat(
         results.assign(epoch=epoch, train_accuracy=results.accuracy - 0.1 / epoch)
         for epoch in range(1, count + 1)
@@ -35,7 +36,8 @@ def test_learning_curves_of_one_epoch_can_be_seen(
     effect = effects(study, results)
     tables = Tables(results, epochs)
     draw_study(Path("-"), "?", "test accuracy", effect, tables=tables, grid=grid, margin=1)
-    _, curves, _ = drawn[0].axes
+    _, curves, classes = drawn[0].axes
+    assert [label.get_text() for label in classes.get_xticklabels()] == ["cat"]
     if count == 1:  # a row of its own for each variant
         points = [line.get_xydata() for line in curves.lines if line.get_marker() == "o"]
         drawn_points = [point for line in points for point in line if not np.isnan(point).any()]

@@ -89,6 +89,13 @@ def test_valid_changes_are_accepted(make_params: Make, changes: dict[str, Any]) 
     assert {key: flat[key] for key in changes} == changes
 
 
+def test_off_is_a_word_with_and_without_quotes(tmp_path: Path) -> None:
+    text = (REPO / "params.yaml").read_text("utf-8")
+    for off in ("off", "'off'"):
+        (tmp_path / "params.yaml").write_text(text.replace("graph: auto", f"graph: {off}"), "utf-8")
+        assert load_params(tmp_path / "params.yaml").train.graph == "off"
+
+
 def test_scientific_notation_without_a_point_is_a_number(make_params: Make) -> None:
     # 1e-3 is text in YAML 1.1, which PyYAML reads, and a number in YAML 1.2, which DVC reads.
     assert make_params({"train.lr": "1e-3"}).train.lr == 0.001

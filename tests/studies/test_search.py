@@ -54,6 +54,8 @@ VALID: dict[str, Any] = {"question": "?", "rungs": [1], "seconds": 9, "trials": 
         {"rungs": [3, 1]},
         {"trials": 0},
         {"seconds": 0},
+        {"space": {"train.epochs": [4, 8]}},
+        {"base": {"train.epochs": 4}},
     ],
 )
 def test_a_search_that_cannot_be_made_is_refused(change: dict[str, Any]) -> None:

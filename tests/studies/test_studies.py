@@ -272,6 +272,22 @@ def test_finished_experiments_become_rows_that_name_their_origin(
     assert len(pd.read_csv(checkout / "docs/studies/demo-epochs.csv")) == 4
 
 
+def test_an_experiment_whose_outputs_are_lost_runs_again(
+    demo: list[pipeline.Revision], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked, found = points.load("demo")
+    demo += [run(point, accuracy=0.8) for point in found[:2]]
+    lost, read = demo[0].commit, pipeline.read
+
+    def fail(path: Path, commit: str) -> bytes:
+        if commit == lost and path.parts[0] == "plots":
+            raise UserError(f"{path} cannot be read: it is not in the cache")
+        return read(path, commit)
+
+    monkeypatch.setattr(pipeline, "read", fail)
+    assert list(points.record("demo", asked, found).results.experiment) == ["demo-four-1"]
+
+
 def test_an_experiment_without_the_answer_is_named(demo: list[pipeline.Revision]) -> None:
     asked, found = points.load("demo")
     demo.append(run(found[0]))

@@ -1,5 +1,6 @@
 """What prune does when something is damaged. test_revisions.py removes real experiments."""
 
+import subprocess
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -23,6 +24,22 @@ def test_a_damaged_table_of_a_study_is_named(
         (tmp_path / "docs/studies/damaged.csv").write_text(content)
         with pytest.raises(UserError, match=r"docs/studies/damaged\.csv is damaged \("):
             prune._in_studies()
+
+
+def test_nothing_is_removed_while_an_experiment_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DVC_ROOT", str(tmp_path))
+    for name in ("all_runs", "connect"):
+        monkeypatch.setattr(client, name, lambda: pytest.fail("asked MLflow"))
+    copy = tmp_path / ".dvc/tmp/exps/abc"
+    copy.mkdir(parents=True)
+    with subprocess.Popen(["sleep", "60"], cwd=copy) as experiment:
+        try:
+            with pytest.raises(UserError, match="an experiment is running"):
+                prune._remove([Revision("a", "c", "b")])
+        finally:
+            experiment.kill()
 
 
 def test_dvc_keeps_everything_if_mlflow_refuses_to_delete_a_run(

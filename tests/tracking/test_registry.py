@@ -103,6 +103,22 @@ def test_a_champion_whose_run_was_deleted_can_be_replaced(checkout: Path, add: A
     assert champion_of(checkout) == second
 
 
+def test_of_a_repeated_training_the_model_of_the_present_weights_is_registered(
+    checkout: Path, add: Add
+) -> None:
+    run_id, client = add("again", [True], model=False), client_of(checkout)
+    client.set_tag(run_id, "weights.sha256", "5")
+    models = {}
+    for weights in map(str, range(10)):  # MLflow does not say which one is the newest
+        experiment = client.get_run(run_id).info.experiment_id
+        tags = {"weights.sha256": weights}
+        models[weights] = client.create_logged_model(experiment, "model", run_id, tags).model_id
+        client.log_outputs(run_id, [LoggedModelOutput(models[weights], 0)])
+    registry.promote("again", force=False)
+    source = client.get_model_version_by_alias(NAME, "champion").source
+    assert source.endswith(models["5"])
+
+
 def test_a_registered_model_without_versions_gets_one(checkout: Path, add: Add) -> None:
     client_of(checkout).create_registered_model(NAME)
     add("first", [True])

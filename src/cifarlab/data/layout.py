@@ -56,7 +56,7 @@ def by_folders(names: Iterable[str]) -> Layout:
     Raises
     ------
     UserError
-        All images are in folders of other splits than train.
+        There is no train/, and the images are all in other splits, or a class is also beside them.
     """
     images, problems = _images(names)
     found = {name: _split(PurePosixPath(name).parts) for name in images}
@@ -68,6 +68,11 @@ def by_folders(names: Iterable[str]) -> Layout:
     elif len(splits) > 1 and all(split for split, _ in found.values()):
         raise UserError(f"there are images in {_join(splits)} but none in train/; add or move some")
     else:
+        outside = _without_top({n: path for n, (split, path) in found.items() if not split})
+        beside = {path[0] for path in outside.values() if len(path) > 1}
+        if twice := sorted(beside & {path[0] for split, path in found.values() if split}):
+            where = f"the class {twice[0]} is in {_join(splits)} and beside it"
+            raise UserError(f"{where}; move the classes that are beside it into train/")
         found = {name: ("", PurePosixPath(name).parts) for name in images}
     places = {}
     for name, (label, *file) in _without_top({n: path for n, (_, path) in found.items()}).items():
@@ -94,7 +99,7 @@ def by_table(names: Iterable[str], text: str, table: str) -> Layout:
     found: dict[str, list[str]] = {}
     for name, parts in _without_top({n: PurePosixPath(n).parts for n in images}).items():
         path = PurePosixPath(name)
-        for key in {str(path), "/".join(parts), path.name, path.stem}:
+        for key in {_normal(key) for key in (name, "/".join(parts), path.name, path.stem)}:
             found.setdefault(key, []).append(name)
     places: Places = {}
     rows = _rows(text, table)
@@ -104,7 +109,7 @@ def by_table(names: Iterable[str], text: str, table: str) -> Layout:
         if split and split.lower() not in SPLIT_NAMES:
             known = _join(SPLIT_NAMES)
             raise UserError(f"{where}: the split {readable(split)!r} is none of {known}")
-        known_as = found.get(str(PurePosixPath(file.replace("\\", "/"))), [])
+        known_as = found.get(_normal(file), [])
         if len(known_as) != 1 or not label:
             why = "is ambiguous" if known_as else "is missing"
             why = f"in {table}, but {why if label else 'has no label'}"
@@ -222,6 +227,11 @@ def _rows(text: str, table: str) -> list[tuple[int, dict[str, str]]]:
         ]
     except csv.Error as error:
         raise UserError(f"{table}, line {reader.line_num}: {error}") from error
+
+
+def _normal(path: str) -> str:
+    """Return a path as tables and archives of all systems would write it. macOS splits é."""
+    return unicodedata.normalize("NFC", str(PurePosixPath(path.replace("\\", "/"))))
 
 
 def _join(names: Iterable[str]) -> str:

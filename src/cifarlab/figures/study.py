@@ -180,7 +180,9 @@ def _effects(axes: Axes, effects: DataFrame, palette: list[Any], label: str, mar
 
 
 def _each_class(axes: Axes, results: DataFrame, names: list[str]) -> None:
-    means = 100 * results.filter(like="accuracy/").groupby(results.variant).mean().loc[names]
+    # The table may also have the classes of other data sets.
+    accuracies = results.filter(like="accuracy/").dropna(axis=1, how="all")
+    means = 100 * accuracies.groupby(results.variant).mean().loc[names]
     means.columns = means.columns.str.removeprefix("accuracy/")
     numbers = {"annot": True, "fmt": ".1f", "annot_kws": {"size": 10}}
     difference = means.iloc[1:] - means.iloc[0]

@@ -282,7 +282,11 @@ def finished(points: list[Point]) -> Iterator[tuple[dict[str, Any], DataFrame]]:
         if not revision:
             continue
         written = (files.TRAIN_METRICS, files.EVALUATION, files.PER_CLASS, files.HISTORY)
-        train, evaluation, per_class, history = (pipeline.read(p, revision.commit) for p in written)
+        try:
+            content = [pipeline.read(path, revision.commit) for path in written]
+        except UserError:  # DVC's cache has lost them, so the experiment runs again
+            continue
+        train, evaluation, per_class, history = content
         identity: dict[str, Any] = {"experiment": point.experiment, "commit": revision.baseline}
         identity |= {"code": code, "key": key, "variant": point.variant, "seed": point.seed}
         identity |= {"data": data}

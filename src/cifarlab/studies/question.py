@@ -159,3 +159,9 @@ class Search(Question):
         if rungs != sorted(set(rungs)):
             raise ValueError("must be growing numbers of epochs")
         return rungs
+
+    @model_validator(mode="after")
+    def _epochs_come_from_rungs(self) -> Self:
+        if "train.epochs" in {*self.base, *self.space}:
+            raise ValueError("train.epochs comes from rungs; leave it out")
+        return self

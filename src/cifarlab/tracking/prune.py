@@ -85,7 +85,12 @@ def _registered() -> set[tuple[Any, ...]]:
 
 
 def _remove(gone: list[Revision]) -> None:
-    """Remove experiments. The runs go first: a run can be logged again as long as DVC has it."""
+    """Remove experiments. The runs go first: a run can be logged again as long as DVC has it.
+
+    UserError: an experiment is running. DVC does not know what it has put into the cache so far.
+    """
+    if pipeline.in_use(files.scratch()):
+        raise UserError("an experiment is running, and would lose its outputs; try again later")
     origins = {(revision.name, revision.baseline) for revision in gone}
     runs = [run for run in tracking.all_runs() if _origin(run) in origins]
     models = [model for run in runs for model in tracking.models_of(run)]

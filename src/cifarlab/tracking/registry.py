@@ -38,7 +38,7 @@ def download_network(uri: str, folder: Path) -> Path:
     with in_a_sentence(f"MLflow cannot give {uri}: "):
         client = connect()
         if "/" not in uri:
-            uri = f"models:/{_model_of(client.get_run(uri))}"
+            uri = f"models:/{_model_of(client, client.get_run(uri))}"
         model = Path(mlflow.artifacts.download_artifacts(uri, dst_path=str(folder)))
         return model / "artifacts" / files.WEIGHTS.name
 
@@ -57,7 +57,7 @@ def promote(name: str, *, force: bool) -> str:
     with in_a_sentence(f"MLflow cannot give {name}: "):
         client, registered = connect(), load_params().tracking.experiment
         run = _find_run(client, name)
-        model = _model_of(run)
+        model = _model_of(client, run)
         champion = _champion(client, registered)
         known = client.search_model_versions(f'name = "{registered}"')
         version = next((v for v in known if v.source.endswith(model)), None)
@@ -123,10 +123,12 @@ def _find_run(client: Any, name: str) -> Any:
     raise UserError(f"MLflow has no run or experiment {name}; `cifarlab sync` logs what it misses")
 
 
-def _model_of(run: Any) -> str:
-    """Return the id of the model of a run. UserError: it has none."""
-    if models := models_of(run):
-        return models[-1]
+def _model_of(client: Any, run: Any) -> str:
+    """Return the id of the model with the weights of a run. UserError: it has none."""
+    tag = "weights.sha256"  # a training that was repeated left a model of other weights
+    for model in models_of(run):
+        if client.get_logged_model(model).tags.get(tag) == run.data.tags.get(tag):
+            return model
     way_out = "set tracking.log_model: true and run `dvc repro -f evaluate`"
     raise UserError(f"the run {run.info.run_name} ({run.info.run_id}) has no model; {way_out}")
 
