@@ -100,12 +100,7 @@ def ours(name: str, seed: int, epochs: int | None = None, limit: int | None = No
 
 def cost(images: int, *changes: str) -> Measurement:
     """Train the default parameters, changed, on synthetic images for one epoch."""
-    values = dict(change.split("=") for change in changes)
-    params = variant(
-        "default",
-        {"train.epochs": 1, "train.lr": 1e-3}
-        | {key: yaml.safe_load(value) for key, value in values.items()},
-    )
+    params = one_epoch(*changes)
     device = set_up(params.train)
     network, train = synthetic(params, images, device)
     seconds = timed_fit(network, params, train, device)
@@ -116,9 +111,9 @@ def cost(images: int, *changes: str) -> Measurement:
     }
 
 
-def compiled(images: int) -> Measurement:
-    """Train the default parameters for an epoch as they are, and with torch.compile, in turn."""
-    params = variant("default", {"train.epochs": 1, "train.lr": 1e-3})
+def compiled(images: int, *changes: str) -> Measurement:
+    """Train the default parameters, changed, for an epoch as they are and compiled, in turn."""
+    params = one_epoch(*changes)
     device = set_up(params.train)
     eager, train = synthetic(params, images, device)
     faster, _ = synthetic(params, images, device)
@@ -131,6 +126,13 @@ def compiled(images: int) -> Measurement:
         "compiled": fast,
         "seconds_of_the_first_epoch": first,
     }
+
+
+def one_epoch(*changes: str) -> Params:
+    """Return the default parameters for one epoch, with changes such as "model.layers=4"."""
+    values = dict(change.split("=") for change in changes)
+    given = {key: yaml.safe_load(value) for key, value in values.items()}
+    return variant("default", {"train.epochs": 1, "train.lr": 1e-3} | given)
 
 
 def synthetic(params: Params, images: int, device: torch.device) -> tuple[Network, Images]:
