@@ -150,15 +150,12 @@ def sync(check: bool) -> None:
     syncing.sync(check=check)
 
 
+BEST = "How many of the most accurate stay."
+
+
 @main.command(epilog="Example: cifarlab prune --keep notebook --best 5 --remove")
 @click.option("--keep", multiple=True, metavar="NAME", help="An experiment that stays.")
-@click.option(
-    "--best",
-    type=click.IntRange(0),
-    default=10,
-    show_default=True,
-    help="How many of the most accurate stay.",
-)
+@click.option("--best", type=click.IntRange(0), default=10, show_default=True, help=BEST)
 @click.option("--remove", is_flag=True, help="Remove them; otherwise they are only listed.")
 def prune(keep: tuple[str, ...], best: int, remove: bool) -> None:
     """List the experiments that nobody needs any more, or remove them.
@@ -182,9 +179,7 @@ def verify(revision: str) -> None:
 
 @main.command(epilog="Examples: cifarlab report; cifarlab report HEAD my-experiment")
 @click.argument("revisions", nargs=-1)
-@click.option(
-    "--output", type=FILE, default="report.html", show_default=True, help="The file to write."
-)
+@click.option("--output", type=FILE, default="report.html", show_default=True, help="The page.")
 def report(revisions: tuple[str, ...], output: Path) -> None:
     """Write a page to show: of a run, or comparing the first of several with the others.
 

@@ -22,8 +22,7 @@ def main() -> None:
     beside = Path(__file__).parent / "python"  # also if .venv is not activated
     python = str(beside) if beside.exists() else sys.executable
     # DVC, and the Python of its stages, are found by name.
-    folders = (str(Path(python).parent), os.environ.get("PATH", os.defpath))
-    os.environ["PATH"] = os.pathsep.join(folders)
+    os.environ["PATH"] = f"{Path(python).parent}:{os.environ.get('PATH', os.defpath)}"
     os.execv(python, [python, "-m", "cifarlab.cli", *sys.argv[1:]])
 
 

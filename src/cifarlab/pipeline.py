@@ -309,14 +309,6 @@ def training_key(params: Params, folder: Path = Path()) -> str:
     return json_digest(inputs)
 
 
-def lock_digest(lock: str) -> str:
-    """Hash the entries of a dvc.lock for download, train and evaluate.
-
-    Runs that were logged before each file had a digest have it as the tag `dvc.lock`.
-    """
-    return json_digest({stage: _yaml(lock)["stages"].get(stage) for stage in RESULT})
-
-
 def dependencies(folder: Path = Path(), stages: Sequence[str] = RESULT) -> list[str]:
     """Return the files and folders that some stages of FOLDER/dvc.yaml depend on."""
     return sorted({path for stage in stages for path in _stages(folder)[stage]["deps"]})

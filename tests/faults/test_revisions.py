@@ -13,7 +13,6 @@ import pytest
 import yaml
 from mlflow.entities import Run
 
-from cifarlab import pipeline
 from tests.support.project import Project
 
 
@@ -331,23 +330,6 @@ def test_artifacts_that_were_lost_are_logged_again(used: Project, everything: bo
     assert figure.exists()
     assert model.exists()
     assert all("was there" in row for row in table(used, "--check"))
-
-
-@pytest.mark.slow
-def test_a_store_of_an_older_version_is_taken_over(used: Project) -> None:
-    before = {run.info.run_id for run in used.all_runs()}
-    with contextlib.closing(sqlite3.connect(used.folder / "mlflow.db")) as store, store:
-        store.execute("DELETE FROM tags WHERE key IN ('cifarlab.params', 'cifarlab.code')")
-        store.execute("UPDATE tags SET value = 'old' WHERE key LIKE 'logged.%'")
-        for name, run in used.runs().items():
-            ref = name and f"refs/exps/*/*/{name}"
-            refs = used.run("git", "for-each-ref", "--format=%(refname)", ref).stdout if ref else ""
-            lock = used.run("git", "show", f"{refs.strip() or 'HEAD'}:dvc.lock").stdout
-            values = ("dvc.lock", pipeline.lock_digest(lock), run.info.run_id)
-            store.execute("INSERT INTO tags (key, value, run_uuid) VALUES (?, ?, ?)", values)
-    assert sum(row.endswith("logged") for row in table(used)) == 3
-    assert {run.info.run_id for run in used.all_runs()} == before
-    assert all("was there" in row for row in table(used))
 
 
 # Other kinds of checkouts

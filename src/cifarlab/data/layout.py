@@ -68,8 +68,8 @@ def by_folders(names: Iterable[str]) -> Layout:
     elif len(splits) > 1 and all(split for split, _ in found.values()):
         raise UserError(f"there are images in {_join(splits)} but none in train/; add or move some")
     else:
-        outside = _without_top({n: path for n, (split, path) in found.items() if not split})
-        beside = {path[0] for path in outside.values() if len(path) > 1}
+        others = _without_top({n: path for n, (split, path) in found.items() if not split})
+        beside = {path[0] for path in others.values() if len(path) > 1}
         if twice := sorted(beside & {path[0] for split, path in found.values() if split}):
             where = f"the class {twice[0]} is in {_join(splits)} and beside it"
             raise UserError(f"{where}; move the classes that are beside it into train/")

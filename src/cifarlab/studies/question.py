@@ -5,7 +5,7 @@ import json
 import re
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from cifarlab.digest import json_digest
 from cifarlab.errors import UserError
@@ -153,15 +153,10 @@ class Search(Question):
     """Longest training time on the last rung; slower trials are dropped."""
     trials: Annotated[int, Field(gt=0)]
 
-    @field_validator("rungs")
-    @classmethod
-    def _growing(cls, rungs: list[int]) -> list[int]:
-        if rungs != sorted(set(rungs)):
-            raise ValueError("must be growing numbers of epochs")
-        return rungs
-
     @model_validator(mode="after")
-    def _epochs_come_from_rungs(self) -> Self:
+    def _check(self) -> Self:
+        if self.rungs != sorted(set(self.rungs)):
+            raise ValueError("rungs must be growing numbers of epochs")
         if "train.epochs" in {*self.base, *self.space}:
             raise ValueError("train.epochs comes from rungs; leave it out")
         return self

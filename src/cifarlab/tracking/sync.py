@@ -13,7 +13,7 @@ from cifarlab.params.load import load_params
 from cifarlab.pipeline import WORKSPACE, Revision
 from cifarlab.tracking import client as tracking
 from cifarlab.tracking.run import StageRun, end_killed, is_alive
-from cifarlab.tracking.upload import ARTIFACTS, PARAMS, Execution, params_digest, without_tracking
+from cifarlab.tracking.upload import ARTIFACTS, PARAMS, Execution, params_digest
 
 Tags = dict[str, str]
 
@@ -86,8 +86,7 @@ class Mirror:
                 return run.info.run_id, "was there"
         if check:
             return (same[0].info.run_id if same else ""), "missing, at least in part"
-        known = same[0] if same else self._logged_by_an_older_version(revision)
-        new = self._log(revision, known)
+        new = self._log(revision, same[0] if same else None)
         self.runs = [*(run for run in self.runs if run.info.run_id != new.info.run_id), new]
         return new.info.run_id, "logged"
 
@@ -123,22 +122,6 @@ class Mirror:
             return not (params and params.tracking.log_model) or any(models)
 
         return tracking.Deadline(60).wait(has_all)
-
-    def _logged_by_an_older_version(self, revision: Revision) -> Any:
-        """Return the run that a version without digests of parameters logged for a revision."""
-        if not (params := pipeline.params_of(revision)):
-            return None
-        wanted = {"dvc.lock": pipeline.lock_digest(pipeline.read_text(files.DVC_LOCK, revision))}
-        wanted |= {"dvc.exp.name": revision.name} if revision.name else {}
-        values = {name: str(value) for name, value in without_tracking(params).items()}
-        for run in self.runs:
-            tags = run.data.tags
-            # It had one run for all changes of the later stages, and the last of them as tags.
-            if PARAMS in tags or any(name.startswith("changed.") for name in tags):
-                continue
-            if wanted.items() <= tags.items() and values.items() <= run.data.params.items():
-                return run
-        return None
 
     def _log(self, revision: Revision, known: Any) -> Any:
         """Log an experiment, a commit or the workspace and return its run.

@@ -61,14 +61,10 @@ class Execution:
         return self.deciding | {"dvc.exp.name": self.experiment, "dvc.exp.baseline": baseline}
 
 
-def without_tracking(params: Params) -> Values:
-    """Return all parameters except those of tracking, which decide no output."""
-    return {name: v for name, v in params.flat().items() if not name.startswith("tracking.")}
-
-
 def params_digest(params: Params) -> str:
-    """Hash the parameters that decide an output."""
-    return json_digest(without_tracking(params))
+    """Hash the parameters that decide an output: all except those of tracking."""
+    flat = params.flat().items()
+    return json_digest({name: value for name, value in flat if not name.startswith("tracking.")})
 
 
 @dataclass(frozen=True)
