@@ -7,12 +7,15 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import click
 import pytest
+import yaml
 from click.testing import CliRunner
 
 from cifarlab.cli import main
+from tests.support.pictures import picture, write
 
 REPO = Path(__file__).resolve().parent.parent
 HOSTILE = """$(shell touch made-by-make)`touch made-by-shell`'";touch made-by-shell;#"""
@@ -148,6 +151,28 @@ def test_a_damaged_list_of_variants_is_refused_in_one_line(
     done = CliRunner().invoke(main, ["variant", "tiny"])
     assert done.exit_code == 1
     assert re.fullmatch(rf"error: .*{reason}.*\n", done.output), done.output
+
+
+def test_a_variant_names_the_folder_of_the_project_only_if_it_holds_images(
+    checkout: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    params, seen = checkout / "params.yaml", list[list[str]]()
+    changed = yaml.safe_load(params.read_text("utf-8"))
+    changed["data"] |= {"name": "folder", "sources": ["photos.zip"], "sha256": None}
+    params.write_text(yaml.safe_dump(changed), "utf-8")
+
+    def run(command: list[str], **_: object) -> SimpleNamespace:
+        seen.append(command)
+        return SimpleNamespace(returncode=0)
+
+    monkeypatch.setattr(subprocess, "run", run)
+    monkeypatch.chdir(checkout)
+    for names in ([], ["cat/1.png"]):
+        write(checkout / "images", {name: picture(1) for name in names})
+        assert not CliRunner().invoke(main, ["variant", "tiny"]).exit_code
+    without, named = ([o for o in options if "data.folder" in o] for options in seen)
+    assert without == []
+    assert named == [f'data.folder="{checkout / "images"}"']
 
 
 def test_a_wrong_number_is_refused() -> None:

@@ -72,6 +72,8 @@ def check() -> None:
 @click.argument("name")
 def variant(name: str) -> None:
     """Run variant NAME of variants.yaml as a DVC experiment."""
+    from cifarlab.data.fetch import holds_images
+
     variants = read_yaml(files.VARIANTS, f"`git checkout {files.VARIANTS}` restores it")
     variants = variants if isinstance(variants, dict) else {}
     if not isinstance(variants.get(name), dict):
@@ -80,8 +82,10 @@ def variant(name: str) -> None:
     # A wrong value is refused before DVC makes its copy, which lacks images that it does not know.
     changes = {str(key): value for key, value in variants[name].items()}
     data = changed(changes).data
-    if data.name == "folder":
-        changes = {**changes, "data.folder": str(Path(data.folder).expanduser().resolve())}
+    folder = Path(data.folder).expanduser()
+    # Without images there, data.sources is read, or DVC knows them.
+    if data.name == "folder" and (folder.is_file() or holds_images(folder)):
+        changes = {**changes, "data.folder": str(folder.resolve())}
     options = ["--temp", "--force", "--name", name, *pipeline.set_options(changes)]
     # Without --quiet, twelve warnings of DVC hide the sentence of a stage that failed.
     if subprocess.run(["dvc", "exp", "run", "--quiet", *options], check=False).returncode:

@@ -48,11 +48,11 @@ def find_images(params: DataParams, root: Path, cache: Path) -> Path:
     UserError: there is no such folder, or the main checkout has the images, but not this copy.
     """
     folder = Path(params.folder).expanduser()
-    if params.folder != DEFAULT_FOLDER or _holds_images(folder):
+    if params.folder != DEFAULT_FOLDER or holds_images(folder):
         if not folder.exists():
             raise UserError(f"data.folder = {folder} does not exist")
         return folder
-    if Path.cwd() != root and _holds_images(root / folder):
+    if Path.cwd() != root and holds_images(root / folder):
         way_out = f"set data.folder={root / folder}, or leave out --temp and --queue"
         raise UserError(f"DVC's temporary copy of the checkout lacks {folder}/; {way_out}")
     print(f"{folder}/ holds no images, so data.sources is read")
@@ -62,7 +62,8 @@ def find_images(params: DataParams, root: Path, cache: Path) -> Path:
     return found
 
 
-def _holds_images(folder: Path) -> bool:
+def holds_images(folder: Path) -> bool:
+    """Tell whether a path is a folder with an image in it, at any depth."""
     return folder.is_dir() and any(is_image(member.name) for member in members(folder))
 
 
