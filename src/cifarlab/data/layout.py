@@ -230,7 +230,7 @@ def _rows(text: str, table: str) -> list[tuple[int, dict[str, str]]]:
 
 
 def _normal(path: str) -> str:
-    """Return a path as tables and archives of all systems would write it. macOS splits é."""
+    """Return a path with slashes and in NFC: Windows writes backslashes, macOS é in two parts."""
     return unicodedata.normalize("NFC", str(PurePosixPath(path.replace("\\", "/"))))
 
 
