@@ -20,7 +20,7 @@ from sklearn.metrics import confusion_matrix, recall_score
 
 from cifarlab.data.dataset import Dataset
 from cifarlab.evaluation.metrics import evaluate
-from cifarlab.figures.run import draw_all
+from cifarlab.figures.run import confusion_heatmap, draw_all
 from cifarlab.files import write_json
 from cifarlab.params.load import load_params
 from cifarlab.params.sections import Params
@@ -193,6 +193,14 @@ def test_heatmap_shows_the_confusion_matrix_and_every_class(run: Run, name: str)
         numbers = "{:.2f}" if name == "confusion_recall" else "{}"
         texts = [numbers.format(value) if value else "" for value in expected.flat]
         assert shown(axes.texts) == texts
+
+
+def test_no_number_of_a_heatmap_is_zero() -> None:
+    counts = pd.DataFrame([[996, 4], [0, 1000]], ["cat", "dog"], ["cat", "dog"])
+    for normalized, texts in ((True, ["1.00", "", "", "1.00"]), (False, ["996", "4", "", "1000"])):
+        figure = confusion_heatmap(counts, normalized=normalized)
+        assert shown(figure.axes[0].texts) == texts
+        plt.close(figure)
 
 
 def test_bars_show_the_accuracies_in_the_order_of_the_classes(run: Run) -> None:
