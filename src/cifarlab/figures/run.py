@@ -79,8 +79,7 @@ def confusion_heatmap(counts: pd.DataFrame, *, normalized: bool) -> Figure:
     # The square root makes the few mistakes visible beside the large numbers of the diagonal.
     norm = PowerNorm(0.5, vmin=0, vmax=1 if normalized else max(1, int(counts.to_numpy().max())))
     names = [_shorten(name, LABEL) for name in counts.index]
-    texts = values.map(("{:.2f}" if normalized else "{:d}").format)
-    texts = texts.mask(texts.isin(["0", "0.00"]), "")
+    texts = values.map(("{:.2f}" if normalized else "{:d}").format).replace(["0", "0.00"], "")
     cells = {"annot": False if many else texts, "fmt": "", "annot_kws": {"size": 10}}
     quantity = "share of the actual class" if normalized else "test images"
     bar = {"shrink": 0.8, "label": f"{quantity}\n(the colour follows the square root)"}
