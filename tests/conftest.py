@@ -307,7 +307,9 @@ def read(tmp_path: Path) -> Read:
     def read(name: str, *sources: Any, **more: Any) -> tuple[Dataset, list[Problem]]:
         given = {"name": name, "sources": [str(source) for source in sources]}
         params = DataParams(**defaults | given | more)
-        return prepare(params, tmp_path, tmp_path / "cache", tmp_path / "data")
+        problems: list[Problem] = []
+        folders = (tmp_path, tmp_path / "cache", tmp_path / "data")
+        return prepare(params, *folders, problems), problems
 
     return read
 

@@ -208,9 +208,9 @@ def test_nothing_is_dropped_in_silence(tmp_path: Path, read: Read) -> None:
     for part in (
         "2 .txt",
         "1 without a suffix (photos/train/cat/LICENSE)",
-        "2 hidden (photos/train/cat/.DS_Store, …)",
+        "2 hidden (__MACOSX/photos/train/cat/._0.png, …)",
         "2 outside of test/, train/ (photos/preview.jpg, …)",
-        "2 unreadable (photos/train/cat/broken.png, …)",
+        "2 unreadable (photos/train/cat/broken.png: image file is truncated, …)",
     ):
         assert part in summary
     without = {name: content for name, content in files.items() if "broken" not in name}
@@ -226,10 +226,13 @@ def test_more_than_a_tenth_of_damaged_images_is_refused(
     for i in range(4):
         (folder / f"train/cat/{i}.png").write_bytes(b"")
     _, problems = read("folder", folder)
-    assert layout.summary(problems) == "; skipped 4: 4 unreadable (train/cat/0.png, …)"
+    why = "it is no image that Pillow can open"
+    text = f"; skipped 4: 4 unreadable (train/cat/0.png: {why}, …)"
+    assert layout.summary(problems) == text
     (folder / "train/cat/4.png").write_bytes(b"")
     sentence = refused("folder", folder)
     assert "5 of 40 images cannot be read; train/cat/0.png is not a readable image" in sentence
+    assert sentence.endswith("plots/image_problems.csv names all")
 
 
 def test_a_class_without_readable_images_is_refused(
@@ -246,6 +249,10 @@ def test_splits_without_one_to_train_on_are_refused(
 ) -> None:
     folder = write(tmp_path / "mine", under("val", CATS) | under("test", MORE))
     assert "there are images in test/, val/ but none in train/" in refused("folder", folder)
+    folder = write(tmp_path / "kaggle", {f"train/{i}.png": picture(i) for i in range(8)})
+    write(folder, {f"test/{i}.png": picture(10 + i) for i in range(8)})
+    assert "test/, train/ hold images, but no folders; add one" in refused("folder", folder)
+    folder = tmp_path / "mine"
     # A third class makes clear that these are classes.
     write(folder, pictures(10, "other"))
     assert read("folder", folder)[0].classes == ["other", "test", "val"]
@@ -337,7 +344,7 @@ def test_a_table_may_name_the_splits(tmp_path: Path, read: Read) -> None:
     folder = write(tmp_path / "mine", FLAT | {"t.csv": table(rows, head="file,label,split")})
     data, problems = read("folder", folder, labels="t.csv")
     assert (len(data.labels["train"]), len(data.labels["test"])) == (17, 2)
-    assert [problem.kind for problem in problems] == ["in t.csv, but is missing", "not in t.csv"]
+    assert [problem.kind for problem in problems] == ["not in t.csv", "not among the images"]
 
 
 @pytest.mark.parametrize(
@@ -345,7 +352,15 @@ def test_a_table_may_name_the_splits(tmp_path: Path, read: Read) -> None:
     [
         (table(ROWS, head="a,b"), "t.csv needs the columns file and label, and may have split"),
         (table([(n, "x", "holdout") for n, _ in ROWS], head="file,label,split"), "'holdout'"),
-        (table([(f"x{n}", c) for n, c in ROWS]), "0 of 20 files in t.csv are there; look at"),
+        (
+            table([(f"x{n}", c) for n, c in ROWS]),
+            "20 of 20 rows of t.csv cannot be used; "
+            "t.csv, line 2: ximg/cat-0.png is not among the images",
+        ),
+        (
+            table([*ROWS[:16], *((n, "") for n, _ in ROWS[16:])]),
+            "line 18: img/dog-6.png is without a label",
+        ),
         (table([*ROWS, (ROWS[0][0], "dog")]), "line 22: img/cat-0.png has another label above"),
         (b"\xff\xfe", "t.csv is not UTF-8"),
         (b"", "t.csv needs the columns"),
@@ -384,6 +399,27 @@ def test_a_table_that_cannot_be_read_is_refused(
 def test_names_of_classes_stay_as_they_are(tmp_path: Path, get: Get, label: str) -> None:
     files = {name.replace("dog", label): content for name, content in CATS.items()}
     assert get("folder", write(tmp_path / "mine", files)).classes == sorted(["cat", label])
+
+
+@pytest.mark.parametrize("what", ["zip", "link", "raw"])
+def test_a_folder_of_the_project_without_images_is_not_ignored(
+    tmp_path: Path, refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "images", {"README.md": b"", ".DS_Store": b"", "desktop.ini": b""})
+    if what == "zip":
+        zipped(tmp_path / "images/mine.zip", CATS)
+    elif what == "link":
+        (tmp_path / "images/cat").symlink_to(write(tmp_path / "photos", CATS) / "cat")
+    else:
+        write(tmp_path / "images", {"cat/1.cr2": b"raw"})
+    kind = {
+        "zip": "mine.zip (not a format of images)",
+        "link": "cat (link that leads out of the folder)",
+        "raw": "cat/1.cr2 (not a format of images)",
+    }[what]
+    sentence = refused("folder", zipped(tmp_path / "other.zip", CATS))
+    assert f"images/ holds no images, but {kind}; set data.folder to" in sentence
 
 
 def test_the_folder_of_the_project_is_read_if_it_holds_images(

@@ -1,10 +1,12 @@
 """Every kind of source gives the same images; damaged and hostile files are refused."""
 
+import gzip
 import io
 import os
 import pickle
 import random
 import shutil
+import struct
 import tarfile
 import zipfile
 from collections import Counter
@@ -224,6 +226,37 @@ def test_image_of_any_kind_becomes_a_square_rgb_image(
     data = get("folder", tar(tmp_path / "pets.tar.gz", images), image_size=8)
     assert data.images["train"].dtype == np.uint8
     assert np.array_equal(data.images["train"][0], expected)
+
+
+def test_a_tar_that_ends_with_a_zip_is_a_tar(tmp_path: Path, get: Callable[..., Dataset]) -> None:
+    images = pets(tmp_path / "pets")
+    inner = io.BytesIO()
+    with zipfile.ZipFile(inner, "w") as book:
+        book.writestr("sheet.xml", "")
+    plain = get("folder", tar(tmp_path / "pets.tar.gz", images))
+    packed = tar(tmp_path / "more.tar.gz", images | {"zz.xlsx": inner.getvalue()})
+    with_table = tmp_path / "more.tar"
+    with_table.write_bytes(gzip.decompress(packed.read_bytes()))
+    assert zipfile.is_zipfile(with_table)
+    assert get("folder", with_table).digest() == plain.digest()
+
+
+@pytest.mark.parametrize("tag", [0x128, 0x213], ids=["ResolutionUnit", "YCbCrPositioning"])
+def test_a_photo_with_odd_metadata_is_turned(
+    tmp_path: Path, get: Callable[..., Dataset], tag: int
+) -> None:
+    entries = {0x112: struct.pack("<HLHH", 3, 1, 6, 0)}  # the orientation of a turned camera
+    entries[tag] = struct.pack("<HL4s", 2, 2, b"2")  # a text, where a number belongs
+    table = b"".join(struct.pack("<H", key) + entries[key] for key in sorted(entries))
+    exif = b"Exif\0\0II*\0" + struct.pack("<LH", 8, len(entries)) + table + bytes(4)
+    file = io.BytesIO()
+    pixels = np.zeros((16, 16, 3), np.uint8)
+    pixels[:8] = 255  # the upper half, which is the right one after turning
+    Image.fromarray(pixels).save(file, "JPEG", exif=exif, quality=95)
+    images = pets(tmp_path / "pets") | {"train/cat/0.jpg": file.getvalue()}
+    data = get("folder", tar(tmp_path / "pets.tar.gz", images), image_size=16)
+    halves = [image[:, 8:].mean() - image[:, :8].mean() for image in data.images["train"]]
+    assert max(halves) > 250
 
 
 @pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE], ids=["symbolic", "hard"])

@@ -55,7 +55,7 @@ def read(path: Path) -> str:
     """Read an archive and return the digest of its pixels, labels and classes."""
     name = "cifar10" if path.name.startswith("cifar") else "folder"
     params = DataParams(name=name, sources=[str(path)], image_size=32, **REST)
-    return readers.prepare(params, path.parent, path.parent, path.parent / "written")[0].digest()
+    return readers.prepare(params, path.parent, path.parent, path.parent / "written", []).digest()
 
 
 @pytest.fixture(scope="module")
@@ -338,6 +338,9 @@ def test_classes_that_look_equal_are_refused_and_others_are_not(
     sentence = refused("folder", tmp_path / "pets")
     assert "look equal; rename one" in sentence
     assert sentence.isprintable()
+    for number, twin in enumerate(("cat ", "cat\u200b")):
+        images = in_class(pets(tmp_path / "more"), twin) | in_class(pets(tmp_path / "more"), "cat")
+        assert "look equal" in refused("folder", tar(tmp_path / f"twins{number}.tar.gz", images))
 
 
 @pytest.mark.parametrize("label", ["two\nlines", "\x1b[1m", "a\u2028b", "a\x85", "\u202etac"])
@@ -389,6 +392,14 @@ def test_zip_with_backslashes_or_names_that_are_not_utf8(
     data = get("folder", zipped(tmp_path / "windows.zip", from_windows))
     assert data.digest() == plain.digest()
     content = (tmp_path / "plain.zip").read_bytes()
+    # Linux and macOS write UTF-8 without the flag that says so.
+    for head in (b"PK\3\4\x14\0", b"PK\1\2\x14\3\x14\0"):
+        assert head + b"\0\x08" in content
+    unsaid = content.replace(b"\x14\0\0\x08", b"\x14\0\0\0")
+    (tmp_path / "linux.zip").write_bytes(unsaid)
+    assert get("folder", tmp_path / "linux.zip").digest() == plain.digest()
+    (tmp_path / "dos.zip").write_bytes(unsaid.replace("Käfer".encode(), b"K\xff\xfffer"))
+    assert "K\xa0\xa0fer" in get("folder", tmp_path / "dos.zip").classes  # code page 437
     (tmp_path / "other.zip").write_bytes(content.replace("ä".encode(), b"\xff\xff"))
     assert "other.zip cannot be read: 'utf-8' codec" in refused("folder", tmp_path / "other.zip")
 
@@ -457,7 +468,7 @@ before, path = peak(), Path(sys.argv[2])
 params = DataParams(name=sys.argv[1], sources=[str(path)], sha256=None, image_size=int(sys.argv[3]),
     folder="images", labels=None, test=0, validation=0, validation_seed=0)
 try:
-    readers.prepare(params, path.parent, path.parent, path.parent / "written")
+    readers.prepare(params, path.parent, path.parent, path.parent / "written", [])
     print(json.loads((path.parent / "written/dataset.json").read_text())["digest"])
 except UserError as error:
     print(error)

@@ -16,6 +16,7 @@ import tarfile
 import zipfile
 from _compression import DecompressReader
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import IO, Any, ClassVar, NamedTuple, NoReturn, Self
@@ -133,9 +134,9 @@ def members(source: Path) -> Members:
     UserError
         The source is damaged or larger than the limits, or a member points outside of it.
     """
-    archive = _files_in_zip if zipfile.is_zipfile(source) else files_in_tar
-    find = _files_in_folder if source.is_dir() else archive
     try:
+        archive = _files_in_zip if not source.is_dir() and _is_zip(source) else files_in_tar
+        find = _files_in_folder if source.is_dir() else archive
         yield from find(source)
     except UserError:
         raise
@@ -177,6 +178,12 @@ def read_file(path: Path) -> io.BytesIO:
         return read_bounded(file, found.st_size)
 
 
+def _is_zip(source: Path) -> bool:
+    """Tell whether an archive is a zip. A tar whose last file is a zip ends like one."""
+    with source.open("rb") as file:
+        return file.read(262)[257:] != b"ustar" and zipfile.is_zipfile(file)
+
+
 def _files_in_zip(source: Path) -> Members:
     with source.open("rb") as file:
         end = zipfile._EndRecData(file)  # type: ignore[attr-defined]
@@ -184,7 +191,7 @@ def _files_in_zip(source: Path) -> Members:
         raise ValueError(f"the list of its members is larger than {MAX_DIRECTORY >> 20} MiB")
     with zipfile.ZipFile(source) as archive:
         for member in archive.infolist():
-            name = _checked_name(source, member.filename)
+            name = _checked_name(source, _name_in_zip(member))
             # The other compression methods of zip have no bound on the memory that they take.
             if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
                 raise ValueError(f"{name} is not packed with deflate; pack it so")
@@ -193,6 +200,14 @@ def _files_in_zip(source: Path) -> Members:
             with archive.open(member) as file:  # compares the two headers, also of other files
                 if not name.endswith("/"):
                     yield Member(name, partial(read_bounded, file, member.file_size))
+
+
+def _name_in_zip(member: zipfile.ZipInfo) -> str:
+    """Return the name of a member. Linux and macOS write UTF-8, and often do not say so."""
+    with suppress(UnicodeError):
+        if not member.flag_bits & 0x800:
+            return member.filename.encode("cp437").decode("utf-8")
+    return member.filename
 
 
 class BoundedTarInfo(tarfile.TarInfo):

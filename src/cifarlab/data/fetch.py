@@ -5,8 +5,9 @@ from urllib.parse import unquote, urlsplit
 
 import pooch
 
-from cifarlab.data.archives import members
+from cifarlab.data.archives import members, readable
 from cifarlab.data.images import is_image
+from cifarlab.data.layout import is_hidden
 from cifarlab.errors import UserError, first_line
 from cifarlab.params.sections import DEFAULT_FOLDER, DataParams, is_remote
 
@@ -55,6 +56,11 @@ def find_images(params: DataParams, root: Path, cache: Path) -> Path:
     if Path.cwd() != root and holds_images(root / folder):
         way_out = f"set data.folder={root / folder}, or leave out --temp and --queue"
         raise UserError(f"DVC's temporary copy of the checkout lacks {folder}/; {way_out}")
+    for member in members(folder) if folder.is_dir() else ():
+        if member.name != "README.md" and not is_hidden(member.name):
+            what = f"{readable(member.name)} ({member.problem or 'not a format of images'})"
+            way_out = "set data.folder to the folder or archive that holds them"
+            raise UserError(f"{folder}/ holds no images, but {what}; {way_out}")
     print(f"{folder}/ holds no images, so data.sources is read")
     found = fetch(params, root, cache)
     if not found.is_relative_to(cache):

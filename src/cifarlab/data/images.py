@@ -68,7 +68,9 @@ def decode(file: io.BytesIO, size: int) -> Pixels:
             # JPEG can be decoded at a half, a quarter or an eighth of its size. The pixels then
             # differ a little, so smaller images are decoded in full.
             image.draft(None, (2 * size, 2 * size))
-        ImageOps.exif_transpose(image, in_place=True)
+        image.load()
+        with suppress(Exception):  # Pillow turns it first, and may then fail to write its EXIF
+            ImageOps.exif_transpose(image, in_place=True)
         return np.asarray(ImageOps.fit(_rgb(image), (size, size)))
 
 

@@ -80,28 +80,35 @@ def by_folders(names: Iterable[str]) -> Layout:
             places[name] = Place(SPLIT_NAMES.get(found[name][0], ""), label, "/".join(file))
         else:
             problems.append(Problem(name, "in no class folder"))
+    labels = {place.label for place in places.values()}
+    if len(labels) > 1 and all(label.lower() in SPLIT_NAMES for label in labels):
+        advice = "add one for each class, or name a table of labels with data.labels"
+        raise UserError(f"{_join(labels)} hold images, but no folders; {advice}")
     return _same_case(places), problems
 
 
-def by_table(names: Iterable[str], text: str, table: str) -> Layout:
+def by_table(names: Iterable[str], text: str, table: str, top: str) -> Layout:
     """Place images as a table says that has the columns file, label and, where it has one, split.
 
-    A file is named by its path from the top of the source, with or without the folders around all
-    images, or by its name alone, with or without suffix, if only one image has that name.
+    A file is named by its path from the source, from the folder `top` around it, or from inside of
+    the folders that hold all images; or by its name alone, with or without suffix, if only one
+    image has that name.
 
     Raises
     ------
     UserError
-        The table has no such columns, a wrong split, two labels for a file, or a tenth of its
-        files is missing.
+        The table has no such columns, a wrong split, two labels for a file, or over a tenth of its
+        rows cannot be used.
     """
     images, problems = _images(name for name in names if PurePosixPath(name).name != table)
     found: dict[str, list[str]] = {}
     for name, parts in _without_top({n: PurePosixPath(n).parts for n in images}).items():
         path = PurePosixPath(name)
-        for key in {_normal(key) for key in (name, "/".join(parts), path.name, path.stem)}:
+        known_as = (name, f"{top}/{name}", "/".join(parts), path.name, path.stem)
+        for key in {_normal(key) for key in known_as}:
             found.setdefault(key, []).append(name)
     places: Places = {}
+    unused: list[Problem] = []
     rows = _rows(text, table)
     for line, row in rows:
         file, label, split = (row.get(column, "") for column in ("file", "label", "split"))
@@ -109,21 +116,20 @@ def by_table(names: Iterable[str], text: str, table: str) -> Layout:
         if split and split.lower() not in SPLIT_NAMES:
             known = _join(SPLIT_NAMES)
             raise UserError(f"{where}: the split {readable(split)!r} is none of {known}")
-        known_as = found.get(_normal(file), [])
-        if len(known_as) != 1 or not label:
-            why = "is ambiguous" if known_as else "is missing"
-            why = f"in {table}, but {why if label else 'has no label'}"
-            problems.append(Problem(f"{where}: {file}", why))
+        images_called = found.get(_normal(file), [])
+        if len(images_called) != 1 or not label:
+            why = "ambiguous without its path" if images_called else "not among the images"
+            unused.append(Problem(f"{where}: {file}", why if label else "without a label"))
             continue
         place = Place(SPLIT_NAMES.get(split.lower(), ""), label, file)
-        if places.setdefault(known_as[0], place)[:2] != place[:2]:
+        if places.setdefault(images_called[0], place)[:2] != place[:2]:
             raise UserError(f"{where}: {readable(file)} has another label above")
-    absent = [problem.file for problem in problems if problem.file.startswith(f"{table}, line")]
-    if 10 * len(absent) > len(rows):
-        count = f"{len(rows) - len(absent)} of {len(rows)} files in {table} are there"
-        raise UserError(f"{count}; look at {readable(absent[0])}")
+    if 10 * len(unused) > len(rows):
+        count = f"{len(unused)} of {len(rows)} rows of {table} cannot be used"
+        raise UserError(f"{count}; {readable(unused[0].file)} is {unused[0].kind}")
     missing = f"not in {table}"
-    return places, problems + [Problem(name, missing) for name in images if name not in places]
+    problems += [*unused, *(Problem(name, missing) for name in images if name not in places)]
+    return places, problems
 
 
 def checked_classes(places: Places, source: Path) -> Places:
@@ -142,7 +148,8 @@ def checked_classes(places: Places, source: Path) -> Places:
             hidden = f"the character U+{ord(found[0]):04X}, which cannot be seen"
             raise UserError(f"{source}: the class {label!a} holds {hidden}; rename it")
         shown[label] = readable(normal)
-        if (twin := classes.setdefault(shown[label], normal)) != normal:
+        seen = "".join(c for c in shown[label] if unicodedata.category(c) != "Cf").strip()
+        if (twin := classes.setdefault(seen, normal)) != normal:
             raise UserError(f"{source}: the classes {twin!a} and {label!a} look equal; rename one")
     return {n: place._replace(label=shown[place.label]) for n, place in places.items()}
 
@@ -150,15 +157,16 @@ def checked_classes(places: Places, source: Path) -> Places:
 def summary(problems: Sequence[Problem]) -> str:
     """Describe the problems in a part of a sentence; empty if there are none.
 
-    For example "; skipped 12: 9 .txt, 3 unreadable (cat/a.jpg, …)".
+    For example "; skipped 12: 9 .txt, 3 unreadable (cat/a.jpg: image file is truncated, …)".
     """
     skipped = [problem for problem in problems if problem.kind != IN_BOTH]
     kinds = Counter(problem.kind for problem in skipped)
     shown = []
     for kind, count in kinds.most_common():
-        first = next(readable(problem.file) for problem in skipped if problem.kind == kind)
-        more = ", …" if count > 1 else ""
-        shown.append(f"{count:,} {kind}" + ("" if kind.startswith(".") else f" ({first}{more})"))
+        first = next(problem for problem in skipped if problem.kind == kind)
+        example = readable(first.file) + (f": {first.detail}" if first.detail else "")
+        example = f" ({example}{', …' if count > 1 else ''})"
+        shown.append(f"{count:,} {kind}{'' if kind.startswith('.') else example}")
     text = f"; skipped {len(skipped):,}: {', '.join(shown)}" if skipped else ""
     if twice := [problem for problem in problems if problem.kind == IN_BOTH]:
         example = f"{readable(twice[0].file)} = {readable(twice[0].detail)}"
@@ -166,12 +174,17 @@ def summary(problems: Sequence[Problem]) -> str:
     return text
 
 
+def is_hidden(name: str) -> bool:
+    """Tell whether a file, or a folder around it, is hidden, or left behind by a system."""
+    return any(part.startswith(".") or part in HIDDEN for part in PurePosixPath(name).parts)
+
+
 def _images(names: Iterable[str]) -> tuple[list[str], list[Problem]]:
     """Return what should be images, and the other files."""
     images, problems = [], []
     for name in names:
         path = PurePosixPath(name)
-        if any(part.startswith(".") or part in HIDDEN for part in path.parts):
+        if is_hidden(name):
             problems.append(Problem(name, "hidden"))
         elif is_image(name):
             images.append(name)

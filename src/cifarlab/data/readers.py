@@ -21,6 +21,7 @@ from cifarlab.data.fetch import fetch, find_images
 from cifarlab.data.images import EXTRA, MAX_IMAGE, count_pixels, decode, formats, is_image
 from cifarlab.data.layout import UNREADABLE, Places, Problem
 from cifarlab.errors import UserError
+from cifarlab.files import PROBLEMS
 from cifarlab.params.sections import DataParams
 
 MAX_PIXELS = 2**40
@@ -35,8 +36,8 @@ CIFAR10_FILES = {"train": [f"data_batch_{i}" for i in range(1, 6)], "test": ["te
 
 
 def prepare(
-    params: DataParams, root: Path, cache: Path, folder: Path
-) -> tuple[Dataset, list[Problem]]:
+    params: DataParams, root: Path, cache: Path, folder: Path, problems: list[Problem]
+) -> Dataset:
     """Write the images that `params` describes into a folder.
 
     Parameters
@@ -44,24 +45,21 @@ def prepare(
     root : where relative paths in `data.sources` start
     cache : folder that keeps verified downloads
     folder : for the files of the dataset
-
-    Returns
-    -------
-    The images, and the files of a folder or archive that are not used or deserve a look.
+    problems : gets the files of a folder or archive that are not used or deserve a look, also if
+        the source is refused
 
     Raises
     ------
     UserError
         No source could be used, a checksum differs, or the content is not what is expected.
     """
-    problems: list[Problem] = []
     if params.name == "digits":
         digits().save(folder)
     elif params.name == "cifar10":
         read_cifar10(fetch(params, root, cache)).save(folder)
     else:
-        problems = write_folder(find_images(params, root, cache), params, folder)
-    return Dataset.load(folder), problems
+        write_folder(find_images(params, root, cache), params, folder, problems)
+    return Dataset.load(folder)
 
 
 def read_cifar10(archive: Path) -> Dataset:
@@ -105,15 +103,14 @@ def _cifar10_batch(name: str, read: Callable[[], io.BytesIO]) -> tuple[Pixels, L
     return pixels.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1), np.fromiter(labels, np.int64)
 
 
-def write_folder(source: Path, params: DataParams, folder: Path) -> list[Problem]:
+def write_folder(
+    source: Path, params: DataParams, folder: Path, problems: list[Problem]
+) -> None:
     """Write the images of a directory, tar or zip archive, whatever its layout is.
 
     The source is read several times: first the names, so that the order of the files makes no
-    difference, at the end the images, of which only some are in memory.
-
-    Returns
-    -------
-    Files that are not used, and test images that are training images, too.
+    difference, at the end the images, of which only some are in memory. `problems` gets files that
+    are not used, and test images that are training images, too.
 
     Raises
     ------
@@ -121,32 +118,28 @@ def write_folder(source: Path, params: DataParams, folder: Path) -> list[Problem
         The archive is damaged, too many images are, the splits have different classes, or there
         are too many images.
     """
-    names, unreadable, problems = _list(source, params.image_size)
+    names = _list(source, params.image_size, problems)
     if params.labels:
-        places, others = layout.by_table(names, *_table(source, params.labels))
+        places, others = layout.by_table(names, *_table(source, params.labels), source.name)
     else:
         places, others = layout.by_folders(names)
     problems += others
     places = layout.checked_classes(places, source)
     if not places:
         layouts = "train/<class>/ and test/<class>/, or in <class>/"
-        found = layout.summary(unreadable + problems)
+        found = layout.summary(problems)
         raise UserError(f"{source} holds no images in {layouts}{found}; see docs/data.md")
     places = _with_test(source, names, places, params.test)
-    _check_classes(source, places)
-    reading = Reading(source, params.image_size, places, names, unreadable)
-    reading.save(folder)
-    return problems + reading.problems
+    _check_classes(source, places, problems)
+    Reading(source, params.image_size, places, names, problems).save(folder)
 
 
-def _list(source: Path, image_size: int) -> tuple[Collection[str], list[Problem], list[Problem]]:
-    """Return the names of all files, and images and other files that cannot be read.
+def _list(source: Path, image_size: int, problems: list[Problem]) -> Collection[str]:
+    """Return the names of all files; `problems` gets those that cannot be read.
 
     UserError: there are too many, or two images have the same name.
     """
     names: dict[str, None] = {}
-    unreadable: list[Problem] = []
-    others: list[Problem] = []
     size = images = 0
     for member in members(source):
         name, image = member.name, is_image(member.name)
@@ -156,14 +149,14 @@ def _list(source: Path, image_size: int) -> tuple[Collection[str], list[Problem]
             most = f"{MAX_PIXELS >> 30} GiB or {MAX_NAMES >> 20} MiB of names"
             raise UserError(f"{source} holds over {most}; lower data.image_size or use fewer")
         if member.problem and image:
-            unreadable.append(Problem(name, UNREADABLE, member.problem))
+            problems.append(Problem(name, UNREADABLE, member.problem))
         elif member.problem:
-            others.append(Problem(name, member.problem))
+            problems.append(Problem(name, member.problem))
         elif name in names and image:
             raise UserError(f"{source} holds two files called {readable(name)}; remove one")
         else:
             names[name] = None
-    return names, unreadable, others
+    return names
 
 
 def _table(source: Path, name: str) -> tuple[str, str]:
@@ -205,19 +198,20 @@ def _with_test(source: Path, names: Collection[str], places: Places, share: floa
     return {n: p._replace(split="test" if n in test else "train") for n, p in places.items()}
 
 
-def _check_classes(source: Path, places: Places) -> None:
+def _check_classes(source: Path, places: Places, problems: list[Problem]) -> None:
     """Refuse fewer than two classes, classes that differ between the splits, and equal names."""
     classes = {split: {p.label for p in places.values() if p.split == split} for split in SPLITS}
+    skipped = layout.summary(problems)
     if len(classes["train"] | classes["test"]) < 2:
         [only] = classes["train"] | classes["test"]
-        raise UserError(f"{source} holds one class only, {only}; at least two are needed")
+        raise UserError(f"{source} holds one class only, {only}; at least two are needed{skipped}")
     for label in sorted(classes["train"] ^ classes["test"]):
         split = SPLITS[label in classes["train"]]
         needed = "each class needs images to train on and to test, so at least two"
-        raise UserError(f"{source} holds no images in {split}/{label}/; {needed}")
+        raise UserError(f"{source} holds no images in {split}/{label}/; {needed}{skipped}")
     for place in places.values():
         if place.label not in classes["train"]:
-            raise UserError(f"{source} holds no images in train/{place.label}/")
+            raise UserError(f"{source} holds no images in train/{place.label}/{skipped}")
     [(place, count)] = Counter(places.values()).most_common(1)
     if count > 1:
         twice = readable("/".join(place))
@@ -234,7 +228,7 @@ class Reading:
     names: Collection[str]
     """All files of the source."""
     problems: list[Problem]
-    """Images that cannot be read."""
+    """Files that are not used; it gets the images that cannot be read."""
 
     def save(self, folder: Path) -> None:
         """Write the dataset. Validation images are the last ones of the training images."""
@@ -313,17 +307,20 @@ class Reading:
 
         `train` and `test` have the name of an image for each digest of pixels.
         """
-        bad = {problem.file for problem in self.problems}
+        self.problems.sort()
+        unreadable = [problem for problem in self.problems if problem.kind == UNREADABLE]
+        bad = {problem.file for problem in unreadable}
         images = len(bad | self.places.keys())
         if len(bad) > REFUSE_ABOVE * images:
-            first = min(self.problems)
+            first = unreadable[0]
             example = f"{readable(first.file)} is not a readable image ({first.detail})"
             count = f"{len(bad):,} of {images:,} images cannot be read"
-            raise UserError(f"{self.source}: {count}; {example}; repair, shrink or remove them")
-        _check_classes(self.source, {n: p for n, p in self.places.items() if n not in bad})
-        both = train.keys() & test.keys()
+            way_out = f"repair, shrink or remove them; {PROBLEMS} names all"
+            raise UserError(f"{self.source}: {count}; {example}; {way_out}")
+        left = {name: place for name, place in self.places.items() if name not in bad}
+        _check_classes(self.source, left, self.problems)
+        both = sorted(train.keys() & test.keys(), key=test.__getitem__)
         self.problems += [Problem(test[d], layout.IN_BOTH, train[d]) for d in both]
-        self.problems.sort()
 
 
 def _sha256(member: Member) -> bytes:
