@@ -1,5 +1,6 @@
 """Diagnostics of networks with known filters, activations and gradients."""
 
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -48,6 +49,20 @@ def test_equal_filters_count_once() -> None:
     assert count_distinct(rows) == 5
     assert count_distinct(torch.zeros(5, 9)) == 1
     assert count_distinct(torch.cat([rows, rows * 1.0005, -rows, rows * 1.01])) == 15
+
+
+def test_all_classes_are_examined_also_if_the_images_are_sorted(make_params: MakeParams) -> None:
+    network = build(make_params({**PLAIN, "model.init": "kaiming"}))
+    labels = torch.arange(3).repeat_interleave(600)
+    pixels = (100 * labels).to(torch.uint8)[:, None, None, None].expand(-1, 32, 32, 3)
+    seen = []
+
+    def loss_of(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        seen.extend(labels.tolist())
+        return F.cross_entropy(logits, labels)
+
+    diagnose(network, pixels, labels, loss_of)
+    assert Counter(seen) == {0: 200, 1: 200, 2: 200}
 
 
 def test_dead_units_and_gradients_are_those_of_the_layer(make_params: MakeParams) -> None:

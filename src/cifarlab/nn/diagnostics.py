@@ -23,7 +23,7 @@ def diagnose(
 
     Parameters
     ----------
-    images : uint8 (N, height, width, 3), with labels int64 (N,); the first IMAGES of them are used
+    images : uint8 (N, height, width, 3), with labels int64 (N,); about IMAGES of them are used
     loss_of : mean loss of logits (N, classes) and labels
 
     Returns
@@ -37,13 +37,15 @@ def diagnose(
     def note(_: nn.Module, inputs: tuple[Tensor]) -> None:
         maxima.append(inputs[0].detach().amax((0, 2, 3)))
 
+    # From the whole range, because a folder's images are sorted by class.
+    some = slice(None, None, max(1, len(labels) // IMAGES))
     was_training = network.training
     network.eval()
     with ExitStack() as hooks:
         for module in network.stages.modules():
             if isinstance(module, tuple(ACTIVATIONS.values())):
                 hooks.enter_context(module.register_forward_pre_hook(note))
-        loss = loss_of(network(images[:IMAGES].permute(0, 3, 1, 2)), labels[:IMAGES])
+        loss = loss_of(network(images[some].permute(0, 3, 1, 2)), labels[some])
     network.zero_grad()  # there are those of the last batch
     loss.backward()  # type: ignore[no-untyped-call]
     filters = [m.weight for m in network.stages.modules() if isinstance(m, nn.Conv2d)]
