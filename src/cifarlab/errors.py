@@ -50,6 +50,12 @@ def first_line(error: BaseException) -> str:
     return text.strip().partition("\n")[0].rstrip(":") or type(error).__name__
 
 
+def shortened(error: BaseException, most: int = 400) -> str:
+    """Return `first_line`; of a long one its two ends: other packages put the cause at the end."""
+    text = first_line(error)
+    return text if len(text) <= most else f"{text[: most // 2]} … {text[-most // 2 :]}"
+
+
 def without_secrets(text: str) -> str:
     """Replace logins in URLs, tokens in their parameters, and Authorization headers by …"""
     text = URL.sub(lambda url: LOGIN.sub("…@", url[0]), text)

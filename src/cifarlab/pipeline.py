@@ -138,14 +138,20 @@ def experiment_names() -> list[str]:
 def remove_experiments(revisions: Sequence[Revision]) -> None:
     """Remove experiments from DVC, and from its cache what nothing else uses.
 
-    The cache keeps the outputs of every commit. UserError: DVC cannot do it.
+    The cache keeps the outputs of every commit, and everything if it is not in this checkout: DVC
+    does not know what other checkouts need. UserError: DVC cannot do it.
     """
     # By their references: experiments on two commits may have one name.
     listed = ("for-each-ref", "--format=%(refname)", "refs/exps", "--points-at")
     refs = [ref for revision in revisions for ref in git(*listed, revision.commit).split()]
     if refs:
         dvc("exp", "remove", "--quiet", *refs)
-    dvc("gc", "--quiet", "--force", "--all-commits", "--all-experiments")
+    if Path(dvc("cache", "dir").strip()).resolve().is_relative_to(files.root().resolve()):
+        dvc("gc", "--quiet", "--force", "--all-commits", "--all-experiments")
+    else:
+        print(
+            "DVC's cache keeps their files, as other checkouts may need them; see `dvc gc --help`"
+        )
 
 
 def dvc(*arguments: str) -> str:

@@ -392,7 +392,10 @@ def test_prune_removes_experiments_from_dvc_its_cache_and_mlflow(used: Project) 
     (used.folder / "docs/studies/one.csv").write_text("experiment,code\nother-seed,0\n")
     used.dvc("exp", "run", "--temp", "--name", "goes", "-S", "train.seed=6")
     goes = used.runs()["goes"].info.run_id
-    cache, artifacts = used.folder.parent / "shared", used.folder / "mlartifacts" / goes
+    # DVC's own folder: a cache that other checkouts may use would be left alone.
+    cache, artifacts = used.folder / ".dvc/cache", used.folder / "mlartifacts" / goes
+    shutil.copytree(used.folder.parent / "shared", cache, dirs_exist_ok=True)
+    used.dvc("cache", "dir", "--local", str(cache))
     before = set(cache.rglob("*"))
     options = ("prune", "--best", "0", "--keep", "with-mirror")
     listed = cifarlab(used, *options)

@@ -16,7 +16,7 @@ import yaml
 
 from cifarlab.errors import UserError
 from cifarlab.params.sections import Params
-from cifarlab.tracking.client import Deadline, connect, experiment_id, wait_for_database
+from cifarlab.tracking.client import Deadline, connect, experiment_id, serve, wait_for_database
 from cifarlab.tracking.run import track
 from tests.conftest import REPO
 from tests.support.forkserver import ForkServer
@@ -149,6 +149,30 @@ def test_a_deleted_experiment_is_restored(checkout: Path) -> None:
     client.delete_experiment(identifier)
     assert experiment_id(client, "cifarlab") == identifier
     assert client.get_experiment(identifier).lifecycle_stage == "active"
+
+
+def test_an_experiment_that_was_created_in_mlflows_page_can_be_used(checkout: Path) -> None:
+    client = connect()
+    made = client.create_experiment("pets", "mlflow-artifacts:/7")
+    assert experiment_id(client, "pets") == made
+    run = client.create_run(made)
+    client.log_text(run.info.run_id, "text", "file.txt")
+    assert (checkout / "mlartifacts" / run.info.run_id / "artifacts/file.txt").exists()
+
+
+@pytest.mark.parametrize("kind", ["damaged", "locked", "of another version"])
+def test_pages_of_a_store_that_cannot_be_read_end_in_a_sentence(checkout: Path, kind: str) -> None:
+    store = checkout / "mlflow.db"
+    with closing(sqlite3.connect(store)) as other:
+        if kind == "damaged":
+            store.write_bytes(b"no database")
+        elif kind == "locked":
+            other.execute("BEGIN EXCLUSIVE")
+        else:
+            other.execute("UPDATE alembic_version SET version_num = 'ffffffffffff'")
+            other.commit()
+        with pytest.raises(UserError, match=r"MLflow cannot be read \(.*or move it away"):
+            serve(5993, "cifarlab")
 
 
 def test_the_store_is_in_the_main_checkout(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,6 +11,8 @@ from cifarlab import pipeline
 from cifarlab.errors import UserError
 from cifarlab.pipeline import Revision
 from cifarlab.tracking import client, prune
+from cifarlab.tracking.upload import PARAMS
+from tests.tracking.conftest import client_of
 
 
 def test_a_damaged_table_of_a_study_is_named(
@@ -42,6 +44,43 @@ def test_nothing_is_removed_while_an_experiment_runs(
             experiment.kill()
 
 
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_cache_that_other_checkouts_may_use_is_left_alone(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    shared: bool,
+) -> None:
+    root, calls = tmp_path / "lab", list[str]()
+
+    def dvc(*arguments: str) -> str:
+        calls.append(arguments[0])
+        return f"{(tmp_path if shared else root) / 'cache'}\n"
+
+    monkeypatch.setenv("DVC_ROOT", str(root))
+    monkeypatch.setattr(pipeline, "dvc", dvc)
+    pipeline.remove_experiments([])
+    assert ("gc" in calls) is not shared
+    assert ("other checkouts may need them" in capsys.readouterr().out) is shared
+
+
+def test_runs_of_another_experiment_of_that_name_stay(
+    checkout: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two people may use one server, one commit, and one name."""
+    store = client_of(checkout)
+    experiment = store.create_experiment("cifarlab", (checkout / "mlartifacts").as_uri())
+    origin = {"dvc.exp.name": "relu", "dvc.exp.baseline": "b"}
+    for digest in ("mine", "hers"):
+        tags = origin | {client.KEY: digest, PARAMS: digest}
+        store.create_run(experiment, run_name="relu", tags=tags)
+    monkeypatch.setattr(prune, "origin_of", lambda _: origin | {PARAMS: "mine"})
+    monkeypatch.setattr(pipeline, "remove_experiments", lambda _: None)
+    prune._remove([Revision("relu", "c", "b")])
+    [left] = store.search_runs([experiment])
+    assert left.data.tags[PARAMS] == "hers"
+
+
 def test_dvc_keeps_everything_if_mlflow_refuses_to_delete_a_run(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -49,10 +88,12 @@ def test_dvc_keeps_everything_if_mlflow_refuses_to_delete_a_run(
         raise MlflowException("Permission denied")
 
     tags = {"dvc.exp.name": "a", "dvc.exp.baseline": "b"}
-    info = SimpleNamespace(run_id="1")
+    info = SimpleNamespace(run_id="1", experiment_id="0")
     run = SimpleNamespace(data=SimpleNamespace(tags=tags), info=info, outputs=None)
+    store = SimpleNamespace(delete_run=refuse, search_logged_models=lambda *_: [])
     monkeypatch.setattr(client, "all_runs", lambda: [run])
-    monkeypatch.setattr(client, "connect", lambda: SimpleNamespace(delete_run=refuse))
+    monkeypatch.setattr(pipeline, "params_of", lambda _: None)
+    monkeypatch.setattr(client, "connect", lambda: store)
     monkeypatch.setattr(pipeline, "remove_experiments", lambda _: pytest.fail("removed from DVC"))
     with pytest.raises(UserError, match=r"Permission denied.*nothing was removed from DVC"):
         prune._remove([Revision("a", "c", "b")])

@@ -1,5 +1,6 @@
 """The champion changes only for a network that is better on the same images."""
 
+import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -11,10 +12,11 @@ from mlflow.entities import LoggedModelOutput
 from scipy.stats import binom
 from statsmodels.stats.contingency_tables import mcnemar
 
+from cifarlab import pipeline
 from cifarlab.errors import UserError
 from cifarlab.params.load import load_params
-from cifarlab.tracking import prune, registry
-from cifarlab.tracking.client import connect
+from cifarlab.tracking import prune, registry, sync
+from cifarlab.tracking.client import connect, models_of
 from cifarlab.tracking.upload import TEST_DIGEST
 from tests.conftest import REPO
 from tests.tracking.conftest import client_of
@@ -125,13 +127,67 @@ def test_a_registered_model_without_versions_gets_one(checkout: Path, add: Add) 
     assert "is the first champion" in registry.promote("first", force=False)
 
 
-def test_what_is_registered_is_not_pruned(checkout: Path, add: Add) -> None:
+def test_what_is_registered_is_not_pruned(
+    checkout: Path, add: Add, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run = add("first", [True])
-    client_of(checkout).set_tag(run, "dvc.exp.baseline", "abc")
-    client_of(checkout).set_tag(run, "cifarlab.key", "k")
-    assert prune._registered() == set()
+    client_of(checkout).set_tag(run, "logged.train", "its files")
+    assert prune._registered() == []
     registry.promote("first", force=False)
-    assert prune._registered() == {("first", "abc")}
+    client_of(checkout).delete_run(run)
+    [registered] = prune._registered()
+    assert registered.info.run_id == run
+    renamed = {"dvc.exp.name": "best", "logged.train": "its files"}
+    monkeypatch.setattr(sync, "tags_of", lambda _: renamed)
+    assert sync.shows(registered, pipeline.WORKSPACE)
+    monkeypatch.setattr(sync, "tags_of", lambda _: {"logged.train": "other files"})
+    assert not sync.shows(registered, pipeline.WORKSPACE)
+
+
+def test_a_run_that_was_trained_again_no_longer_speaks_for_the_champion(
+    checkout: Path, add: Add
+) -> None:
+    client, run = client_of(checkout), add("first", [True] * 60 + [False] * 40)
+    registry.promote("first", force=False)
+    client.set_tag(run, "weights.sha256", "of another machine")
+    assert "its run shows a later training" in registry.champion()
+    add("worse", [True] * 100)
+    sentence = registry.promote("worse", force=False)
+    assert "does not become the champion: the run of the champion shows a later" in sentence
+    assert "is the champion now, by --force" in registry.promote("worse", force=True)
+
+
+def test_a_deleted_model_is_not_the_model_of_a_run(checkout: Path, add: Add) -> None:
+    client, run = client_of(checkout), add("first", [True])
+    [model] = models_of(client, client.get_run(run))
+    client.delete_logged_model(model.model_id)
+    with pytest.raises(UserError, match=r"has no model; set tracking\.log_model: true"):
+        registry.promote("first", force=False)
+    again = client.create_logged_model(model.experiment_id, "model", run)
+    assert registry._model_of(client, client.get_run(run)) == again.model_id
+
+
+def test_a_champion_whose_predictions_are_lost_can_be_replaced(checkout: Path, add: Add) -> None:
+    first = add("first", [True])
+    registry.promote("first", force=False)
+    shutil.rmtree(checkout / "mlartifacts" / first)
+    add("second", [True])
+    sentence = registry.promote("second", force=False)
+    assert "it cannot be compared with the champion (" in sentence
+    assert "by --force" in registry.promote("second", force=True)
+
+
+def test_the_name_of_an_experiment_may_hold_a_slash(
+    checkout: Path, add: Add, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = client_of(checkout)
+    experiment = client.create_experiment("team/pets", (checkout / "mlartifacts").as_uri())
+    text = Path("params.yaml").read_text("utf-8")
+    Path("params.yaml").write_text(text.replace("experiment: cifarlab", "experiment: team/pets"))
+    run = client.create_run(experiment, run_name="first", tags={"dvc.exp.name": "first"})
+    client.create_logged_model(experiment, "model", run.info.run_id)
+    assert "version 1 of team-pets, first, is the first" in registry.promote("first", force=False)
+    assert "models:/team-pets@champion" in registry.champion()
 
 
 def test_a_moved_champion_is_found(

@@ -1,17 +1,20 @@
 """The run of a stage: how it is found, how it ends, and what a failure of MLflow costs."""
 
 import os
+import shutil
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import mlflow
 import pytest
+from mlflow.exceptions import MlflowException
 
 from cifarlab import pipeline
 from cifarlab.errors import UserError
 from cifarlab.params.sections import Params
-from cifarlab.tracking.run import track
+from cifarlab.tracking.run import FOLDER, track
 from tests.tracking.conftest import CONDITIONS, Make, client_of, runs_in
 
 
@@ -51,6 +54,63 @@ def test_an_experiment_has_its_own_run(
     assert run.info.run_name == "try"
     assert run.data.tags["dvc.exp.baseline"] == run.data.tags["git.commit"] == "a" * 40
     assert not named[""].data.tags["dvc.exp.baseline"]
+
+
+def test_a_whole_run_of_another_checkout_is_not_overwritten(
+    checkout: Path, params: Params, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same parameters give other numbers on another machine."""
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{checkout}/shared.db")
+    shutil.copy("mlflow.db", "shared.db")
+    for _ in range(2):
+        with track("plot", params):
+            pass
+    client = mlflow.MlflowClient(f"sqlite:///{checkout}/shared.db")
+    [experiment] = [e.experiment_id for e in client.search_experiments() if e.name != "Default"]
+    [run] = client.search_runs([experiment])  # this checkout finds its own
+    client.set_tag(run.info.run_id, FOLDER, "her-machine:/home/alice/cifarlab")
+    with track("train", params):
+        pass
+    assert len(client.search_runs([experiment])) == 2
+    assert client.get_run(run.info.run_id).data.tags[FOLDER].startswith("her-machine")
+
+
+def test_a_tag_that_somebody_deletes_costs_nothing(checkout: Path, params: Params) -> None:
+    with pytest.raises(KeyboardInterrupt), track("train", params):
+        raise KeyboardInterrupt
+    [run] = runs_in(checkout)
+    client_of(checkout).delete_tag(run.info.run_id, "dvc.exp.name")
+    with track("train", params) as tracked:
+        pass
+    assert not tracked.warned
+
+
+def test_a_model_that_the_server_refuses_costs_the_model_only(
+    checkout: Path,
+    make_params: Make,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """A proxy may limit the size of a file; an old server knows no logged models."""
+
+    def refuse(*_: object) -> None:
+        raise MlflowException("413 Request Entity Too Large")
+
+    monkeypatch.setattr(mlflow.MlflowClient, "log_model_artifacts", refuse)
+    params = make_params({"tracking.system_metrics": False, "tracking.log_model": True})
+    for stage in pipeline.STAGES:
+        with track(stage, params):
+            pass
+    [run] = runs_in(checkout)
+    assert run.info.status == "FINISHED"
+    assert {f"logged.{stage}" for stage in pipeline.STAGES} <= run.data.tags.keys()
+    warnings = capsys.readouterr().err.splitlines()
+    assert len(warnings) == 2  # of evaluate, and of plot, which tries again
+    for warning in warnings:
+        assert (
+            "the model was not logged: 413 Request Entity Too Large; tracking.log_model" in warning
+        )
+    monkeypatch.undo()
 
 
 def test_every_evaluation_of_a_training_has_its_own_run(checkout: Path, make_params: Make) -> None:

@@ -103,9 +103,7 @@ def _cifar10_batch(name: str, read: Callable[[], io.BytesIO]) -> tuple[Pixels, L
     return pixels.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1), np.fromiter(labels, np.int64)
 
 
-def write_folder(
-    source: Path, params: DataParams, folder: Path, problems: list[Problem]
-) -> None:
+def write_folder(source: Path, params: DataParams, folder: Path, problems: list[Problem]) -> None:
     """Write the images of a directory, tar or zip archive, whatever its layout is.
 
     The source is read several times: first the names, so that the order of the files makes no

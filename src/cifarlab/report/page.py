@@ -11,7 +11,7 @@ import pandas as pd
 
 from cifarlab import files, pipeline
 from cifarlab.digest import json_digest
-from cifarlab.errors import UserError, first_line
+from cifarlab.errors import UserError, shortened
 from cifarlab.pipeline import WORKSPACE, Revision
 from cifarlab.report import pictures, statistics
 from cifarlab.report.run import Pictures, Run, Values, load, parameters
@@ -122,5 +122,5 @@ def _log(runs: Sequence[Run], page: str) -> str:
     try:
         tracking.Deadline(60).wait(lambda: tracking.connect().log_text(run_id, page, name))
     except Exception as error:  # MLflow, SQLAlchemy, requests and the disk raise their own
-        return f"not logged to MLflow: {first_line(error)[:200]}"
+        return f"not logged to MLflow: {shortened(error)}"
     return f"logged to MLflow as {name} of run {run_id}"

@@ -20,7 +20,7 @@ from urllib.request import ProxyHandler, build_opener
 from filelock import FileLock
 
 from cifarlab import files
-from cifarlab.errors import UserError, first_line, without_secrets
+from cifarlab.errors import UserError, shortened, without_secrets
 
 KEY = "cifarlab.key"  # the tag that every run of this project has: its training key
 # The columns of the table of runs that `cifarlab ui` opens. MLflow keeps such a view in a tag of
@@ -154,14 +154,19 @@ def database() -> Path | None:
 def experiment_id(client: Any, name: str) -> str:
     """Return the id of the MLflow experiment; create or restore it if necessary."""
     with store_lock():
+        path = database()
+        # MLflow's default is below the working folder, which a `--temp` run deletes.
+        artifacts = (path.parent / ARTIFACTS).as_uri() if path else None
         if found := client.get_experiment_by_name(name):
             if found.lifecycle_stage == "deleted":  # MLflow does not free the name
                 client.restore_experiment(found.experiment_id)
+            if path and found.artifact_location.startswith("mlflow-artifacts:"):
+                # It was created in MLflow's page. Only a server can write there.
+                change = "UPDATE experiments SET artifact_location = ? WHERE experiment_id = ?"
+                with closing(sqlite3.connect(path, timeout=5)) as store, store:
+                    store.execute(change, [artifacts, found.experiment_id])
             return str(found.experiment_id)
-        artifacts = None
-        if path := database():
-            # MLflow's default is below the working folder, which a `--temp` run deletes.
-            artifacts = (path.parent / ARTIFACTS).as_uri()
+        if path:
             with closing(sqlite3.connect(path)) as store:
                 # With a write-ahead log, MLflow's pages can read while a stage writes.
                 store.execute("PRAGMA journal_mode=WAL")
@@ -201,14 +206,17 @@ def all_runs(name: str = "") -> list[Any]:
         ours = {"filter_string": f"tags.`{KEY}` LIKE '%'{named}", "search_all_experiments": True}
         return list(mlflow.search_runs(**ours, output_format="list"))
 
-    advice = "If mlflow.db is damaged, delete it: `make sync` then fills a new one"
+    advice = (
+        "If mlflow.db is damaged, move it away: `make sync` fills a new one, without a champion"
+    )
     with in_a_sentence("MLflow cannot be read (", f"); check MLFLOW_TRACKING_URI. {advice}"):
         return Deadline(60).wait(search)
 
 
-def models_of(run: Any) -> list[str]:
-    """Return the ids of the models of a run."""
-    return [model.model_id for model in run.outputs.model_outputs] if run.outputs else []
+def models_of(client: Any, run: Any) -> list[Any]:
+    """Return the models of a run that nobody has deleted."""
+    query = f"source_run_id = '{run.info.run_id}'"
+    return list(client.search_logged_models([run.info.experiment_id], query))
 
 
 @contextmanager
@@ -219,7 +227,7 @@ def in_a_sentence(before: str, after: str = "") -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:
-        raise UserError(f"{before}{first_line(error)[:200]}{after}") from error
+        raise UserError(f"{before}{shortened(error)}{after}") from error
 
 
 def try_to(action: Callable[[], T], otherwise: str) -> T | None:
@@ -230,7 +238,7 @@ def try_to(action: Callable[[], T], otherwise: str) -> T | None:
     try:
         return Deadline(600).wait(action)
     except Exception as error:  # MLflow, requests, SQLAlchemy and the disk each raise their own
-        print(f"warning: {otherwise}: {first_line(error)[:200]}", file=sys.stderr)
+        print(f"warning: {otherwise}: {shortened(error)}", file=sys.stderr)
         return None
 
 
@@ -249,9 +257,10 @@ def serve(port: int, experiment: str) -> None:
     with socket.socket() as test:
         if test.connect_ex(("127.0.0.1", port)) == 0:
             raise UserError(f"port {port} is taken; choose another: make ui PORT={port + 1}")
-    number = experiment_id(client := connect(), experiment)
     view = json.dumps({"selectedColumns": COLUMNS})
-    client.set_experiment_tag(number, f"mlflow.sharedViewState.{VIEW}", view)
+    with in_a_sentence("MLflow cannot be read (", f"); repair {path} or move it away"):
+        number = experiment_id(client := connect(), experiment)
+        client.set_experiment_tag(number, f"mlflow.sharedViewState.{VIEW}", view)
     command = [sys.executable, "-m", "mlflow", "ui", "--host", "127.0.0.1", "--port", str(port)]
     # Its six processes for jobs, which only language models need, would take seconds to start.
     os.environ.setdefault("MLFLOW_SERVER_ENABLE_JOB_EXECUTION", "false")

@@ -12,6 +12,7 @@ from cifarlab import files, pipeline
 from cifarlab.errors import UserError, first_line, without_secrets
 from cifarlab.pipeline import Revision
 from cifarlab.tracking import client as tracking
+from cifarlab.tracking.sync import origin_of, shows
 
 
 def prune(keep: Sequence[str], best: int, *, remove: bool) -> None:
@@ -40,7 +41,7 @@ def prune(keep: Sequence[str], best: int, *, remove: bool) -> None:
     for place, revision in enumerate(ranked):
         reasons = {"named": revision.name in keep, f"among the best {best}": place < best}
         reasons["in a study"] = revision.name in studied
-        reasons["its model is registered"] = (revision.name, revision.baseline) in registered
+        reasons["its model is registered"] = any(shows(run, revision) for run in registered)
         reason = ", ".join(text for text, applies in reasons.items() if applies)
         gone += [] if reason else [revision]
         state = f"stays: {reason}" if reason else "goes"
@@ -72,16 +73,16 @@ def _in_studies() -> set[str]:
     return names
 
 
-def _origin(run: Any) -> tuple[Any, ...]:
-    return tuple(map(run.data.tags.get, ("dvc.exp.name", "dvc.exp.baseline")))
-
-
-def _registered() -> set[tuple[Any, ...]]:
-    """Return name and baseline of the experiments of which MLflow has registered a model."""
+def _registered() -> list[Any]:
+    """Return the runs, also deleted ones, of which MLflow has registered a model."""
     with tracking.in_a_sentence("MLflow cannot be read (", ")"):
-        registered = {version.run_id for version in tracking.connect().search_model_versions()}
-    runs = tracking.all_runs() if registered else []  # takes seconds
-    return {_origin(run) for run in runs if run.info.run_id in registered}
+        versions = tracking.connect().search_model_versions()
+        import mlflow
+
+        chosen = ", ".join(f"'{version.run_id}'" for version in versions) or "''"
+        where = {"search_all_experiments": True, "run_view_type": mlflow.entities.ViewType.ALL}
+        query = f"attributes.run_id IN ({chosen})"
+        return list(mlflow.search_runs(filter_string=query, output_format="list", **where))
 
 
 def _remove(gone: list[Revision]) -> None:
@@ -91,11 +92,12 @@ def _remove(gone: list[Revision]) -> None:
     """
     if pipeline.in_use(files.scratch()):
         raise UserError("an experiment is running, and would lose its outputs; try again later")
-    origins = {(revision.name, revision.baseline) for revision in gone}
-    runs = [run for run in tracking.all_runs() if _origin(run) in origins]
-    models = [model for run in runs for model in tracking.models_of(run)]
+    # Experiments of other checkouts may have the same name.
+    wanted = [origin_of(revision).items() for revision in gone]
+    runs = [run for run in tracking.all_runs() if any(o <= run.data.tags.items() for o in wanted)]
     with tracking.in_a_sentence("MLflow cannot delete a run (", "); nothing was removed from DVC"):
         client = tracking.connect()
+        models = [model.model_id for run in runs for model in tracking.models_of(client, run)]
         for model in models:
             client.delete_logged_model(model)
         for run in runs:

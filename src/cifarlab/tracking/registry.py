@@ -2,7 +2,6 @@
 
 import re
 import tempfile
-from contextlib import suppress
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -11,11 +10,11 @@ import pandas as pd
 from scipy.stats import binomtest
 
 from cifarlab import files, pipeline
-from cifarlab.errors import UserError, first_line
+from cifarlab.errors import UserError, shortened
 from cifarlab.params.load import load_params
 from cifarlab.tracking.client import connect, in_a_sentence, models_of
-from cifarlab.tracking.sync import tags_of
-from cifarlab.tracking.upload import NOTE, TEST_DIGEST
+from cifarlab.tracking.sync import shows
+from cifarlab.tracking.upload import NOTE, TEST_DIGEST, model_name
 
 CHAMPION = "champion"
 SIGNIFICANCE = 0.05  # two-sided; above it, the difference may be chance
@@ -55,7 +54,7 @@ def promote(name: str, *, force: bool) -> str:
         There is no such run, or it has no model.
     """
     with in_a_sentence(f"MLflow cannot give {name}: "):
-        client, registered = connect(), load_params().tracking.experiment
+        client, registered = connect(), model_name(load_params().tracking.experiment)
         run = _find_run(client, name)
         model = _model_of(client, run)
         champion = _champion(client, registered)
@@ -70,7 +69,7 @@ def promote(name: str, *, force: bool) -> str:
         label = f"version {version.version} of {registered}, {run.info.run_name}"
         if champion and champion.version == version.version:
             return f"{label}, is the champion already"
-        better, reason = _compare(client, champion.run_id, run) if champion else (True, "")
+        better, reason = _compare(client, champion, run) if champion else (True, "")
         if not better and not force:
             return f"{label}, does not become the champion: {reason}"
         client.set_registered_model_alias(registered, CHAMPION, version.version)
@@ -83,26 +82,21 @@ def promote(name: str, *, force: bool) -> str:
 def champion() -> str:
     """Describe the champion and say how DVC restores it. UserError: there is none."""
     with in_a_sentence(f"MLflow cannot give {CHAMPION}: "):
-        client, registered = connect(), load_params().tracking.experiment
+        client, registered = connect(), model_name(load_params().tracking.experiment)
         if (version := _champion(client, registered)) is None:
             raise UserError(f"{registered} has no champion; `cifarlab promote RUN` makes one")
         run = client.get_run(version.run_id)
-        accuracy = run.data.metrics.get("accuracy/test", float("nan"))
+        tested = f"test accuracy {run.data.metrics.get('accuracy/test', float('nan')):.2%}"
+        if not _shows_model(client, run, version):
+            tested = "its run shows a later training"
         revisions = chain(pipeline.experiments(), pipeline.commits())
-        found = (revision.restore for revision in revisions if _shows(run, revision))
+        found = (revision.restore for revision in revisions if shows(run, revision))
         return (
             f"{registered} version {version.version}: {run.info.run_name}, "
-            f"test accuracy {accuracy:.2%}, run {version.run_id}\n"
+            f"{tested}, run {version.run_id}\n"
             f"use it:     cifarlab predict --model models:/{registered}@{CHAMPION} IMAGE\n"
             f"restore it: {next(found, 'it is in no experiment or commit any more')}"
         )
-
-
-def _shows(run: Any, revision: pipeline.Revision) -> bool:
-    """Tell whether a run shows a revision; not if its dvc.lock is damaged or was deleted."""
-    with suppress(UserError):
-        return bool(tags_of(revision).items() <= run.data.tags.items())
-    return False
 
 
 def _champion(client: Any, registered: str) -> Any:
@@ -123,33 +117,43 @@ def _find_run(client: Any, name: str) -> Any:
     raise UserError(f"MLflow has no run or experiment {name}; `cifarlab sync` logs what it misses")
 
 
+def _models_of(client: Any, run: Any) -> list[str]:
+    """Return the ids of the models with the present weights of a run."""
+    weights = run.data.tags.get("weights.sha256")
+    models = models_of(client, run)
+    return [m.model_id for m in models if m.tags.get("weights.sha256") == weights]
+
+
 def _model_of(client: Any, run: Any) -> str:
     """Return the id of the model with the weights of a run. UserError: it has none."""
-    tag = "weights.sha256"  # a training that was repeated left a model of other weights
-    for model in models_of(run):
-        if client.get_logged_model(model).tags.get(tag) == run.data.tags.get(tag):
-            return model
+    for model in _models_of(client, run):
+        return model
     way_out = "set tracking.log_model: true and run `dvc repro -f evaluate`"
     raise UserError(f"the run {run.info.run_name} ({run.info.run_id}) has no model; {way_out}")
 
 
-def _compare(client: Any, champion: str, new: Any) -> tuple[bool, str]:
-    """Tell whether a run is better than that of the champion, and why."""
-    from mlflow.exceptions import MlflowException
+def _shows_model(client: Any, run: Any, version: Any) -> bool:
+    """Tell whether a run still shows the training of a registered model: it may be repeated."""
+    return version.source.rpartition("/")[2] in _models_of(client, run)
 
-    try:
-        old = client.get_run(champion)
-    except MlflowException as error:
-        return False, f"it cannot be compared with the champion ({first_line(error)})"
-    digests = [run.data.tags.get(TEST_DIGEST) for run in (old, new)]
-    if not all(digests) or digests[0] != digests[1]:
-        return False, "the two were not tested on the same images"
+
+def _compare(client: Any, champion: Any, new: Any) -> tuple[bool, str]:
+    """Tell whether a run is better than that of the champion, a registered version, and why."""
     right = []
-    with tempfile.TemporaryDirectory() as folder:
-        for run in (old, new):
-            path = client.download_artifacts(run.info.run_id, "tables/predictions.csv", folder)
-            table = pd.read_csv(path, dtype=str, keep_default_na=False)
-            right.append(table.actual == table.predicted)
+    try:
+        old = client.get_run(champion.run_id)
+        if not _shows_model(client, old, champion):
+            return False, "the run of the champion shows a later training"
+        digests = [run.data.tags.get(TEST_DIGEST) for run in (old, new)]
+        if not all(digests) or digests[0] != digests[1]:
+            return False, "the two were not tested on the same images"
+        with tempfile.TemporaryDirectory() as folder:
+            for run in (old, new):
+                path = client.download_artifacts(run.info.run_id, "tables/predictions.csv", folder)
+                table = pd.read_csv(path, dtype=str, keep_default_na=False)
+                right.append(table.actual == table.predicted)
+    except Exception as error:  # MLflow, requests and the disk raise their own
+        return False, f"it cannot be compared with the champion ({shortened(error)})"
     lost, won, p = mcnemar(*right)
     counts = f"of {len(right[0]):,} test images, {won} only the new one gets right and {lost} only"
     text = f"{counts} the champion (McNemar's exact test: p = {p:.2g})"

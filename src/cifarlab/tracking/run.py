@@ -13,7 +13,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from cifarlab import files, pipeline
-from cifarlab.errors import first_line
+from cifarlab.errors import shortened
 from cifarlab.params.sections import Params
 from cifarlab.runtime import timings
 from cifarlab.tracking import client as tracking
@@ -135,6 +135,12 @@ class StageRun:
         if self.lock:
             Path(self.lock.lock_file).unlink(missing_ok=True)
             self.lock.release()
+        wanted = self.stage != "train" and self.execution.params.tracking.log_model
+        if wanted and status == "FINISHED":
+            # At the end: a proxy may refuse a file of this size, and a run is worth having without.
+            way_out = "; tracking.log_model: false leaves it out"
+            with tracking.in_a_sentence("the model was not logged: ", way_out):
+                upload.send_model()
         return upload.run_id
 
     def _origin(self) -> dict[str, str]:
@@ -152,9 +158,11 @@ class StageRun:
         runs = client.search_runs([experiment], f"tags.`{KEY}` = '{execution.key}'")
         same = [run for run in runs if execution.deciding.items() <= run.data.tags.items()]
         mine = [run for run in same if execution.identity.items() <= run.data.tags.items()]
+        if tracking.database() != files.mlflow_database().resolve():  # others may use the store
+            mine = [run for run in mine if "logged.plot" not in run.data.tags or _is_here(run)]
         left = [run for run in same if _is_left(run)]
         known = pipeline.experiment_names() if left and not mine else []
-        left = [run for run in left if run.data.tags["dvc.exp.name"] not in known]
+        left = [run for run in left if run.data.tags.get("dvc.exp.name", "") not in known]
         return next(iter([*mine, *left]), None)
 
     def _create(self, client: Any, experiment: str) -> Any:
@@ -177,7 +185,7 @@ class StageRun:
         except Exception as error:  # MLflow, requests, SQLAlchemy and the disk raise their own
             self.upload = None
             if not self.warned:
-                reason = f"{type(error).__name__}: {first_line(error)[:200]}"
+                reason = f"{type(error).__name__}: {shortened(error)}"
                 text = f"MLflow did not receive everything from the {self.stage} stage ({reason})"
                 advice = "The files are complete; `make sync` logs what is missing."
                 print(f"warning: {text}. {advice}", file=sys.stderr, flush=True)
@@ -229,14 +237,26 @@ def _is_left(run: Any) -> bool:
     folder, and works in it.
     """
     tags, status = run.data.tags, run.info.status
-    host, _, name = tags.get(FOLDER, "").partition(":")
-    here, folder = host == platform.node(), Path(name)
-    unrecorded = here and folder.is_relative_to(files.root()) and tags["dvc.exp.name"]
+    host, folder = _place(run)
+    here = host == platform.node()
+    unrecorded = _is_here(run) and tags.get("dvc.exp.name")
     if "logged.plot" in tags and not unrecorded:
         return False
     if status != "FINISHED":
         return status != "RUNNING" or not is_alive(run.info.run_id)
     return here and (folder == Path.cwd() or not pipeline.in_use(folder))
+
+
+def _place(run: Any) -> tuple[str, Path]:
+    """Return the host and the folder where a stage of a run ran last."""
+    host, _, folder = run.data.tags.get(FOLDER, "").partition(":")
+    return host, Path(folder)
+
+
+def _is_here(run: Any) -> bool:
+    """Tell whether a run was made in this checkout, or in a temporary copy of it."""
+    host, folder = _place(run)
+    return bool(host == platform.node() and folder.is_relative_to(files.root()))
 
 
 def _here() -> str:

@@ -1,6 +1,6 @@
 """Logging to MLflow, from the files, what it lacks of experiments, commits and the workspace."""
 
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from itertools import chain
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -118,8 +118,9 @@ class Mirror:
             found = {file.path: file.file_size for file in listed}
             if not wanted.items() <= found.items() or not found.get("confusion_matrix.json"):
                 return False
-            models = map(self.client.list_logged_model_artifacts, tracking.models_of(run))
-            return not (params and params.tracking.log_model) or any(models)
+            models = (model.model_id for model in tracking.models_of(self.client, run))
+            logged = map(self.client.list_logged_model_artifacts, models)
+            return not (params and params.tracking.log_model) or any(logged)
 
         return tracking.Deadline(60).wait(has_all)
 
@@ -140,7 +141,7 @@ class Mirror:
                 for name in [name for name in known.data.tags if name.startswith("logged.")]:
                     self.client.delete_tag(known.info.run_id, name)
                 known, tags = self.client.get_run(known.info.run_id), known.data.tags
-                origin = (tags["dvc.exp.name"], tags.get("dvc.exp.baseline", ""))
+                origin = (tags.get("dvc.exp.name", ""), tags.get("dvc.exp.baseline", ""))
             run = StageRun("plot", Execution(params, key, *origin, folder), run=known)
             return tracking.Deadline(600).wait(lambda: self.client.get_run(run.close("FINISHED")))
 
@@ -153,9 +154,26 @@ def tags_of(revision: Revision) -> Tags:
     """
     locked = pipeline.locked(revision)
     tags = {f"logged.{name}": locked[name].digest for name in pipeline.STAGES if name in locked}
+    return tags | origin_of(revision)
+
+
+def origin_of(revision: Revision) -> Tags:
+    """Return those of `tags_of` that tell where a run came from, also of one that is not whole."""
+    tags: Tags = {}
     if revision.name:
         tags |= {"dvc.exp.name": revision.name, "dvc.exp.baseline": revision.baseline}
     # The parameters of the workspace may have changed since its pipeline ran.
     if revision != WORKSPACE and (params := pipeline.params_of(revision)):
         tags[PARAMS] = params_digest(params)
     return tags
+
+
+def shows(run: Any, revision: Revision) -> bool:
+    """Tell whether a run shows what a revision holds, whatever its experiment is called by now.
+
+    It does not if the dvc.lock of the revision is damaged or was deleted.
+    """
+    with suppress(UserError):
+        tags = {k: v for k, v in tags_of(revision).items() if not k.startswith("dvc.exp.")}
+        return bool(tags.items() <= run.data.tags.items())
+    return False

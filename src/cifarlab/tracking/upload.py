@@ -103,8 +103,6 @@ class Upload:
                 if folder := ARTIFACTS.get(path.suffix):
                     self.client.log_artifact(self.run_id, str(self._path(path)), folder)
             self._send({f"logged.{stage}": digest}, {}, {})
-        if stage == "evaluate" and self.execution.params.tracking.log_model:
-            self._send_model()
 
     def send_epochs(self) -> None:
         """Log the rows of history.csv with the times when the epochs ended, if they are known.
@@ -216,21 +214,21 @@ class Upload:
         ]
         return {NOTE: "\n".join(lines)}
 
-    def _send_model(self) -> None:
+    def send_model(self) -> None:
         """Log the network with its test metrics; finish what an earlier try left incomplete."""
         from mlflow.entities import LoggedModelOutput, LoggedModelStatus, Metric
 
         client, run_id, run = self.client, self.run_id, self.client.get_run(self.run_id)
-        experiment, weights = run.info.experiment_id, _sha256(self._path(files.WEIGHTS))
-        query = f"source_run_id = '{run_id}' AND tags.`weights.sha256` = '{weights}'"
-        found = client.search_logged_models([experiment], query)
+        weights = _sha256(self._path(files.WEIGHTS))
+        found = [m for m in models_of(client, run) if m.tags.get("weights.sha256") == weights]
         tags = {"weights.sha256": weights, NOTE: run.data.tags.get(NOTE, "")}
-        new = (experiment, model_name(run.info.run_name), run_id, tags, run.data.params)
+        new = (run.info.experiment_id, model_name(run.info.run_name), run_id, tags, run.data.params)
         model = found[0] if found else client.create_logged_model(*new)
         name = model.model_id
         if model.status != LoggedModelStatus.READY or not client.list_logged_model_artifacts(name):
             self._export(name)
-        if name not in models_of(run):
+        outputs = run.outputs.model_outputs if run.outputs else []
+        if name not in [output.model_id for output in outputs]:
             # MLflow stores a point once, so the same points again, now with the id of the model,
             # are added to the model only.
             names = [k for k in run.data.metrics if re.match(rf"test_|\w+/test$|{GROUP}/", k)]
