@@ -62,11 +62,9 @@ def explain(error: Exception) -> str:
     """Return what the user can do about an error; empty if it is an error of the program."""
     if isinstance(error, UserError):
         return str(error)
-    torch = sys.modules.get("torch")  # if it was never imported, the error is not from there
-    full = isinstance(error, MemoryError) or (torch and isinstance(error, torch.OutOfMemoryError))
-    # On the CPU, PyTorch raises a plain RuntimeError with this text (on Linux, on Windows).
-    texts = "can't allocate memory", "not enough memory: you tried to allocate"
-    if full or any(f"DefaultCPUAllocator: {text}" in str(error) for text in texts):
+    # On the CPU, PyTorch raises a plain RuntimeError with this name in its text.
+    full = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    if full or "DefaultCPUAllocator:" in str(error):
         advice = "lower train.batch_size, evaluate.batch_size, model.widths or data.image_size"
         return f"not enough memory; {advice}"
     if isinstance(error, OSError) and (error.filename or error.errno):

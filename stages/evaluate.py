@@ -17,7 +17,8 @@ def evaluate(params: Params) -> None:
     from cifarlab.tracking.run import track
 
     # Not in the train stage: if that is killed at its very end, DVC has not stored its outputs yet.
-    checkpoints.path_of(pipeline.training_key(params)).unlink(missing_ok=True)
+    if pipeline.trained_as_asked():  # an interrupted training may be asked for, and go on later
+        checkpoints.path_of(pipeline.training_key(params)).unlink(missing_ok=True)
     device.keep_memory()
     data = Dataset.load(files.DATA)
     torch.backends.cudnn.allow_tf32 = False  # float32 is meant

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from pathlib import Path
 
 import pandas as pd
@@ -37,6 +38,13 @@ def test_atomic_keeps_the_old_file_when_writing_fails(
         fail()
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_atomic_does_not_replace_what_is_no_file(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")  # like /dev/null, which root could replace
+    with pytest.raises(OSError, match="it is no regular file"), atomic(tmp_path / "pipe"):
+        pass
+    assert (tmp_path / "pipe").is_fifo()
 
 
 def test_write_json_rounds_floats_at_every_depth(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from dvc.repo.experiments.queue.celery import LocalCeleryQueue
 
 from cifarlab import pipeline
 from cifarlab.errors import UserError
@@ -116,6 +117,41 @@ def test_a_damaged_lock_is_reported(
         pipeline.locked(pipeline.WORKSPACE)
 
 
+@pytest.mark.parametrize(
+    ("lock", "expected"),
+    [
+        ("{model.layers: 3, train: {lr: 0.1}}", True),
+        ("{model.layers: 4, train: {lr: 0.1}}", False),
+        ("{model.layers: 3, train: {lr: 0.1, old: 1}}", False),
+        ("{model.depth: 3}", False),
+        (None, False),
+    ],
+)
+def test_a_lock_tells_whether_a_training_is_the_one_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lock: str | None, expected: bool
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("params.yaml").write_text("{model: {layers: 3}, train: {lr: 0.1}}")
+    if lock:
+        Path("dvc.lock").write_text(f"stages: {{train: {{params: {{params.yaml: {lock}}}}}}}")
+    assert pipeline.trained_as_asked() is expected
+
+
+def test_a_damaged_pipeline_is_reported(tmp_path: Path) -> None:
+    (tmp_path / "dvc.yaml").write_text("<<<<<<< HEAD\nstages:\n  a: 1\n=======\n")
+    with pytest.raises(UserError, match=r"dvc\.yaml is damaged \(.*git checkout dvc\.yaml"):
+        pipeline.dependencies(tmp_path)
+
+
+def test_two_experiments_of_one_name_in_the_queue_are_refused(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task = {"name": "same", "status": "Queued", "rev": "a" * 40}
+    monkeypatch.setattr(LocalCeleryQueue, "status", lambda _: [task, task | {"rev": "b" * 40}])
+    with pytest.raises(UserError, match="two experiments called same are queued; remove one: `dvc"):
+        pipeline.queued()
+
+
 def test_the_experiment_of_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("DVC_EXP_NAME", "DVC_EXP_BASELINE_REV"):
         monkeypatch.delenv(name, raising=False)
@@ -144,8 +180,9 @@ def test_experiments_and_commits_are_listed() -> None:
     for revision in found:
         assert pipeline.find(revision.name) == revision
     assert pipeline.find("main") == pipeline.find(head[:8]) == pipeline.Revision("", head, head)
-    with pytest.raises(UserError, match="nobody is not an experiment or a commit"):
-        pipeline.find("nobody")
+    for name in ("nobody", "HEAD..HEAD"):
+        with pytest.raises(UserError, match=f"{name} is not an experiment or a commit"):
+            pipeline.find(name)
 
 
 def test_a_name_means_what_it_means_to_dvc(
@@ -175,7 +212,7 @@ def test_files_are_read_from_an_experiment_and_a_commit() -> None:
         assert lock["train"].size == {"train.txt": 5}
         assert lock["train"].digest == pipeline.output_digest("train")
     assert pipeline.read_text(Path("missing"), by_name["n-3"]) == ""
-    with pytest.raises(UserError, match=r"missing.txt of \w{10} cannot be read"):
+    with pytest.raises(UserError, match=r"missing.txt of commit \w{10} is neither in Git"):
         pipeline.read(Path("missing.txt"), by_name["n-3"].commit)
 
 

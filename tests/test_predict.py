@@ -153,7 +153,7 @@ def test_a_format_that_needs_another_package_names_it(
     predict: Predict, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     known = {suffix: name for suffix, name in formats().items() if suffix != ".heic"}
-    monkeypatch.setattr("cifarlab.predict.formats", lambda: known)
+    monkeypatch.setattr("cifarlab.data.readers.formats", lambda: known)
     Path("a.HEIC").write_bytes(b"....ftypheic")
     said = "a.HEIC: it is no image that Pillow can open; pillow-heif opens .heic\n"
     assert predict("a.HEIC").output.endswith(said)

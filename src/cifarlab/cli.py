@@ -237,7 +237,7 @@ def predict(images: tuple[str, ...], model: str, top: int, form: str | None) -> 
 @click.option("--torch", type=FILE, help="Write pt2 of PyTorch: logits.")
 def export(model: str, onnx: Path | None, torch: Path | None) -> None:
     """Write the network for other programs, for any number of images."""
-    from cifarlab.nn.export import export_onnx, export_torch
+    from cifarlab.nn.weights import export_onnx, export_torch
     from cifarlab.predict import load
 
     if not (onnx or torch):
@@ -287,8 +287,7 @@ def page() -> None:
 
     libraries = vl_convert.javascript_bundle()  # type: ignore[call-arg]  # its stub is incomplete
     head = f'<meta charset="utf-8">\n<script>{libraries}</script>\n<style>{STYLE}</style>'
-    with files.atomic(Path(".dvc/plots.html")) as path:
-        path.write_text(PAGE_HTML.replace("{scripts}", head), "utf-8")
+    files.write(Path(".dvc/plots.html"), PAGE_HTML.replace("{scripts}", head))
     subprocess.run(["dvc", "config", "--local", "plots.html_template", "plots.html"], check=True)
 
 

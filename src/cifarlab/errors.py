@@ -5,6 +5,9 @@ import os
 import re
 import sys
 import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
 # A password may hold @, / and spaces that nobody encoded. With spaces it is hidden up to an @ that
 # a path, a port or a host without dots follows; other text with an @ may be an e-mail address.
@@ -24,8 +27,29 @@ HEADER = re.compile(
 )
 
 
+DAMAGED = (ValueError, LookupError, TypeError, AttributeError)  # what damaged files raise
+
+
 class UserError(Exception):
     """An error that the user can correct: its message names what is wrong and what to do."""
+
+
+@contextmanager
+def in_a_sentence(
+    sentence: str, *kinds: type[Exception], words: Callable[[Any], str] | None = None
+) -> Iterator[None]:
+    """Turn errors of some kinds, or of all, into a UserError.
+
+    Parameters
+    ----------
+    words : what stands for %s in the sentence, by default what `shortened` returns
+    """
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, UserError) or not isinstance(error, kinds or Exception):
+            raise
+        raise UserError(sentence.replace("%s", (words or shortened)(error))) from error
 
 
 def tolerate_settings() -> None:

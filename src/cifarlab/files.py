@@ -55,6 +55,8 @@ def scratch() -> Path:
 @contextmanager
 def atomic(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; it replaces `path` only if the block succeeds."""
+    if path.exists() and not path.is_file():  # root could replace /dev/null by a file
+        raise OSError(errno.EINVAL, "it is no regular file", str(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     # The suffix is kept because savefig chooses the format by it.
     temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
@@ -73,11 +75,16 @@ def atomic(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def write(path: Path, content: str | bytes | memoryview) -> None:
+    """Write a file as a whole."""
+    with atomic(path) as temporary:
+        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
 def write_json(path: Path, content: Any) -> None:
     """Write `content` for people and `git diff`: indented, floats with six decimals."""
     rounded = json.loads(json.dumps(content), parse_float=lambda number: round(float(number), 6))
-    with atomic(path) as temporary:
-        temporary.write_text(json.dumps(rounded, indent=2, ensure_ascii=False) + "\n", "utf-8")
+    write(path, json.dumps(rounded, indent=2, ensure_ascii=False) + "\n")
 
 
 def write_csv(

@@ -4,9 +4,11 @@ DVC itself is imported inside the functions that need it: a stage asks only for 
 outputs, and must not wait a second for that.
 """
 
+import functools
 import hashlib
 import json
 import os
+import re
 import shlex
 import subprocess
 import tempfile
@@ -21,7 +23,7 @@ from pydantic import ValidationError
 
 from cifarlab import files
 from cifarlab.digest import code_digest, json_digest
-from cifarlab.errors import UserError, first_line, without_secrets
+from cifarlab.errors import DAMAGED, UserError, first_line, in_a_sentence, without_secrets
 from cifarlab.params.sections import Params
 
 STAGES = ("train", "evaluate", "plot")  # all but download, in the order in which they run
@@ -79,7 +81,8 @@ def _git(*arguments: str, check: bool = True) -> bytes:
 
 def git_commit(name: str = "HEAD") -> str:
     """Return the full hash of what Git calls so; empty if there is no such commit."""
-    return git("rev-parse", "--verify", "--quiet", f"{name}^{{commit}}", check=False).strip()
+    found = git("rev-parse", "--verify", "--quiet", f"{name}^{{commit}}", check=False).strip()
+    return found if found.isalnum() else ""  # a range gives several
 
 
 def current_experiment() -> tuple[str, str]:
@@ -118,11 +121,8 @@ def experiments() -> list[Revision]:
     from dvc.exceptions import DvcException
     from dvc.repo import Repo
 
-    try:
-        with Repo() as repo:
-            listed = repo.experiments.ls(all_commits=True)
-    except DvcException as error:
-        raise UserError(f"DVC cannot list the experiments: {first_line(error)}") from error
+    with in_a_sentence("DVC cannot list the experiments: %s", DvcException), Repo() as repo:
+        listed = repo.experiments.ls(all_commits=True)
     found = [Revision(n, rev, base) for base, pairs in listed.items() for n, rev in pairs]
     newest = git("rev-list", "--no-walk=sorted", *(r.commit for r in found)) if found else ""
     ranks = {commit: rank for rank, commit in enumerate(newest.split())}
@@ -194,20 +194,10 @@ def read(path: Path, commit: str) -> bytes:
     Raises
     ------
     UserError
-        The commit has no such file, or the content is not in DVC's cache.
+        The commit has no such file, or the content is neither in DVC's cache nor in its remote.
     """
-    import dvc.api
-    from dvc.exceptions import DvcException
-
-    try:
-        return bytes(dvc.api.read(f"{_top()}{path}", rev=commit, mode="rb"))
-    except (DvcException, OSError) as error:
-        raise UserError(f"{path} of {commit[:10]} cannot be read: {first_line(error)}") from error
-
-
-def _top() -> str:
-    """Return what comes before a path of the project in a commit: DVC starts at Git's top."""
-    return git("rev-parse", "--show-prefix").strip()
+    with tree(Revision("", commit, commit)) as open_file, open_file(path) as file:
+        return file.read()
 
 
 @contextmanager
@@ -220,17 +210,14 @@ def tree(revision: Revision) -> Iterator[Callable[[Path], BinaryIO]]:
     from dvc.api import DVCFileSystem
     from dvc.exceptions import DvcException
 
-    top = _top() if revision.commit else ""
+    # In a commit, DVC starts at Git's top.
+    top = git("rev-parse", "--show-prefix").strip() if revision.commit else ""
     with closing(DVCFileSystem(rev=revision.commit or None, subrepos=True)) as found:
 
         def open_file(path: Path) -> BinaryIO:
-            try:
+            lost = f"{path} of {revision.label} is neither in Git nor in DVC's cache or remote"
+            with in_a_sentence(lost, DvcException, OSError):
                 return cast(BinaryIO, found.open(f"{top}{path}", "rb"))
-            except (DvcException, OSError) as error:
-                place = f"{path} of {revision.label}"
-                raise UserError(
-                    f"{place} is neither in Git nor in DVC's cache or remote"
-                ) from error
 
         yield open_file
 
@@ -279,23 +266,31 @@ def locked(revision: Revision) -> dict[str, Locked]:
     UserError
         It is not a dvc.lock.
     """
-    try:
-        found = {}
+    found, advice = {}, "`git checkout dvc.lock` or `dvc repro` repairs it"
+    with in_a_sentence(f"its dvc.lock is damaged or missing; {advice}", yaml.YAMLError, *DAMAGED):
         for stage, entry in _yaml(read_text(files.DVC_LOCK, revision))["stages"].items():
             outs = [out for out in entry["outs"] if "nfiles" not in out]
             md5, size = ({out["path"]: out[key] for out in outs} for key in ("md5", "size"))
             found[stage] = Locked(json_digest(md5), size)
-        return found
-    except (yaml.YAMLError, ValueError, LookupError, TypeError, AttributeError) as error:
-        advice = "`git checkout dvc.lock` or `dvc repro` repairs it"
-        raise UserError(f"its dvc.lock is damaged or missing; {advice}") from error
+    return found
 
 
-def training_key(params: Params, folder: Path = Path()) -> str:
+def trained_as_asked() -> bool:
+    """Tell whether dvc.lock says that the train stage ran with what params.yaml has."""
+    try:
+        asked, lock = (_yaml(path.read_text("utf-8")) for path in (files.PARAMS, files.DVC_LOCK))
+        ran = lock["stages"]["train"]["params"][str(files.PARAMS)]
+        return all(functools.reduce(dict.__getitem__, k.split("."), asked) == ran[k] for k in ran)
+    except (OSError, yaml.YAMLError, LookupError, TypeError):
+        return False
+
+
+def training_key(params: Params, folder: Path = Path(), data: str = "") -> str:
     """Hash the inputs of the train stage: its parameters, its code and the digest of its data.
 
     The same inputs give the same network, so the key names a training wherever and however often
-    it runs. Comments, docstrings and formatting of the code do not count.
+    it runs. Comments, docstrings and formatting of the code do not count. `data` is the digest of
+    the data, if they are not in `folder`.
 
     Raises
     ------
@@ -306,7 +301,7 @@ def training_key(params: Params, folder: Path = Path()) -> str:
     inputs = {key: value for key, value in params.flat().items() if f"{key}.".startswith(counted)}
     description = folder / files.DATA / "dataset.json"
     try:
-        inputs["data"] = files.read_json(description)["digest"]
+        inputs["data"] = data or files.read_json(description)["digest"]
         inputs["code"] = stage_code(folder, ["train"])
     except (OSError, ValueError, LookupError, TypeError, SyntaxError) as error:
         what = getattr(error, "filename", None) or description
@@ -392,24 +387,40 @@ def set_options(changes: dict[str, Any]) -> list[str]:
 
 
 def queued() -> dict[str, Revision]:
-    """Return the experiments that wait in DVC's queue, by name."""
+    """Return the experiments that wait in DVC's queue, by name.
+
+    Raises
+    ------
+    UserError
+        DVC cannot list them, or two have one name: the second would replace the first.
+    """
+    from dvc.exceptions import DvcException
     from dvc.repo import Repo
 
-    with Repo() as repo:
+    with in_a_sentence("DVC cannot list its queue: %s", DvcException), Repo() as repo:
         tasks = repo.experiments.celery_queue.status()
-    waiting = [task for task in tasks if task["status"] == "Queued"]
-    return {task["name"]: Revision(task["name"], task["rev"], "") for task in waiting}
+    found: dict[str, Revision] = {}
+    for task in [task for task in tasks if task["status"] == "Queued"]:
+        if (name := task["name"]) in found:
+            way_out = f"remove one: `dvc queue remove {task['rev'][:7]}`"
+            raise UserError(f"two experiments called {name} are queued; {way_out}")
+        found[name] = Revision(name, task["rev"], "")
+    return found
 
 
 def differences(revision: Revision) -> dict[str, Any]:
     """Return the parameters that a revision has, valid or not, and the workspace has not."""
-    now, then = (_yaml(read_text(files.PARAMS, place)) for place in (WORKSPACE, revision))
-    return {
-        f"{section}.{key}": value
-        for section, values in then.items()
-        for key, value in values.items()
-        if now[section].get(key) != value
-    }
+    now, then = (dict(flat(_yaml(read_text(files.PARAMS, at)))) for at in (WORKSPACE, revision))
+    return {key: value for key, value in then.items() if now.get(key) != value}
+
+
+def flat(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield nested values under their full key."""
+    for key, value in tree.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, str) and re.fullmatch(r"[-+]?\d+(\.\d*)?e[-+]?\d{1,3}", value):
+            value = float(value)  # noqa: PLW2901 - 1e-5 is text for PyYAML and a number for DVC
+        yield from flat(value, f"{name}.") if isinstance(value, dict) else [(name, value)]
 
 
 def _outs(stage: str, folder: Path) -> list[Path]:
@@ -419,7 +430,9 @@ def _outs(stage: str, folder: Path) -> list[Path]:
 
 
 def _stages(folder: Path) -> Any:
-    return _yaml((folder / files.DVC_YAML).read_text("utf-8"))["stages"]
+    problem = "dvc.yaml is damaged (%s); `git checkout dvc.yaml` repairs it"
+    with in_a_sentence(problem, yaml.YAMLError, LookupError, TypeError):
+        return _yaml((folder / files.DVC_YAML).read_text("utf-8"))["stages"]
 
 
 def _yaml(text: str) -> Any:

@@ -7,19 +7,18 @@ import json
 import re
 import sys
 import tempfile
-import warnings
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from cifarlab import files, pipeline
-from cifarlab.data.archives import MAX_MEMBER, read_file, readable, reason
-from cifarlab.data.dataset import Pixels
-from cifarlab.data.images import EXTRA, MAX_IMAGE, count_pixels, decode, formats, is_image
+from cifarlab.data.archives import MAX_MEMBER, Member, read_file, readable
+from cifarlab.data.images import is_image
+from cifarlab.data.readers import decoded
 from cifarlab.errors import UserError
 from cifarlab.nn import network as networks
 from cifarlab.nn import weights
@@ -27,7 +26,6 @@ from cifarlab.nn.network import Network
 
 BATCH = 100
 STDIN = "-"
-NamedFile = tuple[str, io.BytesIO]
 Prediction = tuple[str, list[tuple[str, float]]]
 """The path of an image, or "-" for standard input, and its most probable classes with their
 probabilities, the best first."""
@@ -112,21 +110,22 @@ def predict(
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.backends.cudnn.allow_tf32 = False  # float32 is meant, as in evaluation
     network = network.to(device)
-    # Pillow warns of metadata and large images, in whichever thread.
-    with warnings.catch_warnings(action="ignore"), ThreadPoolExecutor() as pool:
-        for group in _groups(images, broken):
-            decoded = list(pool.map(partial(_decode, size=network.image_size), group))
-            broken += [sentence for sentence in decoded if isinstance(sentence, str)]
-            pairs = zip(group, decoded, strict=True)
-            kept = [(name, p) for (name, _), p in pairs if not isinstance(p, str)]
-            if not kept:
-                continue
-            batch = torch.from_numpy(np.stack([image for _, image in kept])).to(device)
-            logits = networks.predict(network, batch, BATCH)
-            probabilities = logits.double().softmax(1).cpu().numpy()
-            best = np.argsort(-probabilities, 1, kind="stable")[:, :top]
-            for (name, _), row, order in zip(kept, probabilities, best, strict=True):
-                yield name, [(network.classes[i], float(row[i])) for i in order]
+    found = decoded((Member(name, partial(_read, name)) for name in images), network.image_size)
+    while block := list(islice(found, BATCH)):
+        broken += [f"{readable(name)}: {why}" for name, why in block if isinstance(why, str)]
+        kept = [(name, pixels) for name, pixels in block if not isinstance(pixels, str)]
+        if not kept:
+            continue
+        batch = torch.from_numpy(np.stack([pixels for _, pixels in kept])).to(device)
+        logits = networks.predict(network, batch, BATCH)
+        probabilities = logits.double().softmax(1).cpu().numpy()
+        best = np.argsort(-probabilities, 1, kind="stable")[:, :top]
+        for (name, _), row, order in zip(kept, probabilities, best, strict=True):
+            yield name, [(network.classes[i], float(row[i])) for i in order]
+
+
+def _read(name: str) -> io.BytesIO:
+    return io.BytesIO(sys.stdin.buffer.read(MAX_MEMBER)) if name == STDIN else read_file(Path(name))
 
 
 def shown(predictions: Iterator[Prediction], form: str) -> Iterator[str]:
@@ -150,40 +149,3 @@ def shown(predictions: Iterator[Prediction], form: str) -> Iterator[str]:
         cells = (cell for label, p in pairs for cell in (label, f"{p:.6f}"))
         csv.writer(line, lineterminator="").writerow([image, *cells])
         yield line.getvalue()
-
-
-def _groups(images: Sequence[str], broken: list[str]) -> Iterator[list[NamedFile]]:
-    """Yield names and files of images, grouped so that decoding a group takes little memory."""
-    group: list[NamedFile] = []
-    used = 0.0  # of the memory that a group may take
-    for name in images:
-        try:
-            stdin = name == STDIN
-            file = io.BytesIO(sys.stdin.buffer.read(MAX_MEMBER)) if stdin else read_file(Path(name))
-            pixels, length = count_pixels(file), file.getbuffer().nbytes
-        except Exception as error:  # damaged bytes can raise any exception
-            broken.append(_sentence(name, error))
-            continue
-        share = pixels / MAX_IMAGE + length / MAX_MEMBER + 1 / BATCH
-        if used + share > 1:
-            yield group
-            group, used = [], 0
-        used += share
-        group.append((name, file))
-    yield group
-
-
-def _decode(image: NamedFile, size: int) -> Pixels | str:
-    """Return the pixels of an image, or why there are none."""
-    name, file = image
-    try:
-        return decode(file, size)
-    except Exception as error:  # damaged bytes can raise any exception
-        return _sentence(name, error)
-
-
-def _sentence(name: str, error: Exception) -> str:
-    suffix = Path(name).suffix.lower()
-    opener = EXTRA.get(suffix) if suffix not in formats() else None
-    needed = f"; {opener} opens {suffix}" if opener else ""
-    return f"{readable(name)}: {reason(error)}{needed}"

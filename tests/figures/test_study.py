@@ -32,10 +32,9 @@ def test_learning_curves_of_one_epoch_can_be_seen(
         for epoch in range(1, count + 1)
     )
     study = Study(question="?", variants={"one": {}, "other": {}}, seeds=[0, 1, 2])
-    grid = pd.DataFrame(index=["one", "other"])
     effect = effects(study, results)
     tables = Tables(results, epochs)
-    draw_study(Path("-"), "?", "test accuracy", effect, tables=tables, grid=grid, margin=1)
+    draw_study(Path("-"), study, effect, tables)
     _, curves, classes = drawn[0].axes
     assert [label.get_text() for label in classes.get_xticklabels()] == ["cat"]
     if count == 1:  # a row of its own for each variant
@@ -61,9 +60,8 @@ def test_accuracies_after_one_epoch_are_drawn_against_the_parameter(
     ]
     results = pd.DataFrame(rows)
     epochs = results.assign(epoch=1, train_accuracy=results.accuracy - 0.1)
-    grid = pd.DataFrame.from_dict(study.variants, orient="index")
     effect, tables = effects(study, results), Tables(results, epochs)
-    draw_study(Path("-"), "?", "test accuracy", effect, tables=tables, grid=grid, margin=1)
+    draw_study(Path("-"), study, effect, tables)
     for axes, mean in zip(drawn[0].axes, ([50, 60, 70], [40, 50, 60]), strict=False):
         [line] = [line for line in axes.lines if line.get_marker() == "o"]
         assert line.get_xdata().tolist() == [1, 2, 4]

@@ -8,8 +8,8 @@ import onnxruntime
 import pytest
 import torch
 
-from cifarlab.nn.export import export_onnx, export_torch
 from cifarlab.nn.network import Network
+from cifarlab.nn.weights import export_onnx, export_torch
 from cifarlab.params.sections import Params
 
 CLASSES = ["NA", "C+", "C#", "Käfer", "猫", "7"]

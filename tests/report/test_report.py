@@ -24,8 +24,8 @@ from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
 from cifarlab.errors import UserError
 from cifarlab.evaluation.metrics import expected_calibration_error
 from cifarlab.pipeline import WORKSPACE, Revision
-from cifarlab.report import page, pictures, statistics
-from cifarlab.report.run import Run, flat, parameters
+from cifarlab.report import page, statistics
+from cifarlab.report.run import Run, draw_filters, flat, parameters, png, read_images
 from tests.support.project import Project
 
 CLASSES = ["cat", "dog", "NA", "7"]
@@ -55,7 +55,7 @@ def made_up(classes: Sequence[str], seed: int = 0, **more: Any) -> Run:
     """A run with everything but a checkout."""
     history = {"epoch": [1, 2, 3], "train_loss": [3.0, 2.0, 1.5], "train_accuracy": [0.1, 0.2, 0.4]}
     history |= {"val_loss": [math.nan] * 3, "val_accuracy": [math.nan] * 3}
-    tile = pictures.png(np.full((8, 8, 3), 90, np.uint8))
+    tile = png(np.full((8, 8, 3), 90, np.uint8))
     given = {
         "revision": Revision(f"{classes[0]}-{seed}"[:60], "0123456789" * 4, "9" * 40),
         "metrics": {"accuracy": 0.5, "calibration_error": 0.25, "parameters": 12345},
@@ -65,7 +65,7 @@ def made_up(classes: Sequence[str], seed: int = 0, **more: Any) -> Run:
         "tests": {"same"},
         "history": pd.DataFrame(history).set_index("epoch"),
         "predictions": guesses(classes, seed=seed),
-        "filters": pictures.filters(save({"stem.0.weight": np.ones((24, 3, 2, 2), np.float32)})),
+        "filters": draw_filters(save({"stem.0.weight": np.ones((24, 3, 2, 2), np.float32)})),
         "mistakes": [(tile, [name, f"→ {name} 90%"]) for name in list(classes)[:24]],
     }
     return Run(**given | more)
@@ -195,10 +195,10 @@ def test_only_the_images_that_are_asked_for_are_read(tmp_path: Path) -> None:
     images = np.random.default_rng(0).integers(0, 256, (50, 6, 5, 3), np.uint8)
     np.save(tmp_path / "images.npy", images)
     with (tmp_path / "images.npy").open("rb") as file:
-        found = list(pictures.rows(file, [49, 0, 7]))
+        found = list(read_images(file, [49, 0, 7]))
     assert all((a == images[i]).all() for a, i in zip(found, [49, 0, 7], strict=True))
-    assert (np.asarray(decoded(pictures.png(found[0]))) == images[49]).all()
-    large = decoded(pictures.png(np.zeros((512, 256, 3), np.uint8)))
+    assert (np.asarray(decoded(png(found[0]))) == images[49]).all()
+    large = decoded(png(np.zeros((512, 256, 3), np.uint8)))
     assert large.size == (24, 48)
 
 
@@ -206,14 +206,14 @@ def test_filters_are_drawn_with_zero_as_grey() -> None:
     weights = np.zeros((13, 3, 2, 2), np.float32)
     weights[1, 0, 0, 1] = 0.5  # red
     weights[12, 2, 1, 0] = -3  # the opposite of blue
-    found = pictures.filters(save({"stages.0.first.0.weight": weights}))
+    found = draw_filters(save({"stages.0.first.0.weight": weights}))
     assert (found["size"], found["count"], found["whitening"]) == (2, 13, False)
     tiles = [np.asarray(decoded(source)).tolist() for source in found["sources"]]
     grey = [128, 128, 128]
     assert tiles[0] == [[grey, grey], [grey, grey]]
     assert tiles[1] == [[grey, [255, 128, 128]], [grey, grey]]
     assert tiles[12] == [[grey, grey], [[128, 128, 0], grey]]
-    many = pictures.filters(save({"stem.0.weight": np.ones((200, 3, 2, 2), np.float32)}))
+    many = draw_filters(save({"stem.0.weight": np.ones((200, 3, 2, 2), np.float32)}))
     assert (len(many["sources"]), many["count"], many["whitening"]) == (96, 200, True)
 
 
@@ -325,6 +325,14 @@ def test_what_is_missing_is_said_in_a_sentence() -> None:
     assert "No images: no images there." in Parsed(page.render([run])).text
 
 
+@pytest.mark.usefixtures("outside")
+def test_a_quoted_number_and_metrics_that_were_lost_spoil_no_page() -> None:
+    run = made_up(CLASSES)
+    run.params["evaluate.calibration_bins"] = "15"  # the pipeline takes it
+    run.metrics.pop("calibration_error", None)
+    assert "the mean distance from the diagonal, is not known" in Parsed(page.render([run])).text
+
+
 # In a browser
 
 
@@ -375,7 +383,7 @@ def test_the_largest_page_is_below_5_mb_and_fits(
     """It has the most runs and classes, full matrices, long names, and noise as images."""
     classes = [*ODD, *(f"class {i} {'long name ' * (i % 6)}" for i in range(115))]
     noise = np.random.default_rng(0).integers(0, 256, (24, 64, 64, 3), np.uint8)
-    tiles = [(pictures.png(pixels), [classes[3], classes[10]]) for pixels in noise]
+    tiles = [(png(pixels), [classes[3], classes[10]]) for pixels in noise]
     monkeypatch.setattr(Run, "pictures", lambda _self, rows, most, _caption: tiles[:most])
     runs = [
         made_up(classes, seed, predictions=guesses(classes, 50_000, seed), mistakes=tiles)

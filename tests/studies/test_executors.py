@@ -1,6 +1,7 @@
 """Experiments in clones of a small checkout: several at a time, failing, stopped, queued."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -64,6 +65,16 @@ def test_changes_that_are_not_committed_are_part_of_an_experiment(project: Path)
         Path("dvc.yaml").write_text(before)
     assert value("uncommitted") == b"new\n"
     assert not pipeline.git("status", "--porcelain", "--untracked-files=no")
+
+
+def test_code_that_git_does_not_know_is_named(project: Path) -> None:
+    Path("src").mkdir()
+    Path("src/new.py").write_text("")
+    try:
+        with pytest.raises(UserError, match=r"Git does not know src/new\.py, .*git add"):
+            run_one("lacking", {"n": 30})
+    finally:
+        shutil.rmtree("src")
 
 
 def test_settings_of_dvc_of_this_checkout_count_in_a_clone(tmp_path: Path) -> None:

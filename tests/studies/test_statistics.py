@@ -1,5 +1,6 @@
 """The statistics of studies: by hand, against other libraries, and in simulated studies."""
 
+import gc
 from pathlib import Path
 from typing import Any
 
@@ -60,11 +61,30 @@ def test_effects_by_hand() -> None:
 
 
 def test_no_difference_at_all_is_equivalent_and_a_difference_without_spread_is_one() -> None:
-    base, up = [0.25, 0.5, 0.75], [0.375, 0.625, 0.875]
-    found = effects(results(base=base, same=base, up=up))[1:]
-    columns = ["difference", "difference_margin", "p", "detectable", "verdict"]
-    expected = [[0, 0, 1, 0, "equivalent"], [12.5, 0, 0, 0, "different"]]
-    assert found[columns].to_numpy().tolist() == expected
+    base, up = [0.8001, 0.81, 0.82], [0.8101, 0.82, 0.83]
+    same, higher = effects(results(base=base, same=base, up=up))[1:].itertuples()
+    assert (same.difference, same.p, same.verdict) == (0, 1, "equivalent")
+    assert (higher.difference, higher.verdict) == (pytest.approx(1), "different")
+    # Half of one in 10,000 images is the smallest deviation.
+    assert higher.p == pytest.approx(2 * 2 * stats.t.sf(1 / (0.005 / 3**0.5), 2))
+
+
+@pytest.mark.parametrize(("images", "comparisons", "seeds"), [(50, 1, 2), (50, 9, 2), (50, 9, 3)])
+def test_few_images_do_not_make_chance_a_difference(
+    images: int, comparisons: int, seeds: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All networks are equally good, and guess a tenth of the images. t alone: 11, 63 and 17 %."""
+    monkeypatch.setattr(gc, "collect", int)  # statsmodels calls it each time, which takes long
+    rng, trials = np.random.default_rng(5), 300
+    guessed = images // 10
+    names = [f"v{i}" for i in range(comparisons + 1)]
+    pairs = [(name, "v0") for name in names[1:]]
+    wrong = 0
+    for _ in range(trials):
+        right = images - guessed + rng.binomial(guessed, 0.5, (seeds, len(names)))
+        table = pd.DataFrame(100 * right / images, columns=names)
+        wrong += (statistics.compare(table, pairs, [seeds], 1).verdict != "undecided").any()
+    assert wrong / trials < 0.05 + 3 * (0.05 * 0.95 / trials) ** 0.5
 
 
 def test_equivalence_is_that_of_statsmodels() -> None:

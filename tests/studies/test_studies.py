@@ -56,7 +56,8 @@ def test_numbers_of_findings_are_those_of_the_table(
     path.write_text(yaml.safe_dump(DEMO | {"findings": text}))
     run_all(demo)
     # Seeds 0, 1, 2: 80, 81, 82 % and three points more.
-    text = "One: 84.0 ± 2.5 %, +3.0 ± 0.0 points, loss 0.5."
+    # Their difference counts with half of one in 100 images: 4.3027 · 0.5 / √3.
+    text = "One: 84.0 ± 2.5 %, +3.0 ± 1.2 points, loss 0.5."
     assert text in study.rewrite_page("demo").read_text("utf-8")
     for wrong in ("accuracy[two]", "accuracy", "accuracy.two", "accuracy[one][0][0]", ""):
         path.write_text(yaml.safe_dump(DEMO | {"findings": f"So: {{{wrong}}}"}))
@@ -136,6 +137,12 @@ def test_a_grid_is_every_combination(checkout: Path) -> None:
             "{question: a, seeds: [0, 1], splits: own, base: {data.validation: 0},"
             " variants: {a: {}, b: {model.layers: 3}}}",
             "a: splits: own needs data.validation above 0",
+        ),
+        (
+            "{question: a, seeds: [0, 1], answer_by: validation,"
+            " base: {data.name: digits, data.validation: 0},"
+            " variants: {a: {}, b: {model.layers: 3}}}",
+            "a: answer_by: validation needs data.validation above 0",
         ),
         ("[1, 2]", "Input should be a valid dictionary"),
     ],
@@ -477,8 +484,9 @@ def test_a_page_is_rewritten_from_the_tables_and_says_whether_its_rows_count(
     assert "better: one (+3.00 points).\n\n![effects" in believed
     assert "> Only 3 seeds." in believed
     assert "Every comparison is decided." in believed
-    # 900 images, 2 epochs, 2 seconds; all three differences are 3 points.
-    row = r"\| one \| 84.00 ± 2.48 \| \+3.00 \| \+3.00 … \+3.00 \| \*\*different\*\*, p = 0 "
+    # 900 images, 2 epochs, 2 seconds; all three differences are 3 points, and as the accuracies
+    # are those of 100 images, their deviation counts as 0.5 points: t = 3 / (0.5 / √3).
+    row = r"\| one \| 84.00 ± 2.48 \| \+3.00 \| \+1.76 … \+4.24 \| \*\*different\*\*, p = 0.0091 "
     assert re.search(row + r"\| 0.5 ± 0 \| 1,234,567 \| 2.0 \| 900 \| 3 \|", believed)
     assert path.with_suffix(".png").stat().st_size > 20_000
     monkeypatch.setattr(page, "draw_study", lambda *_, **__: None)

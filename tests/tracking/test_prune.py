@@ -44,6 +44,12 @@ def test_nothing_is_removed_while_an_experiment_runs(
             experiment.kill()
 
 
+def test_damaged_metrics_of_an_experiment_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pipeline, "read_text", lambda *_: "<<<<<<< HEAD")
+    with pytest.raises(UserError, match=r"metrics/train\.json of relu is damaged \("):
+        prune._accuracy(Revision("relu", "c", "b"))
+
+
 @pytest.mark.parametrize("shared", [False, True])
 def test_a_cache_that_other_checkouts_may_use_is_left_alone(
     tmp_path: Path,

@@ -157,6 +157,12 @@ def test_a_run_that_was_trained_again_no_longer_speaks_for_the_champion(
     assert "is the champion now, by --force" in registry.promote("worse", force=True)
 
 
+def test_promote_without_a_name_is_refused(add: Add) -> None:
+    add("", [True])  # `dvc repro` gives a run no name
+    with pytest.raises(UserError, match="name an experiment, or the id of a run"):
+        registry.promote("", force=False)
+
+
 def test_a_deleted_model_is_not_the_model_of_a_run(checkout: Path, add: Add) -> None:
     client, run = client_of(checkout), add("first", [True])
     [model] = models_of(client, client.get_run(run))

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from cifarlab.errors import UserError
+from cifarlab.errors import in_a_sentence
 from cifarlab.files import atomic, read_json, write_json
 
 SPLITS = ("train", "test")
@@ -110,14 +110,12 @@ class Dataset:
         The images are memory-mapped: they are read from disk when they are used. UserError: a
         file is missing or damaged.
         """
-        try:
+        problem = f"{folder}/ is missing or damaged (%s); `dvc repro -f download` repairs it"
+        with in_a_sentence(problem, OSError, EOFError, ValueError, KeyError, TypeError):
             meta = read_json(folder / "dataset.json")
             images = {split: np.load(folder / f"{split}_images.npy", "r") for split in SPLITS}
             labels = {split: np.load(folder / f"{split}_labels.npy") for split in SPLITS}
             return cls(images, labels, meta["classes"], meta["name"], meta.get("validation", 0))
-        except (OSError, EOFError, ValueError, KeyError, TypeError) as error:
-            repair = "`dvc repro -f download` repairs it"
-            raise UserError(f"{folder}/ is missing or damaged ({error}); {repair}") from error
 
 
 class ImageFile:

@@ -5,11 +5,11 @@ import io
 import sys
 import warnings
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain
+from itertools import chain, repeat
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -20,7 +20,7 @@ from cifarlab.data.dataset import SPLITS, Dataset, Labels, Pixels, stratified_sp
 from cifarlab.data.fetch import fetch, find_images
 from cifarlab.data.images import EXTRA, MAX_IMAGE, count_pixels, decode, formats, is_image
 from cifarlab.data.layout import UNREADABLE, Places, Problem
-from cifarlab.errors import UserError
+from cifarlab.errors import UserError, in_a_sentence
 from cifarlab.files import PROBLEMS
 from cifarlab.params.sections import DataParams
 
@@ -70,7 +70,9 @@ def read_cifar10(archive: Path) -> Dataset:
     """
     batches: dict[str, tuple[Pixels, Labels]] = {}
     classes: list[str] = []
-    try:
+    wrong = f"{archive} is not the archive of CIFAR-10 for Python: %s"
+    # Damaged bytes can raise any exception, also MemoryError and SystemError.
+    with in_a_sentence(f"{wrong}; set data.name: folder for folders of images", words=reason):
         for member in archives.files_in_tar(archive):
             folder, _, name = member.name.partition("/")
             if folder == "cifar-10-batches-py" and name == "batches.meta":
@@ -84,10 +86,6 @@ def read_cifar10(archive: Path) -> Dataset:
             images[split], labels[split] = np.concatenate(pixels), np.concatenate(numbers)
         if {*labels["train"], *labels["test"]} - {*range(len(classes))}:
             raise ValueError("a label has no class")
-    # Damaged bytes can raise any exception, also MemoryError and SystemError.
-    except Exception as error:
-        wrong = f"{archive} is not the archive of CIFAR-10 for Python: {reason(error)}"
-        raise UserError(f"{wrong}; set data.name: folder for folders of images") from error
     return Dataset(images, labels, classes, "cifar10")
 
 
@@ -243,62 +241,29 @@ class Reading:
         images = dict.fromkeys(SPLITS, np.empty((0, self.size, self.size, 3), np.uint8))
         arrays = {split: np.array(numbers, np.int64) for split, numbers in labels.items()}
         name = self.source.resolve().name.split(".")[0]
-        data = Dataset(images, arrays, classes, name, validation)
-        with warnings.catch_warnings(action="ignore"):  # Pillow's, of metadata and large images
-            data.save(folder, self._decoded(rows))
+        Dataset(images, arrays, classes, name, validation).save(folder, self._blocks(rows))
 
-    def _decoded(self, rows: dict[str, tuple[str, int]]) -> Iterator[tuple[str, int, Pixels]]:
+    def _blocks(self, rows: dict[str, tuple[str, int]]) -> Iterator[tuple[str, int, Pixels]]:
         """Yield split, number and pixels (size, size, 3) of images, in the order of the source.
 
         `rows` has split and number for the name of each image. What cannot be read is left out.
         UserError: that are too many, or the source has changed.
         """
-        # The digests of the pixels of each split, and the name of an image that has them.
-        digests: dict[str, dict[bytes, str]] = {split: {} for split in SPLITS}
-        with ThreadPoolExecutor() as pool:
-            for batch in self._batches():
-                for name, pixels in filter(None, pool.map(self._decode, *zip(*batch, strict=True))):
-                    split, row = rows[name]
-                    digest = hashlib.blake2b(pixels.data, digest_size=16).digest()
-                    digests[split][digest] = min(name, digests[split].get(digest, name))
-                    yield split, row, pixels
-        self._judge(digests["train"], digests["test"])
-
-    def _batches(self) -> Iterator[list[tuple[str, io.BytesIO]]]:
-        """Yield names and files of images, grouped so that decoding a group takes little memory."""
         from tqdm import tqdm
 
-        batch: list[tuple[str, io.BytesIO]] = []
-        used = 0.0  # of the memory and threads that a group may take
-        images = _again(self.source, self.names, self.places)
-        what, total = f"reading {self.source.name}", len(self.places)
-        for member in tqdm(images, what, total, unit=" images", disable=None):
-            try:
-                file = member.read()
-                pixels, length = count_pixels(file), file.getbuffer().nbytes
-            except Exception as error:  # damaged bytes can raise any exception
-                self._note(member.name, error)
+        # The digests of the pixels of each split, and the name of an image that has them.
+        digests: dict[str, dict[bytes, str]] = {split: {} for split in SPLITS}
+        images, what = _again(self.source, self.names, self.places), f"reading {self.source.name}"
+        bar = tqdm(images, what, len(self.places), unit=" images", disable=None)
+        for name, pixels in decoded(bar, self.size):
+            if isinstance(pixels, str):
+                self.problems.append(Problem(name, UNREADABLE, pixels))
                 continue
-            share = pixels / MAX_IMAGE + length / archives.MAX_MEMBER + 1 / BATCH
-            if used + share > 1:
-                yield batch
-                batch, used = [], 0
-            used += share
-            batch.append((member.name, file))
-        yield batch
-
-    def _decode(self, name: str, file: io.BytesIO) -> tuple[str, Pixels] | None:
-        try:
-            return name, decode(file, self.size)
-        except Exception as error:  # damaged bytes can raise any exception
-            self._note(name, error)
-            return None
-
-    def _note(self, name: str, error: Exception) -> None:
-        """Note an image that cannot be read."""
-        suffix = PurePosixPath(name).suffix.lower()
-        needed = "" if suffix in formats() else f"; {EXTRA[suffix]} opens {suffix}"
-        self.problems.append(Problem(name, UNREADABLE, f"{reason(error)}{needed}"))
+            split, row = rows[name]
+            digest = hashlib.blake2b(pixels.data, digest_size=16).digest()
+            digests[split][digest] = min(name, digests[split].get(digest, name))
+            yield split, row, pixels
+        self._judge(digests["train"], digests["test"])
 
     def _judge(self, train: dict[bytes, str], test: dict[bytes, str]) -> None:
         """Refuse a source of which too much cannot be read, and note images in both splits.
@@ -319,6 +284,45 @@ class Reading:
         _check_classes(self.source, left, self.problems)
         both = sorted(train.keys() & test.keys(), key=test.__getitem__)
         self.problems += [Problem(test[d], layout.IN_BOTH, train[d]) for d in both]
+
+
+def decoded(images: Iterable[Member], size: int) -> Iterator[tuple[str, Pixels | str]]:
+    """Yield names of images, each with its pixels (size, size, 3) or why it cannot be read.
+
+    Threads decode a group of images at a time, which takes little memory.
+    """
+    group: list[tuple[str, io.BytesIO]] = []
+    used = 0.0  # of the memory and threads that a group may take
+    # Pillow warns of metadata and large images, in whichever thread.
+    with warnings.catch_warnings(action="ignore"), ThreadPoolExecutor() as pool:
+        for image in images:
+            try:
+                file = image.read()
+                pixels, length = count_pixels(file), file.getbuffer().nbytes
+            except Exception as error:  # damaged bytes can raise any exception
+                yield image.name, _why(image.name, error)
+                continue
+            share = pixels / MAX_IMAGE + length / archives.MAX_MEMBER + 1 / BATCH
+            if used + share > 1:
+                yield from pool.map(_decode, group, repeat(size))
+                group, used = [], 0
+            used += share
+            group.append((image.name, file))
+        yield from pool.map(_decode, group, repeat(size))
+
+
+def _decode(image: tuple[str, io.BytesIO], size: int) -> tuple[str, Pixels | str]:
+    name, file = image
+    try:
+        return name, decode(file, size)
+    except Exception as error:  # damaged bytes can raise any exception
+        return name, _why(name, error)
+
+
+def _why(name: str, error: Exception) -> str:
+    suffix = PurePosixPath(name).suffix.lower()
+    opener = EXTRA.get(suffix) if suffix not in formats() else None
+    return reason(error) + (f"; {opener} opens {suffix}" if opener else "")
 
 
 def _sha256(member: Member) -> bytes:

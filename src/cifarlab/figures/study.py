@@ -3,7 +3,7 @@
 import textwrap
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -15,33 +15,26 @@ from scipy import stats
 
 from cifarlab.figures import style
 
+if TYPE_CHECKING:
+    from cifarlab.studies.question import Study
+
 Tables = tuple[DataFrame, DataFrame]
 BARS: dict[str, Any] = {"err_style": "bars", "err_kws": {"capsize": 3}, "marker": "o"}
 ROWS = 12  # variants for which the effect on each class is drawn: those with the largest ones
 
 
-def draw_study(
-    path: Path,
-    title: str,
-    label: str,
-    effects: DataFrame,
-    *,
-    tables: Tables,
-    grid: DataFrame,
-    margin: float,
-) -> None:
+def draw_study(path: Path, study: "Study", effects: DataFrame, tables: Tables) -> None:
     """Draw the effects with intervals, the learning curves with bands, and each class.
 
     Parameters
     ----------
-    label : what is compared, "test accuracy" or "validation accuracy"
     effects : what `studies.statistics.effects` returns
     tables : the results and the epochs of the study
-    grid : values of the parameters of a grid, one row per variant; else without columns
-    margin : differences below it, in points, count as equivalent
     """
     style.apply()
-    results, names = tables[0], list(effects.index)
+    results, names, label = tables[0], list(effects.index), f"{study.answer_by} accuracy"
+    # A row for each variant; without a grid there are no columns.
+    grid = DataFrame.from_dict(study.variants, orient="index")[list(study.grid)]
     epochs, seen = _with_accuracy(tables[1])
     heights = (max(4.2, 1.4 + 0.26 * len(names)), 1.4 + 0.32 * min(len(names) - 1, ROWS))
     figure, panels = plt.subplot_mosaic("ab;cc", figsize=(12, sum(heights)), height_ratios=heights)
@@ -61,14 +54,14 @@ def draw_study(
         _lines(middle, seen, epochs, x, look)
     else:
         palette = ["black", *sns.color_palette("husl", len(names) - 1)]
-        _effects(left, effects, palette, label, margin)
+        _effects(left, effects, palette, label, study.margin)
         hues = {"hue": "variant", "hue_order": names, "palette": palette, "legend": False}
         if one_epoch:
             _rows(middle, seen, epochs, names, hues)
         else:
             _lines(middle, seen, epochs, "epoch", bands | hues)
     _each_class(right, results, names)
-    figure.suptitle(title)
+    figure.suptitle(study.question)
     style.save(figure, path, dpi=100)
 
 

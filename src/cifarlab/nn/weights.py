@@ -1,13 +1,18 @@
-"""Weights on disk."""
+"""Networks on disk: weights, and what other programs read: PyTorch's exported graph, and ONNX."""
 
+import io
 import json
+from collections import OrderedDict
 from pathlib import Path
+from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_model
+from torch import nn
 
-from cifarlab.errors import UserError, first_line
-from cifarlab.files import atomic
+from cifarlab.errors import first_line, in_a_sentence
+from cifarlab.files import atomic, write
 from cifarlab.nn.network import Network
 from cifarlab.params.geometry import ModelParams
 
@@ -39,13 +44,50 @@ def load(path: Path) -> Network:
     UserError
         The file is missing, damaged, or from another version of this project.
     """
-    try:
-        with safe_open(path, "pt") as file:
-            header = json.loads(file.metadata()["network"])
-            params = ModelParams(**header["params"])
-            network = Network(params, header["image_size"], header["classes"])
-            network.load_state_dict({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
-    except (OSError, SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
-        problem = f"{path} holds no network of this version ({first_line(error)})"
-        raise UserError(f"{problem}; `dvc repro -f train` trains it again") from error
+    problem = f"{path} holds no network of this version (%s); `dvc repro -f train` trains it again"
+    kinds = (OSError, SafetensorError, KeyError, TypeError, ValueError, RuntimeError)
+    with in_a_sentence(problem, *kinds), safe_open(path, "pt") as file:
+        header = json.loads(file.metadata()["network"])
+        params = ModelParams(**header["params"])
+        network = Network(params, header["image_size"], header["classes"])
+        network.load_state_dict({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
     return network.eval()
+
+
+def export_torch(network: Network, path: Path) -> None:
+    """Write the network as a graph for `torch.export.load`, for any number of images.
+
+    It takes uint8 (N, 3, image_size, image_size) and returns logits. Names of the classes and size
+    are in its extra file network.json.
+    """
+    program, content = torch.export.export(network, **_inputs(network)), io.BytesIO()
+    # Not to the file: on a full disk, PyTorch's writer would abort the process.
+    torch.export.save(program, content, extra_files={"network.json": _description(network)})
+    write(path, content.getbuffer())
+
+
+def export_onnx(network: Network, path: Path) -> None:
+    """Write the network as ONNX, for any number of images.
+
+    Input images, uint8 (N, 3, image_size, image_size), output probabilities, float32 (N, classes).
+    The property network of the file holds names of the classes and size as JSON.
+    """
+    import onnx
+
+    names: dict[str, Any] = {"input_names": ["images"], "output_names": ["probabilities"]}
+    module = nn.Sequential(OrderedDict(network=network, softmax=nn.Softmax(1))).eval()
+    program = torch.onnx.export(module, **_inputs(network), **names, verbose=False)
+    assert program
+    model = program.model_proto
+    onnx.helper.set_model_props(model, {"network": _description(network)})
+    write(path, model.SerializeToString())
+
+
+def _inputs(network: Network) -> dict[str, Any]:
+    # With a single image, the exported graph would accept no other number.
+    images = torch.zeros(2, 3, network.image_size, network.image_size, dtype=torch.uint8)
+    return {"args": (images,), "dynamic_shapes": ({0: torch.export.Dim("images", min=1)},)}
+
+
+def _description(network: Network) -> str:
+    return json.dumps({"classes": network.classes, "image_size": network.image_size})

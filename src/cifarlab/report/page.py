@@ -8,12 +8,13 @@ from typing import Any
 import jinja2
 import numpy as np
 import pandas as pd
+from matplotlib.ticker import MaxNLocator
 
 from cifarlab import files, pipeline
 from cifarlab.digest import json_digest
 from cifarlab.errors import UserError, shortened
 from cifarlab.pipeline import WORKSPACE, Revision
-from cifarlab.report import pictures, statistics
+from cifarlab.report import statistics
 from cifarlab.report.run import Pictures, Run, Values, load, parameters
 from cifarlab.tracking import client as tracking
 
@@ -43,8 +44,7 @@ def write(names: Sequence[str], output: Path) -> Iterator[str]:
     runs = [load(revision, known) for revision in revisions]
     # A name that is not valid Unicode must not end the program.
     page = render(runs).encode("utf-8", "backslashreplace")
-    with files.atomic(output) as path:
-        path.write_bytes(page)
+    files.write(output, page)
     yield str(output)
     yield _log(runs, page.decode()) if runs[0].tracked else result
 
@@ -96,7 +96,10 @@ def _examples(run: Run, one: pd.DataFrame, other: pd.DataFrame) -> list[Pictures
 
 
 def _chart(quantity: str, runs: Sequence[Run]) -> dict[str, Any] | None:
-    """Return loss or accuracy of all runs over the epochs; None if no run has any."""
+    """Return loss or accuracy of all runs over the epochs, with round ticks; None if there is none.
+
+    Each line has a label, the number of its colour, whether it is dashed, and its finite values.
+    """
     lines = []
     for color, run in enumerate(runs):
         mixed = ", images mixed by CutMix" if run.params.get("train.cutmix") else ""
@@ -111,7 +114,12 @@ def _chart(quantity: str, runs: Sequence[Run]) -> dict[str, Any] | None:
                 name = f"{run.revision.label}: {label}" if len(runs) > 1 else label
                 lines.append((name, color, split == "train", values[np.isfinite(values)]))
     lines = [line for line in lines if len(line[-1])]
-    return pictures.chart(quantity, lines) if lines else None
+    if not lines:
+        return None
+    every = pd.concat([values for *_, values in lines])
+    x = MaxNLocator(6, integer=True).tick_values(0, every.index.max())
+    y = MaxNLocator(5).tick_values(every.min(), max(every.max(), every.min() + 0.01))
+    return {"title": quantity, "lines": lines, "x": [*x], "y": [*y]}
 
 
 def _log(runs: Sequence[Run], page: str) -> str:

@@ -1,31 +1,36 @@
 """Reading what the page shows of one run. What is missing becomes a sentence on the page."""
 
+import base64
 import json
-import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
+import numpy as np
+import numpy.typing as npt
 import pandas as pd
 import yaml
+from PIL import Image
 from safetensors import SafetensorError
+from safetensors.numpy import load as load_tensors
 
 from cifarlab import files, pipeline
-from cifarlab.errors import UserError, first_line
+from cifarlab.errors import DAMAGED, UserError, first_line, in_a_sentence
 from cifarlab.params.load import Loader, load_params
-from cifarlab.pipeline import Revision
-from cifarlab.report import pictures
+from cifarlab.pipeline import Revision, flat
 from cifarlab.report.statistics import right
 from cifarlab.runtime import timings
 from cifarlab.tracking.sync import tags_of
 
 MISTAKES = 24  # the most that are shown
+LARGEST = 48  # pixels; larger images are made smaller, so that the page stays small
+FILTERS = 96  # the most that are shown
 CONDITIONS = ("device", "threads", "precision", "torch", "environment")
 # What damaged files, DVC, Git and the disk raise.
-ERRORS = (UserError, OSError, ValueError, LookupError, TypeError, AttributeError, SyntaxError)
+ERRORS = (UserError, OSError, SyntaxError, yaml.YAMLError, SafetensorError, *DAMAGED)
 T = TypeVar("T")
 Values = dict[str, Any]
 Pictures = list[tuple[str, list[str]]]
@@ -59,7 +64,7 @@ class Run:
         """Return the result of an action, or None and note why the part is missing."""
         try:
             return action()
-        except (*ERRORS, yaml.YAMLError, SafetensorError) as error:
+        except ERRORS as error:
             self.missing[part] = first_line(error)
             return None
 
@@ -70,20 +75,18 @@ class Run:
         rows = rows.sort_values("confidence", ascending=False, kind="stable").head(most)
         path = files.DATA / "test_images.npy"
         with pipeline.tree(self.revision) as open_file, open_file(path) as file:
-            shown = map(pictures.png, pictures.rows(file, rows.index.tolist()))
+            shown = map(png, read_images(file, rows.index.tolist()))
             return list(zip(shown, map(caption, rows.itertuples()), strict=True))
 
 
 def load(revision: Revision, tracked: Sequence[Any]) -> Run:
     """Read a revision. `tracked` are the runs in MLflow. UserError: it has no results."""
-    try:
+    advice = "run `dvc repro`, then commit dvc.lock and metrics/"
+    with in_a_sentence(f"{revision.label} has no results in metrics/; {advice}", *DAMAGED):
         texts = [pipeline.read_text(p, revision) for p in (files.EVALUATION, files.TRAIN_METRICS)]
         evaluation, training = map(json.loads, texts)
         evaluation.pop("accuracy_per_class", None)  # older versions kept it there, too
         metrics = evaluation | training
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
-        advice = "run `dvc repro`, then commit dvc.lock and metrics/"
-        raise UserError(f"{revision.label} has no results in metrics/; {advice}") from error
     facts = {"experiment": revision.name, "commit": revision.commit}
     facts |= {"baseline": revision.baseline} if revision.name else {}
     run = Run(revision, metrics, parameters(revision), facts)
@@ -109,7 +112,7 @@ def load(revision: Revision, tracked: Sequence[Any]) -> Run:
             run.classes = [*each["class"]]
         elif run.predictions is not None:
             run.classes = sorted({*run.predictions.actual, *run.predictions.predicted})
-        run.filters = run.try_to("filters", lambda: pictures.filters(opened(files.WEIGHTS).read()))
+        run.filters = run.try_to("filters", lambda: draw_filters(opened(files.WEIGHTS).read()))
         data = run.try_to("data", lambda: opened(files.DATA / "dataset.json").read())
     if run.predictions is not None:
         run.mistakes = run.try_to("mistakes", lambda: _mistakes(run))
@@ -122,21 +125,10 @@ def load(revision: Revision, tracked: Sequence[Any]) -> Run:
 
 def parameters(revision: Revision) -> Values:
     """Return the parameters in params.yaml by full key, also those of older versions."""
-    try:
+    problem = f"params.yaml of {revision.label} is damaged; `cifarlab check` says what is wrong"
+    with in_a_sentence(problem, yaml.YAMLError, RecursionError, *DAMAGED):
         text = pipeline.read_text(files.PARAMS, revision)
         return dict(flat(yaml.load(text, Loader) or {}))  # noqa: S506, it is a safe loader
-    except (yaml.YAMLError, ValueError, RecursionError, AttributeError) as error:
-        advice = "`cifarlab check` says what is wrong"
-        raise UserError(f"params.yaml of {revision.label} is damaged; {advice}") from error
-
-
-def flat(tree: Values, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield nested values under their full key."""
-    for key, value in tree.items():
-        name = f"{prefix}{key}"
-        if isinstance(value, str) and re.fullmatch(r"[-+]?\d+(\.\d*)?e[-+]?\d{1,3}", value):
-            value = float(value)  # noqa: PLW2901 - 1e-5 is text for PyYAML and a number for DVC
-        yield from flat(value, f"{name}.") if isinstance(value, dict) else [(name, value)]
 
 
 def _read_lock(run: Run) -> None:
@@ -171,8 +163,8 @@ def _read_origin(run: Run, data: bytes | None) -> None:
         info, tags = run.tracked.info, run.tracked.data.tags
         facts["MLflow run"] = f"{info.run_name} ({info.run_id})"
         facts |= {name: tags[name] for name in CONDITIONS if name in tags}
-    if data:
-        known = json.loads(data)
+    known = json.loads(data or "{}")
+    if known:
         counts = "{name}, {train:,} training and {test:,} test images"
         facts |= {"data": counts.format(**known), "digest of the data": known["digest"]}
         run.tests |= {known["test_digest"]} if "test_digest" in known else set()
@@ -180,10 +172,8 @@ def _read_origin(run: Run, data: bytes | None) -> None:
         return
     with pipeline.tracked_files(commit) if commit else nullcontext(Path()) as folder:
         facts["digest of the code"] = pipeline.stage_code(folder, pipeline.STAGES)
-        if data and commit:
-            (folder / files.DATA).mkdir()
-            (folder / files.DATA / "dataset.json").write_bytes(data)
-        key = pipeline.training_key(load_params(folder / files.PARAMS), folder)
+        params = load_params(folder / files.PARAMS)
+        key = pipeline.training_key(params, folder, known.get("digest", ""))
         facts |= {"training key": key} | timings.read(key).conditions
 
 
@@ -193,3 +183,36 @@ def _mistakes(run: Run) -> Pictures:
     wrong = run.predictions[~right(run.predictions)]
     said = "→ {0.predicted} ({0.confidence:.0%})"
     return run.pictures(wrong, MISTAKES, lambda row: [row.actual, said.format(row)])
+
+
+def png(pixels: npt.NDArray[np.uint8]) -> str:
+    """Return pixels, uint8 (height, width, 3), as the address of a picture."""
+    image, file = Image.fromarray(pixels), BytesIO()
+    image.thumbnail((LARGEST, LARGEST))
+    image.save(file, "PNG", optimize=True)
+    return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
+
+
+def read_images(file: BinaryIO, numbers: Sequence[int]) -> Iterator[npt.NDArray[np.uint8]]:
+    """Yield some images of an .npy file of uint8, of which only these are read."""
+    np.lib.format.read_magic(file)
+    shape, *_ = np.lib.format.read_array_header_1_0(file)
+    start, size = file.tell(), int(np.prod(shape[1:]))
+    for number in numbers:
+        file.seek(start + number * size)
+        yield np.frombuffer(file.read(size), np.uint8).reshape(shape[1:])
+
+
+def draw_filters(weights: bytes) -> dict[str, Any]:
+    """Draw the filters of the first layer of a network.safetensors, each as a picture.
+
+    Zero is grey. Each filter is scaled by its largest weight.
+    """
+    tensors = load_tensors(weights)
+    whitening = "stem.0.weight" in tensors
+    every = tensors["stem.0.weight" if whitening else "stages.0.first.0.weight"]
+    shown = every[:FILTERS].transpose(0, 2, 3, 1)
+    largest = np.abs(shown).max((1, 2, 3), keepdims=True).clip(1e-12)
+    colors = np.rint(127.5 + 127.5 * shown / largest).astype(np.uint8)
+    sizes = {"size": every.shape[-1], "count": len(every), "whitening": whitening}
+    return {"sources": [png(color) for color in colors]} | sizes

@@ -79,9 +79,9 @@ class Checkpoint:
             buffer = io.BytesIO()
             torch.save({"conditions": self.conditions, "state": state}, buffer)
             # In a traceback, the view would crash Python 3.12.1 (python/cpython#111049).
-            with buffer.getbuffer() as data, files.atomic(self.path) as temporary:
+            with buffer.getbuffer() as data:
                 # With a checksum, because torch does not notice a flipped bit in a tensor.
-                temporary.write_bytes(hashlib.sha256(data).digest() + data)
+                files.write(self.path, hashlib.sha256(data).digest() + data)
         except OSError as error:
             print(f"warning: {self.path} cannot be written ({first_line(error)}); training goes on")
 

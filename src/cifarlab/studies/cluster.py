@@ -8,7 +8,7 @@ import os
 from collections.abc import Generator, Mapping
 
 from cifarlab import files, pipeline
-from cifarlab.errors import UserError
+from cifarlab.errors import UserError, in_a_sentence
 from cifarlab.params.load import changed
 from cifarlab.pipeline import Revision, git
 from cifarlab.runtime import timings
@@ -27,21 +27,17 @@ def run(address: str, changes: Mapping[str, Parameters]) -> Generator[tuple[str,
     ----------
     address : ray for the cluster of this machine, or ray://HOST:PORT
     """
-    try:
+    with in_a_sentence("Ray is not installed; `make cluster` installs it", ModuleNotFoundError):
         import ray
-    except ModuleNotFoundError as error:
-        raise UserError("Ray is not installed; `make cluster` installs it") from error
     remote, order = _remote()
     sent = git("ls-remote", remote, clone.reference(order.baseline, "*"))
     there = {line.rpartition("/")[2] for line in sent.splitlines()}.intersection(changes)
     for name in changes:
         if name in there:
             yield name, _pull(remote, name, changes[name])
-    try:
+    advice = "`ray start --head` starts one on this machine"
+    with in_a_sentence(f"no Ray cluster answers at {address}; {advice}", ConnectionError):
         ray.init("auto" if address == "ray" else address, log_to_driver=False)
-    except ConnectionError as error:
-        advice = "`ray start --head` starts one on this machine"
-        raise UserError(f"no Ray cluster answers at {address}; {advice}") from error
     try:
         ray.cloudpickle.register_pickle_by_value(clone)  # workers have no checkout
         gpus = "GPU" in ray.cluster_resources()
@@ -57,7 +53,9 @@ def run(address: str, changes: Mapping[str, Parameters]) -> Generator[tuple[str,
             [done], _ = ray.wait(list(running), num_returns=1)
             name = running.pop(done)
             try:
-                _keep(ray.get(done))
+                # The epoch times of the training: where those of this machine are.
+                for file, times in ray.get(done).items():
+                    files.write(timings.path_of("").with_name(file), times)
                 problem = _pull(remote, name, changes[name])
             except ray.exceptions.RayError as error:
                 problem = str(error).strip().splitlines()[-1]
@@ -92,13 +90,6 @@ def _remote() -> tuple[str, clone.Order]:
     if tracking.database():  # of this machine, also if MLflow has set the variable
         env.pop("MLFLOW_TRACKING_URI", None)
     return remote, clone.Order(url, head, head, git("rev-parse", "--show-prefix").strip(), env)
-
-
-def _keep(times: Mapping[str, str]) -> None:
-    """Write the epoch times of a training where those of this machine are."""
-    for name, content in times.items():
-        with files.atomic(timings.path_of("").with_name(name)) as path:
-            path.write_text(content, "utf-8")
 
 
 def _pull(remote: str, name: str, changes: Parameters) -> str:

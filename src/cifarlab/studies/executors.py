@@ -9,6 +9,7 @@ from pathlib import Path
 
 from cifarlab import files, pipeline
 from cifarlab.errors import UserError, without_secrets
+from cifarlab.params.load import load_params
 from cifarlab.pipeline import git
 from cifarlab.studies import clone, cluster
 from cifarlab.studies.question import Parameters
@@ -58,6 +59,7 @@ def run_queue(execute: Executor) -> None:
     UserError
         Some failed, or the code has changed since they were queued.
     """
+    load_params()  # a damaged file is named
     changes, code = dict[str, Parameters](), pipeline.dependencies(stages=pipeline.EVERY)
     tasks = pipeline.queued()
     for name, task in tasks.items():
@@ -80,6 +82,8 @@ def run_one(name: str, changes: Parameters) -> None:
 def _here(jobs: int, changes: Changes) -> Outcomes:
     """Run experiments on this machine, in clones of the checkout with what is not committed yet."""
     local, head = Path(".dvc/config.local"), pipeline.git_commit()
+    if new := git("ls-files", "--others", "--exclude-standard", "src", "stages").splitlines():
+        raise UserError(f"Git does not know {new[0]}, so a clone would lack it; `git add {new[0]}`")
     order = clone.Order(
         source=git("rev-parse", "--show-toplevel").strip(),
         baseline=head,

@@ -4,19 +4,18 @@ import re
 from pathlib import Path
 from typing import Any
 
+import jinja2
 import pandas as pd
 from pandas import DataFrame
 from scipy import stats
 
-from cifarlab.errors import UserError
+from cifarlab.errors import UserError, in_a_sentence
 from cifarlab.figures.study import draw_layers, draw_study
-from cifarlab.files import ANSWERS, atomic
+from cifarlab.files import ANSWERS, write
 from cifarlab.studies.points import Point, Tables, needed
 from cifarlab.studies.question import Study
 from cifarlab.studies.statistics import DIFFERENT, EQUIVALENT, UNDECIDED, effects, one_at_a_time
 
-COMPARISON = ["difference", "95 % interval", "answer"]
-FEW = 5
 NOTICE = "> These figures were made by other code or parameters"
 
 
@@ -41,19 +40,38 @@ def write_page(name: str, study: Study, points: list[Point], tables: Tables) -> 
         raise UserError(f"{ANSWERS}/{lacking}; `make study NAME={name}` {advice}")
     comparison, alone = effects(study, results), one_at_a_time(study, results)
     answer = f"{_filled(study.findings, comparison, alone, results)} {_summary(study, comparison)}"
-    grid = DataFrame.from_dict(study.variants, orient="index")[list(study.grid)]
-    title, label = study.question, f"{study.answer_by} accuracy"
     folder = folder_of(name, joined(results.data, " and "))
-    picture, margin = folder / f"{name}.png", study.margin
-    draw_study(picture, title, label, comparison, tables=tables, grid=grid, margin=margin)
-    pictures = [f"![effects, learning curves and classes]({name}.png)"]
+    draw_study(folder / f"{name}.png", study, comparison, tables)
     layers = epochs.set_index(["variant", "epoch"]).filter(like="/").dropna(axis=1, how="all")
     if len(layers.columns):
         draw_layers(folder / f"{name}-layers.png", layers, list(study.variants))
-        pictures.append(f"![layer by layer]({name}-layers.png)")
-    head = [f"# {study.question}", *_notice(name, results), answer.strip(), *pictures]
-    text = [*_tables(study, comparison, alone, tables), *_open(study, comparison, alone)]
-    return write_answer(folder / f"{name}.md", [*head, *text, *_how(name, study, results)])
+    page = folder / f"{name}.md"
+    text = rendered(
+        "study.jinja",
+        name=name,
+        study=study,
+        results=results,
+        pairs=pd.concat([comparison[1:].reset_index(), alone]),
+        notice=_notice(name, results),
+        answer=answer.strip(),
+        layers=len(layers.columns),
+        rows=_rows(study, comparison, tables),
+        alone=[[row.variant, row.reference, *_compared(row)] for _, row in alone.iterrows()],
+    )
+    write(page, text)
+    return page
+
+
+def rendered(template: str, **values: Any) -> str:
+    """Return the text of a page: a template of this folder with some values."""
+    environment = jinja2.Environment(  # noqa: S701, the pages are Markdown
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters |= {"joined": joined, "made_by": made_by}
+    return environment.get_template(template).render(values)
 
 
 def folder_of(name: str, data: str) -> Path:
@@ -67,20 +85,13 @@ def folder_of(name: str, data: str) -> Path:
     return ANSWERS / re.sub(r"\W+", "-", data) if other else ANSWERS
 
 
-def write_answer(path: Path, paragraphs: list[str]) -> Path:
-    """Write the page of a study or search and return its path."""
-    with atomic(path) as temporary:
-        temporary.write_text("\n\n".join(paragraphs) + "\n", "utf-8")
-    return path
-
-
 def update_notice(name: str, results: DataFrame) -> None:
     """Let the notice below the title of the page about these results, if there is one, be right."""
     path = folder_of(name, joined(results.data, " and ")) / f"{name}.md"
     if path.exists() and len(results):
-        title, *others = path.read_text("utf-8").removesuffix("\n").split("\n\n")
+        title, *others = path.read_text("utf-8").split("\n\n")
         text = [paragraph for paragraph in others if not paragraph.startswith(NOTICE)]
-        write_answer(path, [title, *_notice(name, results), *text])
+        write(path, "\n\n".join([title, *_notice(name, results), *text]))
 
 
 def _notice(name: str, results: DataFrame) -> list[str]:
@@ -93,13 +104,6 @@ def _notice(name: str, results: DataFrame) -> list[str]:
 def made_by(results: DataFrame) -> str:
     """Return the commits that made the results, seven digits each, or "unknown"."""
     return ", ".join(sorted(set(results.commit.fillna("unknown").str[:7])))
-
-
-def markdown_table(head: list[str], rows: list[list[str]]) -> str:
-    """Return a table in Markdown."""
-    escaped = ([cell.replace("|", r"\|") for cell in cells] for cells in (head, *rows))
-    head_line, *lines = (f"| {' | '.join(cells)} |" for cells in escaped)
-    return "\n".join([head_line, "|---" * len(head) + "|", *lines])
 
 
 def _filled(findings: str, comparison: DataFrame, alone: DataFrame, results: DataFrame) -> str:
@@ -122,67 +126,13 @@ def _filled(findings: str, comparison: DataFrame, alone: DataFrame, results: Dat
     both = pd.concat([table[["difference", "difference_margin"]] for table in (comparison, named)])
     margins = both.difference_margin.map(" ± {:.1f}".format)
     columns["difference"] = both.difference.map("{:+.1f}".format) + margins
-    for field in re.findall("{(.*?)}", findings):
-        if not re.fullmatch(r"\w+\[[^\]]+\]", field):
-            raise UserError(f"findings: {{{field}}} is not a number of the tables")
-    try:
-        return findings.format_map(columns)
-    except (KeyError, ValueError) as error:
-        raise UserError(f"findings: {{{error}}} is not a number of the tables") from error
 
+    def number(field: re.Match[str]) -> str:
+        column, _, row = field[1].removesuffix("]").partition("[")
+        return str(columns[column][row])
 
-def _tables(study: Study, comparison: DataFrame, alone: DataFrame, tables: Tables) -> list[str]:
-    """Return the tables, with a warning if there are few seeds."""
-    fewest = tables.results.groupby("variant").size().min()
-    warning = f"> Only {fewest} seeds. With so few, only large differences can be told from chance."
-    paragraphs = [warning] if fewest < FEW else []
-    paragraphs.append(_main_table(study, comparison, tables))
-    if len(alone):
-        rows = [[row.variant, row.reference, *_compared(row)] for _, row in alone.iterrows()]
-        table = markdown_table(["variant", "compared with", *COMPARISON], rows)
-        paragraphs += ["The effect of one parameter alone, compared with its first value:", table]
-    return paragraphs
-
-
-def _open(study: Study, comparison: DataFrame, alone: DataFrame) -> list[str]:
-    """Return what could not be found out: undecided comparisons, and the power of the study."""
-    pairs = pd.concat([comparison[1:].reset_index(), alone])
-    undecided = pairs[pairs.verdict == UNDECIDED]
-    left = [f"{row.variant} compared with {row.reference}" for row in undecided.itertuples()]
-    low, high = (f"{value:.1f}" for value in (pairs.detectable.min(), pairs.detectable.max()))
-    smallest = low if low == high else f"between {low} and {high}"
-    return [
-        "## What could not be found out",
-        f"Undecided: {'; '.join(left)}." if left else "Every comparison is decided.",
-        f"A true difference of {smallest} points would have been found with a probability of "
-        f"80 %. Smaller ones may exist. Differences below {study.within} count as equivalent.",
-    ]
-
-
-def _how(name: str, study: Study, results: DataFrame) -> list[str]:
-    """Return how the study was made, and how to repeat it."""
-    several = "s, whose sums differ by rounding" if results.machine.nunique() > 1 else ""
-    own = "Each seed drew its own validation images.\n" if study.splits == "own" else ""
-    looks = ""
-    if len(study.looks) > 1:
-        after = ", ".join(map(str, study.looks))
-        looks = (
-            f"After {after} seeds, only variants with undecided comparisons got more. The error "
-            "rate was divided among these looks (Lan and DeMets 1983), and the intervals hold "
-            "whenever the study stops.\n"
-        )
-    return [
-        "## How it was measured",
-        f"{results.seed.nunique()} seeds ({', '.join(map(str, sorted(set(results.seed))))}), "
-        f"{results.images.max():,} training images of {joined(results.data, ' and ')}.\n"
-        "± and intervals are 95 % intervals by Student's t. Differences are paired by seed.\n"
-        "*Different*: paired t test. *Equivalent*: two one-sided t tests. p is corrected for all "
-        "comparisons of a table by Holm's method; 5 % is the limit.\n"
-        f"{own}{looks}{study.shared}\nMachine{several}: {joined(results.machine, '; ')}.",
-        f"    make study NAME={name}",
-        f"asks studies/{name}.yaml again. {name}.csv lists every point with its DVC experiment and "
-        "its MLflow run.",
-    ]
+    with in_a_sentence("findings: {%s} is not a number of the tables", KeyError):
+        return re.sub("{(.*?)}", number, findings)
 
 
 def joined(names: Any, separator: str) -> str:
@@ -190,8 +140,8 @@ def joined(names: Any, separator: str) -> str:
     return separator.join(sorted(set(names.astype(object).fillna("unknown"))))
 
 
-def _main_table(study: Study, comparison: DataFrame, tables: Tables) -> str:
-    """Return the table with a row for each variant."""
+def _rows(study: Study, comparison: DataFrame, tables: Tables) -> list[list[str]]:
+    """Return the cells of the table with a row for each variant."""
     results, epochs = tables
     trained = results.images * results.experiment.map(epochs.groupby("experiment").size())
     groups = results.assign(speed=trained / results.seconds).groupby("variant")
@@ -201,14 +151,12 @@ def _main_table(study: Study, comparison: DataFrame, tables: Tables) -> str:
     for name in study.variants:
         effect, mean, margin = comparison.loc[name], means.loc[name], margins.loc[name]
         cells = [f"{effect.accuracy:.2f} ± {effect.accuracy_margin:.2f}"]
-        cells += _compared(effect) if rows else [""] * len(COMPARISON)
+        cells += _compared(effect) if rows else [""] * 3
         measured = [f"test_{measure}" for measure in study.measures]
         cells += [f"{mean[column]:.4g} ± {margin[column]:.2g}" for column in measured]
         cost = [f"{mean.parameters:,.0f}", f"{mean.seconds:.1f}", f"{mean.speed:,.0f}"]
         rows.append([name, *cells, *cost, str(len(groups.get_group(name)))])
-    measures = [measure.replace("_", " ") for measure in study.measures]
-    head = ["variant", f"{study.answer_by} accuracy %", *COMPARISON, *measures]
-    return markdown_table([*head, "parameters", "training s", "images/s", "seeds"], rows)
+    return rows
 
 
 def _compared(effect: Any) -> list[str]:

@@ -20,11 +20,11 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from cifarlab import files, pipeline
 from cifarlab.digest import json_digest
-from cifarlab.errors import UserError, first_line
+from cifarlab.errors import UserError, in_a_sentence
 from cifarlab.params.load import changed
 from cifarlab.params.sections import DEFAULT_FOLDER
 from cifarlab.pipeline import Revision
-from cifarlab.studies.question import Parameters, Study, slug
+from cifarlab.studies.question import Parameters, Study, faults, slug
 from cifarlab.studies.statistics import seeds_needed
 from cifarlab.tracking.studies import timing_of
 from cifarlab.tracking.upload import read_table
@@ -89,6 +89,9 @@ def load(name: str) -> tuple[Study, list[Point]]:
             parameters = changed(changes).flat()
             if study.splits == "own" and not parameters["data.validation"]:
                 raise UserError("splits: own needs data.validation above 0")
+            held_out = parameters["data.validation"] or parameters["data.name"] == "folder"
+            if study.answer_by == "validation" and not held_out:
+                raise UserError("answer_by: validation needs data.validation above 0")
         except UserError as error:
             reason = "; ".join(str(error).splitlines())
             raise UserError(f"{files.QUESTIONS}/{name}.yaml: {variant}: {reason}") from error
@@ -112,11 +115,9 @@ def read_links(path: Path = files.EQUAL_CODE) -> list[Link]:
     UserError
         The file is damaged.
     """
-    try:
+    problem = f"{path} is damaged (%s); `git checkout {path}` repairs it"
+    with in_a_sentence(problem, ValidationError, words=faults):
         return TypeAdapter(list[Link]).validate_json(path.read_bytes() if path.exists() else "[]")
-    except ValidationError as error:
-        reason = f"damaged ({error.errors()[0]['msg']})"
-        raise UserError(f"{path} is {reason}; `git checkout {path}` repairs it") from error
 
 
 def key_of(parameters: Parameters) -> str:
@@ -190,15 +191,13 @@ def read_tables(name: str) -> Tables:
     tables = []
     for path, identity in zip(paths(name), (ORIGIN, [*ORIGIN, "epoch"]), strict=True):
         table = DataFrame(columns=[*identity, "commit"])
-        try:
+        problem = f"{path} is damaged or lacks columns (%s); `git checkout {path}` repairs it"
+        with in_a_sentence(problem, ValueError, KeyError):  # such as the marks of a merge conflict
             if path.exists():  # a variant may be called None
                 table = pd.read_csv(path, dtype=TEXT, keep_default_na=False, na_values=[""])
             table = table.assign(data=table.get("data"))  # old tables of epochs lack it
             unique = [*identity, "data"]
             tables.append(table.drop_duplicates(unique, keep="last", ignore_index=True))
-        except (ValueError, KeyError) as error:  # for example the marks of a merge conflict
-            reason = f"is damaged or lacks columns ({first_line(error)})"
-            raise UserError(f"{path} {reason}; `git checkout {path}` repairs it") from error
     return Tables(*tables)
 
 
@@ -264,8 +263,7 @@ def record(name: str, study: Study, points: list[Point]) -> Tables:
         for path, known, more in [*tables][::-1]:
             # An empty table would turn whole numbers into floats.
             table = pd.concat([known, more]) if len(known) else more
-            with files.atomic(path) as temporary:
-                table.to_csv(temporary, index=False, float_format="%.6g")
+            files.write(path, table.to_csv(index=False, float_format="%.6g"))
     return chosen(name, points)
 
 

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from cifarlab.digest import json_digest
-from cifarlab.errors import UserError
+from cifarlab.errors import UserError, in_a_sentence
 from cifarlab.files import QUESTIONS
 from cifarlab.params.load import read_yaml
 
@@ -25,6 +25,11 @@ def slug(text: str) -> str:
     """Return a text as it appears in the name of an experiment: lower case, words joined by -."""
     words = re.sub(r"\.\.+", ".", re.sub(r"[^a-z0-9.]+", "-", text.lower())).strip("-.")
     return words or json_digest(text)[:8]  # no letter that Git and DVC take everywhere
+
+
+def faults(error: Any) -> str:
+    """Return all that pydantic says against a file, on one line."""
+    return "; ".join(f"{'.'.join(map(str, e['loc']))} {e['msg']}".strip() for e in error.errors())
 
 
 class Question(BaseModel, extra="forbid"):
@@ -48,13 +53,9 @@ class Question(BaseModel, extra="forbid"):
         if name not in names():
             known = ", ".join(names()) or "none"
             raise UserError(f"{QUESTIONS}/ has no {name or 'NAME'}.yaml; NAME can be: {known}")
-        path = QUESTIONS / f"{name}.yaml"
-        try:
+        path, kind = QUESTIONS / f"{name}.yaml", cls.__name__.lower()
+        with in_a_sentence(f"{path} is not a {kind}: %s", ValidationError, words=faults):
             return cls.model_validate(read_yaml(path, "run from the top of the checkout"))
-        except ValidationError as error:
-            faults = [f"{'.'.join(map(str, e['loc']))} {e['msg']}".strip() for e in error.errors()]
-            kind = cls.__name__.lower()
-            raise UserError(f"{path} is not a {kind}: {'; '.join(faults)}") from error
 
     @property
     def shared(self) -> str:

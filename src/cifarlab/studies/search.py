@@ -1,6 +1,5 @@
 """`make search`: the best parameters within a training time; Optuna chooses, DVC trains."""
 
-import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -10,10 +9,11 @@ from optuna.trial import FrozenTrial, TrialState
 from pandas import DataFrame
 
 from cifarlab import files, pipeline
+from cifarlab.digest import json_digest
 from cifarlab.errors import UserError, first_line
 from cifarlab.params.load import changed
 from cifarlab.studies.executors import run_one
-from cifarlab.studies.page import folder_of, joined, made_by, markdown_table, write_answer
+from cifarlab.studies.page import folder_of, rendered
 from cifarlab.studies.points import Point, data_set, finished, key_of
 from cifarlab.studies.question import Range, Search, slug
 from cifarlab.tracking.studies import publish
@@ -35,8 +35,8 @@ def run(name: str) -> Path:
     done = len(study.get_trials(states=[TrialState.COMPLETE, TrialState.PRUNED]))
     print(f"{search.question}\n{done} of {search.trials} trials done", flush=True)
     study.optimize(lambda trial: _train(name, search, trial), max(0, search.trials - done))
-    path = folder_of(name, data) / f"{name}.md"
-    page = write_answer(path, _page(name, search, study.trials, data))
+    page = folder_of(name, data) / f"{name}.md"
+    files.write(page, _page(name, search, study.trials, data))
     rungs = [rung for trial in study.trials for rung in trial.user_attrs.get("rungs", [])]
     publish(name, search.question, [page], [rung["run"] for rung in rungs])
     return page
@@ -45,11 +45,11 @@ def run(name: str) -> Path:
 def _open(name: str, search: Search, question: str) -> optuna.Study:
     """Return the Optuna study of these settings, this question and code, new or continued."""
     settings = search.model_dump_json(exclude={"findings", "trials", "question"})
-    identity = settings + question + pipeline.stage_code()
+    identity = json_digest(settings + question + pipeline.stage_code())[:16]
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     files.cache().mkdir(exist_ok=True)
     study = optuna.create_study(
-        study_name=f"{name} {hashlib.sha256(identity.encode()).hexdigest()[:16]}",
+        study_name=f"{name} {identity}",
         storage="sqlite:///.cache/optuna.db",  # the path of the checkout may hold a ? or a brace
         pruner=optuna.pruners.SuccessiveHalvingPruner(1, reduction_factor=THIRD),
         direction="maximize",
@@ -97,8 +97,8 @@ def _draw(trial: optuna.Trial, key: str, values: list[Any] | Range) -> Any:
     return json.loads(str(trial.suggest_categorical(key, [json.dumps(value) for value in values])))
 
 
-def _page(name: str, search: Search, trials: list[FrozenTrial], data: str) -> list[str]:
-    """Return the paragraphs of docs/studies/NAME.md: all trials that trained, the best first."""
+def _page(name: str, search: Search, trials: list[FrozenTrial], data: str) -> str:
+    """Return the text of docs/studies/NAME.md: all trials that trained, the best first."""
 
     def rank(trial: FrozenTrial) -> tuple[int, bool, float]:
         last = trial.user_attrs["rungs"][-1]
@@ -117,21 +117,13 @@ def _page(name: str, search: Search, trials: list[FrozenTrial], data: str) -> li
         rows.append([*cells, f"{last['seconds']:.0f}", *shown])
     pairs = zip(search.space, rows[0][4:], strict=True)
     settings = ", ".join(f"`{key}={value}`" for key, value in pairs)
-    test = ranked[0].user_attrs["rungs"][-1]["test_accuracy"]
-    made = DataFrame([rung for trial in ranked for rung in trial.user_attrs["rungs"]])
-    head = ["experiment", "epochs", "validation accuracy", f"s for {search.rungs[-1]} epochs"]
-    return [
-        f"# {search.question}",
-        f"**{settings}**: {rows[0][2]} on validation, {test:.2%} on the test images, which were "
-        f"not used to choose. {search.findings}",
-        markdown_table([*head, *search.space], rows),
-        "Trials are drawn by TPE. About the better third of them, and more at the start, goes on\n"
-        f"from each number of epochs ({', '.join(map(str, search.rungs))}) to the next. Trials "
-        f"that take longer than {search.seconds:g} s are\ndropped. Each trial has one seed: make a "
-        "study to find out whether neighbours in this table differ.\n"
-        f"Images of {data}. {search.shared}\n"
-        f"Commit {made_by(made)}, machine: {joined(made.machine, '; ')}.",
-        f"    make search NAME={name}",
-        f"asks studies/{name}.yaml again. Each trial is a DVC experiment and an MLflow run for "
-        "every number of epochs.",
-    ]
+    return rendered(
+        "search.jinja",
+        name=name,
+        search=search,
+        data=data,
+        settings=settings,
+        rows=rows,
+        test=ranked[0].user_attrs["rungs"][-1]["test_accuracy"],
+        made=DataFrame([rung for trial in ranked for rung in trial.user_attrs["rungs"]]),
+    )

@@ -2,12 +2,15 @@
 
 Variants are compared by the differences of their accuracies, paired by seed, with Student's t: from
 3 to 10 seeds, bootstrap intervals would be too narrow. Holm's method (1979) corrects for the number
-of comparisons.
+of comparisons. Accuracies are multiples of one image, so few images can give equal differences by
+chance: a deviation of less than half an image does not count.
 """
 
 import functools
 import itertools
+import math
 from collections.abc import Sequence
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -57,6 +60,7 @@ def compare(accuracies: DataFrame, pairs: Pairs, looks: list[int], margin: float
     verdict, needed = np.full(len(pairs), UNDECIDED, object), np.zeros(len(pairs), int)
     differences = np.array([accuracies[a] - accuracies[b] for a, b in pairs])
     differences = differences.reshape(len(pairs), len(accuracies))  # there may be no pairs
+    half = _half_an_image(accuracies)
     for before, seeds in itertools.pairwise([0, *looks]):
         undecided = verdict == UNDECIDED
         needed[undecided] = seeds
@@ -64,7 +68,7 @@ def compare(accuracies: DataFrame, pairs: Pairs, looks: list[int], margin: float
         if not chosen.size or np.isnan(chosen).any():
             break
         level = spent(seeds / looks[-1]) - spent(before / looks[-1])
-        answers[undecided] = _look(chosen, verdict, level, margin)
+        answers[undecided] = _look(chosen, verdict, level, margin, half)
         claims = [row < SIGNIFICANCE for row in answers[undecided, -2:].T]
         verdict[undecided] = np.select(claims, [DIFFERENT, EQUIVALENT], UNDECIDED)
     names = {"variant": [a for a, _ in pairs], "reference": [b for _, b in pairs]}
@@ -147,7 +151,19 @@ def _accuracies(study: Study, results: DataFrame) -> DataFrame:
     return table.reindex(index=study.seeds, columns=[*study.variants])
 
 
-def _look(differences: Numbers, verdict: Any, level: float, margin: float) -> Numbers:
+def _half_an_image(accuracies: DataFrame) -> float:
+    """Return what half an image is worth in points: the accuracies are multiples of an image."""
+    images = 1
+    for percent in np.unique(accuracies.stack().dropna()):
+        images = math.lcm(images, Fraction(percent / 100).limit_denominator(10**6).denominator)
+        if images > 10**9:  # they are no shares of images
+            break
+    return 50 / images
+
+
+def _look(
+    differences: Numbers, verdict: Any, level: float, margin: float, smallest: float
+) -> Numbers:
     """Test the undecided pairs at one look, at an error rate of `level`.
 
     Returns one row per undecided pair, with the columns of MEASURED.
@@ -156,20 +172,20 @@ def _look(differences: Numbers, verdict: Any, level: float, margin: float) -> Nu
     ----------
     differences : one row per undecided pair, one column per seed
     verdict : of all pairs
+    smallest : deviation between seeds that counts
     """
     seeds = differences.shape[1]
-    mean, deviation = differences.mean(axis=1), differences.std(axis=1, ddof=1)
+    mean = differences.mean(axis=1)
+    deviation = np.maximum(differences.std(axis=1, ddof=1), smallest)
     error = deviation / seeds**0.5
 
     def corrected(claim: str, statistic: Numbers, sides: int) -> Numbers:
         p = (verdict != claim).astype(float)  # those that were decided before count as 0 or 1
-        # A change that does not reach the network at all gives 0 / 0.
-        p[verdict == UNDECIDED] = sides * stats.t.sf(np.nan_to_num(statistic), seeds - 1)
+        p[verdict == UNDECIDED] = sides * stats.t.sf(statistic, seeds - 1)
         holm: Numbers = multipletests(p, method="holm")[1][verdict == UNDECIDED]
         return np.minimum(holm * SIGNIFICANCE / level, 1)
 
-    with np.errstate(divide="ignore", invalid="ignore"):
-        different, equivalent = np.abs(mean) / error, (margin - np.abs(mean)) / error
+    different, equivalent = np.abs(mean) / error, (margin - np.abs(mean)) / error
     margins = stats.t.ppf(1 - level / 2, seeds - 1) * error
     detectable = detectable_effect(seeds, level / len(verdict)) * deviation
     claims = corrected(DIFFERENT, different, 2), corrected(EQUIVALENT, equivalent, 1)

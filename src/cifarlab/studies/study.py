@@ -55,15 +55,14 @@ def report() -> None:
     """Print the state of every study for each data set, and update the notices of its pages."""
     rows: list[tuple[object, ...]] = []
     for name in names():
-        content = read_yaml(QUESTIONS / f"{name}.yaml", "")
-        if isinstance(content, dict) and "space" in content:
-            rows.append((name, "a search: `make search` judges its trials", *[""] * 5))
-            continue
         try:
             study, points = load(name)
         except UserError as error:
-            reason = f"not valid with the present params.yaml: {first_line(error)}"
-            rows.append((name, reason, *[""] * 5))
+            content = read_yaml(QUESTIONS / f"{name}.yaml", "")
+            invalid = f"not valid with the present params.yaml: {first_line(error)}"
+            search = isinstance(content, dict) and "space" in content
+            state = "a search: `make search` judges its trials" if search else invalid
+            rows.append((name, state, *[""] * 5))
             continue
         every = [tables.results for tables in by_data(name, points).values()]
         for results in [table for table in every if len(table)] or every[:1]:

@@ -10,9 +10,9 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.request import ProxyHandler, build_opener
@@ -20,7 +20,7 @@ from urllib.request import ProxyHandler, build_opener
 from filelock import FileLock
 
 from cifarlab import files
-from cifarlab.errors import UserError, shortened, without_secrets
+from cifarlab.errors import UserError, in_a_sentence, shortened, without_secrets
 
 KEY = "cifarlab.key"  # the tag that every run of this project has: its training key
 # The columns of the table of runs that `cifarlab ui` opens. MLflow keeps such a view in a tag of
@@ -140,10 +140,8 @@ def database() -> Path | None:
     from sqlalchemy.engine import make_url
     from sqlalchemy.exc import ArgumentError
 
-    try:
+    with in_a_sentence(f"{shown} is not a valid address; {advice}", ArgumentError):
         url = make_url(given)
-    except ArgumentError as error:
-        raise UserError(f"{shown} is not a valid address; {advice}") from error
     name = url.database or ""
     if name in ("", ":memory:") or url.query.get("mode") == "memory":
         raise UserError(f"{shown} is refused: it keeps nothing on disk; {advice}")
@@ -209,7 +207,7 @@ def all_runs(name: str = "") -> list[Any]:
     advice = (
         "If mlflow.db is damaged, move it away: `make sync` fills a new one, without a champion"
     )
-    with in_a_sentence("MLflow cannot be read (", f"); check MLFLOW_TRACKING_URI. {advice}"):
+    with in_a_sentence(f"MLflow cannot be read (%s); check MLFLOW_TRACKING_URI. {advice}"):
         return Deadline(60).wait(search)
 
 
@@ -217,17 +215,6 @@ def models_of(client: Any, run: Any) -> list[Any]:
     """Return the models of a run that nobody has deleted."""
     query = f"source_run_id = '{run.info.run_id}'"
     return list(client.search_logged_models([run.info.experiment_id], query))
-
-
-@contextmanager
-def in_a_sentence(before: str, after: str = "") -> Iterator[None]:
-    """Turn what MLflow, SQLAlchemy, requests and the disk raise into a UserError."""
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:
-        raise UserError(f"{before}{shortened(error)}{after}") from error
 
 
 def try_to(action: Callable[[], T], otherwise: str) -> T | None:
@@ -258,7 +245,7 @@ def serve(port: int, experiment: str) -> None:
         if test.connect_ex(("127.0.0.1", port)) == 0:
             raise UserError(f"port {port} is taken; choose another: make ui PORT={port + 1}")
     view = json.dumps({"selectedColumns": COLUMNS})
-    with in_a_sentence("MLflow cannot be read (", f"); repair {path} or move it away"):
+    with in_a_sentence(f"MLflow cannot be read (%s); repair {path} or move it away"):
         number = experiment_id(client := connect(), experiment)
         client.set_experiment_tag(number, f"mlflow.sharedViewState.{VIEW}", view)
     command = [sys.executable, "-m", "mlflow", "ui", "--host", "127.0.0.1", "--port", str(port)]
@@ -302,9 +289,8 @@ def _given_uri() -> str:
 
 def _sqlite(path: Path) -> str:
     """Return the URI of an SQLite file. Its name may hold any character."""
-    from sqlalchemy.engine import URL
-
-    return URL.create("sqlite", database=str(path)).render_as_string()
+    # MLflow creates the folder of a path that is percent-encoded, so only what must be is encoded.
+    return "sqlite:///" + str(path).replace("%", "%25").replace("?", "%3F").replace("#", "%23")
 
 
 def _move_artifacts(path: Path) -> None:

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 
 from cifarlab.nn import weights
-from cifarlab.nn.export import export_torch
 
 CLASSIFIER = Path(__file__).with_name("classifier.py")
 PACKAGES = ("mlflow", "numpy", "pandas", "pillow", "torch")
@@ -34,7 +33,7 @@ def write(folder: Path, network_file: Path, model: Any) -> None:
     network = weights.load(network_file)
     for name in ("artifacts", "pytorch"):  # MLflow's loader for PyTorch wants a folder
         (folder / name).mkdir(parents=True)
-    export_torch(network, folder / "pytorch/model.pt2")
+    weights.export_torch(network, folder / "pytorch/model.pt2")
     shutil.copy(network_file, folder / "artifacts")
     shutil.copy(CLASSIFIER, folder)
     # PyPI does not have what follows a +, such as "2.14.1+cpu".

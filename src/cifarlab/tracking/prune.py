@@ -9,7 +9,7 @@ from typing import Any
 import pandas as pd
 
 from cifarlab import files, pipeline
-from cifarlab.errors import UserError, first_line, without_secrets
+from cifarlab.errors import UserError, in_a_sentence, without_secrets
 from cifarlab.pipeline import Revision
 from cifarlab.tracking import client as tracking
 from cifarlab.tracking.sync import origin_of, shows
@@ -56,9 +56,11 @@ def prune(keep: Sequence[str], best: int, *, remove: bool) -> None:
 
 def _accuracy(revision: Revision) -> float:
     for path, name in ((files.TRAIN_METRICS, "val_accuracy"), (files.EVALUATION, "accuracy")):
-        content = json.loads(pipeline.read_text(path, revision) or "{}")
-        if name in content:
-            return float(content[name])
+        problem = f"{path} of {revision.label} is damaged (%s); `dvc exp remove` removes it"
+        with in_a_sentence(problem, ValueError, TypeError):
+            content = json.loads(pipeline.read_text(path, revision) or "{}")
+            if name in content:
+                return float(content[name])
     return 0.0
 
 
@@ -66,16 +68,14 @@ def _in_studies() -> set[str]:
     """Return the experiments that the table of a study names. UserError: a table is damaged."""
     names: set[str] = set()
     for path in files.ANSWERS.glob("*.csv"):
-        try:
+        with in_a_sentence(f"{path} is damaged (%s); repair it first", ValueError, KeyError):
             names.update(pd.read_csv(path, dtype={"experiment": str})["experiment"])
-        except (ValueError, KeyError) as error:
-            raise UserError(f"{path} is damaged ({first_line(error)}); repair it first") from error
     return names
 
 
 def _registered() -> list[Any]:
     """Return the runs, also deleted ones, of which MLflow has registered a model."""
-    with tracking.in_a_sentence("MLflow cannot be read (", ")"):
+    with in_a_sentence("MLflow cannot be read (%s)"):
         versions = tracking.connect().search_model_versions()
         import mlflow
 
@@ -95,7 +95,7 @@ def _remove(gone: list[Revision]) -> None:
     # Experiments of other checkouts may have the same name.
     wanted = [origin_of(revision).items() for revision in gone]
     runs = [run for run in tracking.all_runs() if any(o <= run.data.tags.items() for o in wanted)]
-    with tracking.in_a_sentence("MLflow cannot delete a run (", "); nothing was removed from DVC"):
+    with in_a_sentence("MLflow cannot delete a run (%s); nothing was removed from DVC"):
         client = tracking.connect()
         models = [model.model_id for run in runs for model in tracking.models_of(client, run)]
         for model in models:

@@ -10,9 +10,9 @@ import pandas as pd
 from scipy.stats import binomtest
 
 from cifarlab import files, pipeline
-from cifarlab.errors import UserError, shortened
+from cifarlab.errors import UserError, in_a_sentence, shortened
 from cifarlab.params.load import load_params
-from cifarlab.tracking.client import connect, in_a_sentence, models_of
+from cifarlab.tracking.client import connect, models_of
 from cifarlab.tracking.sync import shows
 from cifarlab.tracking.upload import NOTE, TEST_DIGEST, model_name
 
@@ -34,7 +34,7 @@ def download_network(uri: str, folder: Path) -> Path:
     """
     import mlflow
 
-    with in_a_sentence(f"MLflow cannot give {uri}: "):
+    with in_a_sentence(f"MLflow cannot give {uri}: %s"):
         client = connect()
         if "/" not in uri:
             uri = f"models:/{_model_of(client, client.get_run(uri))}"
@@ -53,7 +53,7 @@ def promote(name: str, *, force: bool) -> str:
     UserError
         There is no such run, or it has no model.
     """
-    with in_a_sentence(f"MLflow cannot give {name}: "):
+    with in_a_sentence(f"MLflow cannot give {name}: %s"):
         client, registered = connect(), model_name(load_params().tracking.experiment)
         run = _find_run(client, name)
         model = _model_of(client, run)
@@ -81,7 +81,7 @@ def promote(name: str, *, force: bool) -> str:
 
 def champion() -> str:
     """Describe the champion and say how DVC restores it. UserError: there is none."""
-    with in_a_sentence(f"MLflow cannot give {CHAMPION}: "):
+    with in_a_sentence(f"MLflow cannot give {CHAMPION}: %s"):
         client, registered = connect(), model_name(load_params().tracking.experiment)
         if (version := _champion(client, registered)) is None:
             raise UserError(f"{registered} has no champion; `cifarlab promote RUN` makes one")
@@ -108,6 +108,8 @@ def _champion(client: Any, registered: str) -> Any:
 
 def _find_run(client: Any, name: str) -> Any:
     """Return the run with this id, or the newest one of a DVC experiment."""
+    if not name:
+        raise UserError("name an experiment, or the id of a run")
     if re.fullmatch(r"[0-9a-f]{32}", name):
         return client.get_run(name)
     experiment = client.get_experiment_by_name(load_params().tracking.experiment)

@@ -13,7 +13,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from cifarlab import files, pipeline
-from cifarlab.errors import shortened
+from cifarlab.errors import in_a_sentence, shortened
 from cifarlab.params.sections import Params
 from cifarlab.runtime import timings
 from cifarlab.tracking import client as tracking
@@ -138,8 +138,9 @@ class StageRun:
         wanted = self.stage != "train" and self.execution.params.tracking.log_model
         if wanted and status == "FINISHED":
             # At the end: a proxy may refuse a file of this size, and a run is worth having without.
-            way_out = "; tracking.log_model: false leaves it out"
-            with tracking.in_a_sentence("the model was not logged: ", way_out):
+            with in_a_sentence(
+                "the model was not logged: %s; tracking.log_model: false leaves it out"
+            ):
                 upload.send_model()
         return upload.run_id
 

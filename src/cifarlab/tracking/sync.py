@@ -8,7 +8,7 @@ from typing import Any
 import pandas as pd
 
 from cifarlab import files, pipeline
-from cifarlab.errors import UserError
+from cifarlab.errors import UserError, in_a_sentence
 from cifarlab.params.load import load_params
 from cifarlab.pipeline import WORKSPACE, Revision
 from cifarlab.tracking import client as tracking
@@ -43,7 +43,7 @@ def sync(*, check: bool = False) -> None:
             if not revision.name and any(wanted.items() <= other.items() for other in unnamed):
                 continue
             unnamed += [] if revision.name else [wanted]
-            with tracking.in_a_sentence("MLflow failed (", ")"):
+            with in_a_sentence("MLflow failed (%s)"):
                 run_id, status = mirror.complete(revision, wanted, check=check)
         except UserError as error:
             status = f"not logged: {error}"

@@ -157,20 +157,16 @@ class Upload:
         self._send(weights | timings.read(self.execution.key).conditions, metrics, {})
 
     def _send_dataset(self) -> None:
-        import mlflow
         from mlflow.data.code_dataset_source import CodeDatasetSource
+        from mlflow.data.meta_dataset import MetaDataset
         from mlflow.entities import DatasetInput, InputTag
 
-        from cifarlab.data.dataset import Dataset
-
-        data, params = Dataset.load(self._path(files.DATA)), self.execution.params.data
+        known = files.read_json(self._path(files.DATA / "dataset.json"))
+        params = self.execution.params.data
         sources = {"digits": ["sklearn.datasets.load_digits"]}.get(params.name, params.sources)
         sources = [params.folder, *sources] if params.name == "folder" else sources
-        source, images = CodeDatasetSource({"sources": sources}), data.images["train"]
-        # MLflow takes 36 characters. Its own digest would cover only the first 10,000 values.
-        known = files.read_json(self._path(files.DATA / "dataset.json"))
-        names = {"name": data.name, "digest": known["digest"][:32]}
-        dataset = mlflow.data.from_numpy(images, source, targets=data.labels["train"], **names)
+        source, digest = CodeDatasetSource({"sources": sources}), known["digest"][:32]
+        dataset = MetaDataset(source, known["name"], digest)  # MLflow takes 36 characters
         tags = [InputTag("mlflow.data.context", "training")]
         self.client.log_inputs(self.run_id, [DatasetInput(dataset._to_mlflow_entity(), tags)])
 

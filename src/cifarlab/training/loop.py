@@ -118,7 +118,8 @@ def fit(
             row.update(diagnose(network, *train, trainer.loss_of))
         history.append(row)
         if checkpoint:
-            checkpoint.save(trainer.state() | {"history": history})
+            parts = [part.state_dict() for part in trainer.parts]
+            checkpoint.save({"parts": parts, "history": history})
         on_epoch(history)
     return history
 
@@ -249,10 +250,6 @@ class Trainer:
         loss = loss_function(self.params.loss)(logits, held_out.labels)
         accuracy = (logits.argmax(1) == held_out.labels).float().mean()
         return {"val_loss": loss.item(), "val_accuracy": accuracy.item()}
-
-    def state(self) -> dict[str, Any]:
-        """Return what a resumed training needs: weights and optimizers."""
-        return {"parts": [part.state_dict() for part in self.parts]}
 
     def resume(self, checkpoint: Checkpoint | None) -> list[Row]:
         """Continue from the checkpoint of the first process, if there is one; return its rows."""

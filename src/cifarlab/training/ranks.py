@@ -3,16 +3,15 @@
 They talk through torch.distributed, which `torchrun` sets up: gloo on CPUs, NCCL on GPUs.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from datetime import timedelta
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from cifarlab.errors import UserError
+from cifarlab.errors import in_a_sentence
 
 LOST = "another process of the training has ended"
 # The others wait while the first one validates. The end of a process is noticed without it.
@@ -31,7 +30,8 @@ class Ranks(NamedTuple):
         if not dist.is_torchelastic_launched():
             return ALONE
         backend = "nccl" if device.type == "cuda" else "gloo"
-        _together(partial(dist.init_process_group, timeout=LONGEST_WAIT), backend)
+        with in_a_sentence(LOST, RuntimeError):
+            dist.init_process_group(backend, timeout=LONGEST_WAIT)
         return cls(dist.get_rank(), dist.get_world_size())
 
     def say(self, text: str) -> None:
@@ -55,7 +55,8 @@ class Ranks(NamedTuple):
         if self.size == 1 or not tensors:
             return
         flat = torch.cat([tensor.flatten() for tensor in tensors]) * share
-        _together(dist.all_reduce, flat)
+        with in_a_sentence(LOST, RuntimeError):
+            dist.all_reduce(flat)
         means = torch.split(flat, [tensor.numel() for tensor in tensors])
         for tensor, mean in zip(tensors, means, strict=True):
             tensor.copy_(mean.view_as(tensor))
@@ -64,16 +65,9 @@ class Ranks(NamedTuple):
         """Return the value of the first process, in all of them."""
         box = [value]
         if self.size > 1:
-            _together(dist.broadcast_object_list, box)
+            with in_a_sentence(LOST, RuntimeError):
+                dist.broadcast_object_list(box)
         return box[0]
-
-
-def _together(call: Callable[[Any], object], argument: Any) -> None:
-    """Make a call that ends when every process has made it. UserError: one has ended before."""
-    try:
-        call(argument)
-    except RuntimeError as error:
-        raise UserError(LOST) from error
 
 
 ALONE = Ranks()
