@@ -17,7 +17,8 @@ def evaluate(params: Params) -> None:
     from cifarlab.tracking.run import track
 
     # Not in the train stage: if that is killed at its very end, DVC has not stored its outputs yet.
-    if pipeline.trained_as_asked():  # an interrupted training may be asked for, and go on later
+    # `dvc repro -s evaluate` may come between: an interrupted training keeps its checkpoint.
+    if not files.DVC_LOCK.exists() or pipeline.trained_as_asked():
         checkpoints.path_of(pipeline.training_key(params)).unlink(missing_ok=True)
     device.keep_memory()
     data = Dataset.load(files.DATA)
