@@ -18,7 +18,7 @@ def evaluate(params: Params) -> None:
 
     # Not in the train stage: if that is killed at its very end, DVC has not stored its outputs yet.
     # `dvc repro -s evaluate` may come between: an interrupted training keeps its checkpoint.
-    if not files.DVC_LOCK.exists() or pipeline.trained_as_asked():
+    if not files.DVC_LOCK.exists() or pipeline.ran_as_asked(["train"]):
         checkpoints.path_of(pipeline.training_key(params)).unlink(missing_ok=True)
     device.keep_memory()
     data = Dataset.load(files.DATA)

@@ -121,6 +121,8 @@ def test_a_damaged_lock_is_reported(
     ("lock", "expected"),
     [
         ("{model.layers: 3, train: {lr: 0.1}}", True),
+        ("{model: {layers: 3}, train.widths: [1, 2]}", True),
+        ("{train.widths: [1, 3]}", False),
         ("{model.layers: 4, train: {lr: 0.1}}", False),
         ("{model.layers: 3, train: {lr: 0.1, old: 1}}", False),
         ("{model.depth: 3}", False),
@@ -131,10 +133,10 @@ def test_a_lock_tells_whether_a_training_is_the_one_asked_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lock: str | None, expected: bool
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    Path("params.yaml").write_text("{model: {layers: 3}, train: {lr: 0.1}}")
+    Path("params.yaml").write_text("{model: {layers: 3}, train: {lr: 1e-1, widths: [1, 2]}}")
     if lock:
         Path("dvc.lock").write_text(f"stages: {{train: {{params: {{params.yaml: {lock}}}}}}}")
-    assert pipeline.trained_as_asked() is expected
+    assert pipeline.ran_as_asked(["train"]) is expected
 
 
 def test_a_damaged_pipeline_is_reported(tmp_path: Path) -> None:

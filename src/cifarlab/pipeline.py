@@ -4,7 +4,6 @@ DVC itself is imported inside the functions that need it: a stage asks only for 
 outputs, and must not wait a second for that.
 """
 
-import functools
 import hashlib
 import json
 import os
@@ -14,6 +13,7 @@ import subprocess
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, cast
 
@@ -275,13 +275,14 @@ def locked(revision: Revision) -> dict[str, Locked]:
     return found
 
 
-def trained_as_asked() -> bool:
-    """Tell whether dvc.lock says that the train stage ran with what params.yaml has."""
+def ran_as_asked(stages: Sequence[str], folder: Path = Path()) -> bool:
+    """Tell whether dvc.lock says that these stages ran with what params.yaml has."""
     try:
-        asked, lock = (_yaml(path.read_text("utf-8")) for path in (files.PARAMS, files.DVC_LOCK))
-        ran = lock["stages"]["train"]["params"][str(files.PARAMS)]
-        return all(functools.reduce(dict.__getitem__, k.split("."), asked) == ran[k] for k in ran)
-    except (OSError, yaml.YAMLError, LookupError, TypeError):
+        paths = folder / files.PARAMS, folder / files.DVC_LOCK
+        asked, lock = (_yaml(path.read_text("utf-8")) for path in paths)
+        ran = [lock["stages"][stage]["params"][str(files.PARAMS)].items() for stage in stages]
+        return dict(flat(dict(chain(*ran)))).items() <= dict(flat(asked)).items()
+    except (OSError, yaml.YAMLError, LookupError, TypeError, AttributeError):
         return False
 
 

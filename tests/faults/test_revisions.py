@@ -124,6 +124,8 @@ def test_tracking_that_was_off_is_logged_later_for_the_workspace(used: Project) 
     assert re.search(r"workspace\s+\w{32}\s+was there", cifarlab(used, "sync"))
     used.lose_store()
     assert "changed since its pipeline ran" in cifarlab(used, "sync", code=1)
+    used.run("git", "commit", "--quiet", "--all", "--message=results, and what comes next")
+    assert "its params.yaml is not what ran" in cifarlab(used, "sync", code=1)
 
 
 @pytest.mark.slow

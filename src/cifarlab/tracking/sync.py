@@ -135,6 +135,8 @@ class Mirror:
         with pipeline.scratch_copy(commit) if commit else nullcontext(Path()) as folder:
             if lost := [stage for stage in pipeline.STAGES if not pipeline.outputs(stage, folder)]:
                 raise UserError(f"its {lost[0]} stage has no outputs; run the pipeline again")
+            if commit and not pipeline.ran_as_asked(pipeline.STAGES, folder):
+                raise UserError("its params.yaml is not what ran; `dvc repro`, then commit both")
             params = load_params(folder / files.PARAMS)
             key = pipeline.training_key(params, folder)
             if known:  # a commit may be shown by the run of an experiment
