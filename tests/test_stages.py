@@ -122,6 +122,12 @@ def test_train_and_evaluate_write_their_files(folder: Path) -> None:
     assert "continuing after epoch 2 of 2" in done.stdout
     assert pd.read_csv(folder / "plots/history.csv").equals(history)
 
+    # `dvc repro -s evaluate` looks at an older network: the interrupted training keeps its epochs.
+    lock = folder / "dvc.lock"
+    lock.write_text("stages: {train: {params: {params.yaml: {train.epochs: 1}}}}")
+    assert python(folder, "-m", "stages.evaluate").returncode == 0
+    assert len(list(folder.glob(".cache/checkpoints/*.pt"))) == 1
+    lock.write_text("stages: {train: {params: {params.yaml: {train.epochs: 2}}}}")
     done = python(folder, "-m", "stages.evaluate")
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[0] == "track evaluate False"

@@ -34,24 +34,6 @@ class UserError(Exception):
     """An error that the user can correct: its message names what is wrong and what to do."""
 
 
-@contextmanager
-def in_a_sentence(
-    sentence: str, *kinds: type[Exception], words: Callable[[Any], str] | None = None
-) -> Iterator[None]:
-    """Turn errors of some kinds, or of all, into a UserError.
-
-    Parameters
-    ----------
-    words : what stands for %s in the sentence, by default what `shortened` returns
-    """
-    try:
-        yield
-    except Exception as error:
-        if isinstance(error, UserError) or not isinstance(error, kinds or Exception):
-            raise
-        raise UserError(sentence.replace("%s", (words or shortened)(error))) from error
-
-
 def tolerate_settings() -> None:
     """Keep the user's settings of Python from ending this program.
 
@@ -78,6 +60,24 @@ def shortened(error: BaseException, most: int = 400) -> str:
     """Return `first_line`; of a long one its two ends: other packages put the cause at the end."""
     text = first_line(error)
     return text if len(text) <= most else f"{text[: most // 2]} … {text[-most // 2 :]}"
+
+
+@contextmanager
+def in_a_sentence(
+    sentence: str, *kinds: type[Exception], words: Callable[[Any], str] = shortened
+) -> Iterator[None]:
+    """Turn errors of some kinds, or of all, into a UserError.
+
+    Parameters
+    ----------
+    words : what stands for %s in the sentence
+    """
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, UserError) or not isinstance(error, kinds or Exception):
+            raise
+        raise UserError(sentence.replace("%s", words(error))) from error
 
 
 def without_secrets(text: str) -> str:

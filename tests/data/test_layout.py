@@ -338,6 +338,14 @@ def test_a_table_may_write_accents_otherwise_than_the_folder(tmp_path: Path, rea
     assert (len(data.labels["train"]), len(data.labels["test"]), problems) == (16, 4, [])
 
 
+def test_a_table_beside_the_images_may_name_files_from_there(tmp_path: Path, read: Read) -> None:
+    rows = [(f"mine/{name}", label) for name, label in ROWS]
+    rows.append(("mine/img/nowhere.png", "cat"))
+    write(tmp_path, {"t.csv": table(rows)})
+    _, problems = read("folder", write(tmp_path / "mine", FLAT), labels="t.csv")
+    assert [problem.kind for problem in problems] == ["not among the images"]
+
+
 def test_a_table_may_name_the_splits(tmp_path: Path, read: Read) -> None:
     rows = [(name, label, "Test" if "9" in name else "train") for name, label in ROWS[1:]]
     rows.append(("img/nowhere.png", "cat", "train"))

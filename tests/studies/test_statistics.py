@@ -73,7 +73,7 @@ def test_no_difference_at_all_is_equivalent_and_a_difference_without_spread_is_o
 def test_few_images_do_not_make_chance_a_difference(
     images: int, comparisons: int, seeds: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """All networks are equally good, and guess a tenth of the images. t alone: 11, 63 and 17 %."""
+    """All networks are equally good, and guess a tenth of the images."""
     monkeypatch.setattr(gc, "collect", int)  # statsmodels calls it each time, which takes long
     rng, trials = np.random.default_rng(5), 300
     guessed = images // 10

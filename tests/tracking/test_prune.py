@@ -70,6 +70,22 @@ def test_a_cache_that_other_checkouts_may_use_is_left_alone(
     assert ("other checkouts may need them" in capsys.readouterr().out) is shared
 
 
+def test_the_experiment_of_a_champion_stays_also_if_its_run_was_trained_again(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    origin = {"dvc.exp.name": "relu", "dvc.exp.baseline": "b", PARAMS: "digest"}
+    run = SimpleNamespace(data=SimpleNamespace(tags=origin | {"logged.train": "other files"}))
+    monkeypatch.setattr(pipeline, "experiments", lambda: [Revision("relu", "c", "b")])
+    monkeypatch.setattr(prune, "_accuracy", lambda _: 0.5)
+    monkeypatch.setattr(prune, "_registered", lambda: [run])
+    monkeypatch.setattr(prune, "shows", lambda *_: False)
+    for name, state in (("relu", "stays: its model is registered"), ("other", "goes")):
+        found = origin | {"dvc.exp.name": name}
+        monkeypatch.setattr(prune, "origin_of", lambda _, found=found: found)
+        prune.prune([], 0, remove=False)
+        assert state in capsys.readouterr().out
+
+
 def test_runs_of_another_experiment_of_that_name_stay(
     checkout: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -135,9 +135,10 @@ def members(source: Path) -> Members:
         The source is damaged or larger than the limits, or a member points outside of it.
     """
     try:
-        archive = _files_in_zip if not source.is_dir() and _is_zip(source) else files_in_tar
-        find = _files_in_folder if source.is_dir() else archive
-        yield from find(source)
+        if source.is_dir():
+            yield from _files_in_folder(source)
+        else:
+            yield from (_files_in_zip if _is_zip(source) else files_in_tar)(source)
     except UserError:
         raise
     except Exception as error:  # damaged bytes can raise any exception

@@ -116,13 +116,13 @@ def by_table(names: Iterable[str], text: str, table: str, top: str) -> Layout:
         if split and split.lower() not in SPLIT_NAMES:
             known = _join(SPLIT_NAMES)
             raise UserError(f"{where}: the split {readable(split)!r} is none of {known}")
-        images_called = found.get(_normal(file), [])
-        if len(images_called) != 1 or not label:
-            why = "ambiguous without its path" if images_called else "not among the images"
+        candidates = found.get(_normal(file), [])
+        if len(candidates) != 1 or not label:
+            why = "ambiguous without its path" if candidates else "not among the images"
             unused.append(Problem(f"{where}: {file}", why if label else "without a label"))
             continue
         place = Place(SPLIT_NAMES.get(split.lower(), ""), label, file)
-        if places.setdefault(images_called[0], place)[:2] != place[:2]:
+        if places.setdefault(candidates[0], place)[:2] != place[:2]:
             raise UserError(f"{where}: {readable(file)} has another label above")
     if 10 * len(unused) > len(rows):
         count = f"{len(unused)} of {len(rows)} rows of {table} cannot be used"

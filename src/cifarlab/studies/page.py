@@ -96,8 +96,9 @@ def update_notice(name: str, results: DataFrame) -> None:
 
 def _notice(name: str, results: DataFrame) -> list[str]:
     """Return the paragraph that says that some of the results do not count; none if all do."""
-    commits = made_by(results[~results.counts])
-    notice = f"{NOTICE} (commit {commits}) and have not been confirmed for the present ones"
+    other = results[~results.counts]
+    commits, rows = made_by(other), f"{len(other)} of {len(results)} rows"
+    notice = f"{NOTICE} ({rows}, commit {commits}) and have not been confirmed for the present ones"
     return [f"{notice}; `make study NAME={name}` asks again."] if commits else []
 
 

@@ -41,7 +41,11 @@ def prune(keep: Sequence[str], best: int, *, remove: bool) -> None:
     for place, revision in enumerate(ranked):
         reasons = {"named": revision.name in keep, f"among the best {best}": place < best}
         reasons["in a study"] = revision.name in studied
-        reasons["its model is registered"] = any(shows(run, revision) for run in registered)
+        # The run may show a later training, and the experiment may have another name by now.
+        origin = origin_of(revision).items()
+        reasons["its model is registered"] = any(
+            origin <= run.data.tags.items() or shows(run, revision) for run in registered
+        )
         reason = ", ".join(text for text, applies in reasons.items() if applies)
         gone += [] if reason else [revision]
         state = f"stays: {reason}" if reason else "goes"
