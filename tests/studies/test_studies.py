@@ -365,7 +365,8 @@ def test_experiments_on_other_images_are_no_results_of_the_present_ones(
     change_network()
     study.report()
     for folder in (".", "photos-v1", "photos-v2", "images"):
-        assert "(commit bbbbbbb)" in (first.parent / folder / "demo.md").read_text()
+        marked = (first.parent / folder / "demo.md").read_text()
+        assert "(6 of 6 rows, commit bbbbbbb)" in marked
 
 
 def test_a_page_is_about_one_data_set(demo: list[pipeline.Revision], checkout: Path) -> None:
@@ -508,7 +509,7 @@ def test_a_page_is_rewritten_from_the_tables_and_says_whether_its_rows_count(
     assert capsys.readouterr().out.splitlines()[1].split() == row
     marked = path.read_text()
     assert marked.splitlines()[2].startswith("> These figures were made by other code")
-    assert "(commit bbbbbbb)" in marked
+    assert "(6 of 6 rows, commit bbbbbbb)" in marked
     assert "`make study NAME=demo` asks again" in marked
     assert marked.replace(marked.splitlines()[2] + "\n\n", "") == believed
     study.rewrite_page("demo")
@@ -535,10 +536,13 @@ def test_a_notice_is_put_below_the_title_replaced_and_removed(checkout: Path) ->
         title, notice, rest = path.read_text().split("\n\n", 2)
         assert (title, rest) == ("# A title", "Some images of digits.\n\n> a quote\n")
         assert notice.startswith("> These figures")
-        assert "(commit abc1234, unknown)" in notice
+        assert "(3 of 3 rows, commit abc1234, unknown)" in notice
         assert "\n" not in notice
     page.update_notice("depth", table[:1])
-    assert path.read_text() == text.replace("Some", f"{notice.replace(', unknown', '')}\n\nSome")
+    notice = notice.replace("3 of 3 rows, commit abc1234, unknown", "1 of 1 rows, commit abc1234")
+    assert path.read_text() == text.replace("Some", f"{notice}\n\nSome")
+    page.update_notice("depth", table.assign(counts=[True, False, True]))
+    assert "(1 of 3 rows, commit abc1234)" in path.read_text()
     page.update_notice("depth", table.assign(counts=True))
     assert path.read_text() == text
 
