@@ -71,7 +71,10 @@ def check() -> None:
 @main.command(epilog="Example: cifarlab variant tiny")
 @click.argument("name")
 def variant(name: str) -> None:
-    """Run variant NAME of variants.yaml as a DVC experiment."""
+    """Train variant NAME of variants.yaml, as a DVC experiment of that name.
+
+    It runs in a temporary copy, and replaces an earlier experiment of that name.
+    """
     from cifarlab.data.fetch import holds_images
 
     variants = read_yaml(files.VARIANTS, f"`git checkout {files.VARIANTS}` restores it")
@@ -196,7 +199,7 @@ def report(revisions: tuple[str, ...], output: Path) -> None:
         click.echo(line)
 
 
-MODELS = "An experiment, the id of a run, models:/NAME@ALIAS or a file; else the workspace's."
+MODELS = "An experiment, a commit, a run's id, models:/NAME@ALIAS or a file  [default: models/]"
 MODEL = click.option("--model", default="", metavar="MODEL", help=MODELS)
 
 
@@ -251,9 +254,9 @@ def export(model: str, onnx: Path | None, torch: Path | None) -> None:
 
 @main.command(epilog="Example: cifarlab promote my-experiment")
 @click.argument("run")
-@click.option("--force", is_flag=True, help="Also if it is not better.")
+@click.option("--force", is_flag=True, help="Make it the champion in any case.")
 def promote(run: str, force: bool) -> None:
-    """Register the model of RUN, an experiment or the id of a run.
+    """Register a model in MLflow. RUN is an experiment, or the id of an MLflow run.
 
     It becomes the champion if it is better on the same test images.
     """

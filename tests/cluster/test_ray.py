@@ -105,7 +105,7 @@ def test_a_node_and_the_coordinator_are_killed_and_nothing_is_lost_or_done_twice
     wait_until(lambda: not [*scratch.glob("cifarlab-*/demo-*")])  # the clones
     sent = shared.run("git", "ls-remote", "origin", "refs/exps/*").stdout
     output = shared.run(*STUDY, "ray", RAY_ADDRESS=cluster.address, seconds=1500).stdout
-    assert "4 points, 1 done, 3 to run" in output
+    assert "4 trainings, 1 done, 3 to run" in output
     assert "done, 0 left" in output
     now = shared.run("git", "ls-remote", "origin", "refs/exps/*").stdout
     assert set(sent.splitlines()) < set(now.splitlines())  # it was not made again

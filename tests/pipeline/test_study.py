@@ -42,11 +42,11 @@ def test_a_killed_study_continues_and_finds_the_known_answer(project: Project) -
     project.run("git", "checkout", "--quiet", "params.yaml")
     project = move_into_a_repository(project)
     lines = first_lines(project, 4)  # the question, the plan, two points
-    assert lines[1] == "9 points, 0 done, 9 to run\n"
+    assert lines[1] == "9 trainings, 0 done, 9 to run\n"
     assert lines[3] == "demo-four-epochs-1 done, 7 left\n"
 
     lines = project.run(*STUDY, seconds=800, PYTHONPATH="src").stdout.splitlines()
-    assert lines[1] == "9 points, 2 done, 7 to run"
+    assert lines[1] == "9 trainings, 2 done, 7 to run"
     assert len([line for line in lines if re.match(r"demo-\S+ done, \d left$", line)]) == 7
     page = (project.folder / "docs/studies/demo.md").read_text()
     # One variant has an effect, the other one has none.
@@ -96,12 +96,12 @@ def test_a_killed_study_continues_and_finds_the_known_answer(project: Project) -
     project.dvc("exp", "remove", "--all-commits")
     project.lose_store()
     again = project.run(*STUDY, seconds=100, PYTHONPATH="src").stdout
-    assert "9 points, 9 done, 0 to run" in again
+    assert "9 trainings, 9 done, 0 to run" in again
     assert (project.folder / "docs/studies/demo.md").read_text() == page
     # With other parameters it is another question.
     params = project.folder / "params.yaml"
     params.write_text(params.read_text().replace("  momentum: 0.85", "  momentum: 0.8"))
-    assert first_lines(project, 2)[1] == "9 points, 0 done, 9 to run\n"
+    assert first_lines(project, 2)[1] == "9 trainings, 0 done, 9 to run\n"
 
 
 SEARCH = {

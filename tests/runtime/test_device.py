@@ -170,7 +170,7 @@ def test_more_processes_than_gpus_are_refused(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    with pytest.raises(UserError, match=r"train\.processes = 3: there are 2 GPUs"):
+    with pytest.raises(UserError, match=r"train\.processes = 3: GPUs found: 2"):
         set_up(train_params(processes=3, device="auto"))
 
 

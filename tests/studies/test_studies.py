@@ -366,7 +366,7 @@ def test_experiments_on_other_images_are_no_results_of_the_present_ones(
     study.report()
     for folder in (".", "photos-v1", "photos-v2", "images"):
         marked = (first.parent / folder / "demo.md").read_text()
-        assert "(6 of 6 rows, commit bbbbbbb)" in marked
+        assert "(commit bbbbbbb)" in marked
 
 
 def test_a_page_is_about_one_data_set(demo: list[pipeline.Revision], checkout: Path) -> None:
@@ -377,7 +377,7 @@ def test_a_page_is_about_one_data_set(demo: list[pipeline.Revision], checkout: P
     asked, found = points.load("demo")
     demo.append(run(found[0], accuracy=0.9))
     points.record("demo", asked, found)
-    with pytest.raises(UserError, match=r"lack 5 points"):
+    with pytest.raises(UserError, match=r"lack 5 trainings"):
         study.rewrite_page("demo")
 
 
@@ -456,7 +456,7 @@ def test_rows_of_an_earlier_version_are_kept_but_need_epochs(checkout: Path) -> 
     table.write_text(f"{columns}\nfour,1,demo-four-1,0.5,,,,\n")
     assert counted() == (0, 1)
     study.report()
-    with pytest.raises(UserError, match=r"lack 6 points \(demo-four-0"):
+    with pytest.raises(UserError, match=r"lack 6 trainings \(demo-four-0"):
         study.rewrite_page("demo")
 
 
@@ -475,13 +475,13 @@ def test_a_page_is_rewritten_from_the_tables_and_says_whether_its_rows_count(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    with pytest.raises(UserError, match=r"lack 6 points"):
+    with pytest.raises(UserError, match=r"lack 6 trainings"):
         study.rewrite_page("demo")
     run_all(demo)
     path = study.rewrite_page("demo")
     believed = path.read_text()
     assert believed.startswith("# Which?\n\nCompared with *four* (81.00 %), better")
-    assert "> These figures" not in believed
+    assert "> Not confirmed" not in believed
     assert "better: one (+3.00 points).\n\n![effects" in believed
     assert "> Only 3 seeds." in believed
     assert "Every comparison is decided." in believed
@@ -508,9 +508,9 @@ def test_a_page_is_rewritten_from_the_tables_and_says_whether_its_rows_count(
     row[2] = "0"
     assert capsys.readouterr().out.splitlines()[1].split() == row
     marked = path.read_text()
-    assert marked.splitlines()[2].startswith("> These figures were made by other code")
-    assert "(6 of 6 rows, commit bbbbbbb)" in marked
-    assert "`make study NAME=demo` asks again" in marked
+    assert marked.splitlines()[2].startswith("> Not confirmed: 6 of 6 rows")
+    assert "(commit bbbbbbb)" in marked
+    assert "`make study NAME=demo` trains them again" in marked
     assert marked.replace(marked.splitlines()[2] + "\n\n", "") == believed
     study.rewrite_page("demo")
     study.report()
@@ -535,14 +535,14 @@ def test_a_notice_is_put_below_the_title_replaced_and_removed(checkout: Path) ->
         page.update_notice("depth", table)
         title, notice, rest = path.read_text().split("\n\n", 2)
         assert (title, rest) == ("# A title", "Some images of digits.\n\n> a quote\n")
-        assert notice.startswith("> These figures")
-        assert "(3 of 3 rows, commit abc1234, unknown)" in notice
+        assert notice.startswith("> Not confirmed: 3 of 3 rows were made by other code")
+        assert "(commit abc1234, unknown)" in notice
         assert "\n" not in notice
     page.update_notice("depth", table[:1])
-    notice = notice.replace("3 of 3 rows, commit abc1234, unknown", "1 of 1 rows, commit abc1234")
+    notice = notice.replace("3 of 3", "1 of 1").replace(", unknown", "")
     assert path.read_text() == text.replace("Some", f"{notice}\n\nSome")
     page.update_notice("depth", table.assign(counts=[True, False, True]))
-    assert "(1 of 3 rows, commit abc1234)" in path.read_text()
+    assert "1 of 3 rows were made by other code or parameters (commit abc1234)" in path.read_text()
     page.update_notice("depth", table.assign(counts=True))
     assert path.read_text() == text
 

@@ -23,7 +23,8 @@ def diagnose(
 
     Parameters
     ----------
-    images : uint8 (N, height, width, 3), with labels int64 (N,); about IMAGES of them are used
+    images : uint8 (N, height, width, 3), with labels int64 (N,); IMAGES of them
+        or a few more are used, evenly spread
     loss_of : mean loss of logits (N, classes) and labels
 
     Returns

@@ -23,7 +23,7 @@ POOLS: dict[str, type[nn.Module]] = {"max": nn.MaxPool2d, "avg": nn.AvgPool2d}
 class Normalize(nn.Module):
     """Scales pixels (0…255) so that each channel of the training images has mean 0, variance 1."""
 
-    PIXELS = 2**22  # that are counted at a time
+    PIXELS = 2**22  # counted at a time
 
     def __init__(self) -> None:
         super().__init__()

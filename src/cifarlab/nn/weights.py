@@ -23,7 +23,7 @@ def save(network: Network, path: Path) -> None:
     Raises
     ------
     OSError
-        The disk is full.
+        The file cannot be written: the disk is full.
     """
     params, size, classes = network.params.model_dump(), network.image_size, network.classes
     header = json.dumps({"params": params, "image_size": size, "classes": classes})

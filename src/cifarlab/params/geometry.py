@@ -61,7 +61,8 @@ class ModelParams(Section):
     """Number of convolutions, spread evenly over the stages. With fewer layers than stages,
     the last stages are left out."""
     widths: Annotated[list[Width], Field(min_length=1, max_length=8)]
-    """Output channels of each stage."""
+    """Output channels of each stage of the network: some convolutions and one pooling. They are
+    not the stages of DVC."""
     kernel_size: Annotated[int, Field(ge=1, le=15)]
     padding: Literal["same", "valid"]
     norm: Literal["batch", "group", "none"]
@@ -75,10 +76,11 @@ class ModelParams(Section):
     PyTorch."""
     activation: Literal["relu", "leaky_relu", "gelu", "silu", "elu", "tanh", "sigmoid"]
     pool: Literal["max", "avg", "stride", "none"]
-    """How a stage halves the image: by 2×2 pooling, or by stride 2 in its first convolution."""
+    """How a stage halves the image. max, avg: by 2×2 pooling. stride: by stride 2 in its first
+    convolution. none: not at all."""
     pool_at: Literal["end", "start"]
-    """Pool after the last activation of the stage, or right after its first convolution, before
-    the normalisation (Jordan 2024, airbench)."""
+    """Where a stage pools. start: right after its first convolution, before the normalisation
+    (Jordan 2024, airbench). end: after its last activation."""
     global_pool: Literal["max", "avg", "none"]
     """How the last feature maps become a vector. none: they are flattened."""
     dropout: Share | list[Share]

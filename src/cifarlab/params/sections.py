@@ -30,7 +30,7 @@ class DataParams(Section):
     labels: Annotated[str, Field(min_length=1)] | None
     """A table inside or beside the folder with the columns file, label and perhaps split."""
     test: Share
-    """Share of a folder's images for testing, where it has no test/."""
+    """Share of a folder's images for testing, where it has neither test/ nor val/."""
     sources: list[str]
     """URLs (https, http, file) or paths, tried in this order. Relative paths start at the main
     checkout."""
@@ -82,13 +82,15 @@ class TrainParams(Section):
     muon_lr: Positive
     """Highest learning rate of Muon's filters."""
     muon_momentum: Share
+    """Momentum of Muon."""
     weight_decay: Annotated[float, Field(ge=0, le=1e6)]
+    """L2 penalty (sgd, adam) or decoupled weight decay (adamw). Not for the filters of Muon."""
     norm_bias_lr: Positive
     """Learning rate of the biases of normalisation layers, as a multiple of lr (Page 2019;
     airbench uses 64)."""
     schedule: Literal["linear", "one_cycle", "constant"]
-    """How the learning rates change: linear falls to zero, one_cycle rises and falls (Smith &
-    Topin 2017), constant stays."""
+    """How the learning rates change. linear: down to zero. one_cycle: up for a quarter of the
+    steps, then down to zero (Smith & Topin 2017). constant: not at all."""
     loss: Literal["cross_entropy", "quadratic"]
     """quadratic: ½ Σ (softmax(z) - y)² over the classes."""
     label_smoothing: Share
@@ -104,11 +106,11 @@ class TrainParams(Section):
     """Share of the batches in which each image gets a rectangle of another image, and the same
     share of its label (CutMix, Yun et al. 2019)."""
     precision: Literal["auto", "float32", "bfloat16"]
-    """Number format of the arithmetic in training (Micikevicius et al. 2017). Weights and
-    evaluation are float32."""
+    """Number format of the arithmetic in training and in validation (Micikevicius et al. 2017).
+    Weights and the evaluate stage are float32."""
     device: Literal["auto", "cpu", "cuda"]
     threads: Annotated[int, Field(ge=1, le=1024)] | Literal["auto"]
-    """CPU threads."""
+    """CPU threads. auto: one for each core that PyTorch finds; several processes share them."""
     processes: Annotated[int, Field(ge=1, le=64)]
     """Processes that share each batch, on one machine, and on CUDA as many GPUs (docs/scale.md)."""
     graph: Annotated[Literal["auto", "off"], Off]
@@ -128,10 +130,11 @@ class EvaluateParams(Section):
     """How the test set is evaluated."""
 
     batch_size: Count | Literal["auto"]
-    """Images at a time."""
+    """Images at a time. auto: 100 on a CPU; on CUDA 2,000 of 32×32 pixels, fewer larger ones."""
     calibration_bins: Count
+    """Number of bins of the expected calibration error."""
     views: Literal[1, 2, 6]
-    """Test-time augmentation: also report the accuracy of the mean prediction for several views of
+    """Test-time augmentation: also report the accuracy of the mean logits over several views of
     each image. 2: the image and its mirror image. 6: also both shifted by one pixel to the top left
     and to the bottom right, with half of the weight (Jordan 2024, airbench)."""
     shifts: Annotated[int, Field(ge=0, le=16)]
@@ -144,7 +147,9 @@ class PlotParams(Section):
 
     dpi: Annotated[int, Field(ge=30, le=600)]
     samples: Annotated[int, Field(ge=1, le=256)]
+    """How many training images are shown as the network sees them."""
     mistakes: Annotated[int, Field(ge=1, le=256)]
+    """How many wrong predictions are shown: those of which the network was most confident."""
 
 
 class TrackingParams(Section):

@@ -1,5 +1,4 @@
-"""What may differ between machines and never changes a result.
+"""What depends on the machine: device, precision, threads, checkpoints, times, progress output.
 
-Device and threads, checkpoints, the times of epochs, progress output. No stage of dvc.yaml depends
-on this package.
+No stage of dvc.yaml depends on this package, so a change here trains nothing again.
 """

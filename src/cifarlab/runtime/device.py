@@ -45,7 +45,7 @@ def set_up(params: TrainParams) -> torch.device:
         raise UserError("train.device = cuda: no CUDA device found; use train.device: auto or cpu")
     wrong, gpus = f"train.processes = {params.processes}", torch.cuda.device_count()
     if params.device != "cpu" and 0 < gpus < params.processes:
-        raise UserError(f"{wrong}: there are {gpus} GPUs; lower it, or set train.device=cpu")
+        raise UserError(f"{wrong}: GPUs found: {gpus}; lower it, or set train.device=cpu")
     if processes.started() and os.environ["WORLD_SIZE"] != str(params.processes):
         raise UserError(f"{wrong}: torchrun started others; set it, and type `dvc repro` instead")
     # The same as use_deterministic_algorithms(True), which also imports the compiler: 2 s.

@@ -1,7 +1,7 @@
 """Experiments on the machines of a Ray cluster.
 
 Workers clone the Git remote, get data from the DVC remote and send results to both. So they need
-neither this checkout nor an MLflow server: this process fetches the results and logs them.
+neither this checkout nor an MLflow server: this process fetches the results.
 """
 
 import os

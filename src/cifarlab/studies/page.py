@@ -16,7 +16,7 @@ from cifarlab.studies.points import Point, Tables, needed
 from cifarlab.studies.question import Study
 from cifarlab.studies.statistics import DIFFERENT, EQUIVALENT, UNDECIDED, effects, one_at_a_time
 
-NOTICE = "> These figures were made by other code or parameters"
+NOTICE = "> Not confirmed:"
 
 
 def write_page(name: str, study: Study, points: list[Point], tables: Tables) -> Path:
@@ -35,7 +35,7 @@ def write_page(name: str, study: Study, points: list[Point], tables: Tables) -> 
     have = set(results.experiment) & set(epochs.experiment)
     asked = needed(study, points, results)
     if missing := [point.experiment for point in asked if point.experiment not in have]:
-        lacking = f"{name}.csv and {name}-epochs.csv lack {len(missing)} points ({missing[0]}, …)"
+        lacking = f"{name}.csv and {name}-epochs.csv lack {len(missing)} trainings ({missing[0]}, …)"
         advice = "runs them; if it just did, `git status` shows code that is not in Git"
         raise UserError(f"{ANSWERS}/{lacking}; `make study NAME={name}` {advice}")
     comparison, alone = effects(study, results), one_at_a_time(study, results)
@@ -97,9 +97,9 @@ def update_notice(name: str, results: DataFrame) -> None:
 def _notice(name: str, results: DataFrame) -> list[str]:
     """Return the paragraph that says that some of the results do not count; none if all do."""
     other = results[~results.counts]
-    commits, rows = made_by(other), f"{len(other)} of {len(results)} rows"
-    notice = f"{NOTICE} ({rows}, commit {commits}) and have not been confirmed for the present ones"
-    return [f"{notice}; `make study NAME={name}` asks again."] if commits else []
+    made = f"{len(other)} of {len(results)} rows were made by other code or parameters"
+    again = f"(commit {made_by(other)}). `make study NAME={name}` trains them again."
+    return [f"{NOTICE} {made} {again}"] if len(other) else []
 
 
 def made_by(results: DataFrame) -> str:

@@ -27,7 +27,7 @@ def run(name: str, execute: executors.Executor) -> Path:
         tables = record(name, study, points)  # also what a killed study has run
         done, asked = set(tables.results.experiment), needed(study, points, tables.results)
         missing = [point for point in asked if point.experiment not in done]
-        print(f"{len(asked)} points, {len(done)} done, {len(missing)} to run", flush=True)
+        print(f"{len(asked)} trainings, {len(done)} done, {len(missing)} to run", flush=True)
         if missing == before or not missing:  # the same again: the code is not in Git
             break
         changes = {point.experiment: point.changes for point in missing}
@@ -73,5 +73,5 @@ def report() -> None:
             counts = (len(asked), f"{valid} of {len(results)}", seeds)
             rows.append((name, *counts, made_by(results), data, machine))
             update_notice(name, results)
-    columns = ["study", "points", "valid rows", "seeds", "commit", "data", "machine"]
+    columns = ["study", "trainings", "valid rows", "seeds", "commit", "data", "machine"]
     print(pd.DataFrame(rows, columns=columns).to_string(index=False))

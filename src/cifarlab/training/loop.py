@@ -95,9 +95,9 @@ def fit(
     Parameters
     ----------
     on_epoch : called after each epoch with the rows so far
-    on_batch : called after each batch with the epoch, the number of images seen in this epoch and
-        in all of it, and a function that returns the epoch's loss and accuracy so far. It does
-        not wait for a GPU, so these may be a little older.
+    on_batch : called after each batch with the epoch, how many of its images were seen, how many
+        it has, and a function that returns the epoch's loss and accuracy so far. It does not wait
+        for a GPU, so these may be a little older.
     dtype : for convolutions and matrix products; the weights stay float32
     ranks : the processes of this training, each of which calls this function; the first one may
         have a checkpoint
