@@ -78,7 +78,8 @@ def draw_boxes(steps: int, size: int, params: TrainParams, epoch: int) -> Tensor
 
     Returns
     -------
-    int64 (steps, 4): the first row and the one after the last, then the columns likewise. Batches that stay as they are have an empty rectangle.
+    int64 (steps, 4): the first row and the one after the last, then the columns likewise. Batches
+    that stay as they are have an empty rectangle.
     """
     draws = np.random.default_rng([params.seed, epoch, 2])
     mixed = draws.random(steps) < params.cutmix

@@ -35,7 +35,7 @@ def write_page(name: str, study: Study, points: list[Point], tables: Tables) -> 
     have = set(results.experiment) & set(epochs.experiment)
     asked = needed(study, points, results)
     if missing := [point.experiment for point in asked if point.experiment not in have]:
-        lacking = f"{name}.csv and {name}-epochs.csv lack {len(missing)} trainings ({missing[0]}, …)"
+        lacking = f"{name}.csv and {name}-epochs.csv lack {len(missing)} trainings ({missing[0]} …)"
         advice = "runs them; if it just did, `git status` shows code that is not in Git"
         raise UserError(f"{ANSWERS}/{lacking}; `make study NAME={name}` {advice}")
     comparison, alone = effects(study, results), one_at_a_time(study, results)
