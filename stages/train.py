@@ -34,9 +34,9 @@ def train(params: Params) -> None:
     checkpoint = checkpoints.Checkpoint(key, conditions)
     kept = checkpoint if checkpoint.claim() else None
     size, variant = network.count_parameters(), params.model.describe()
-    place = conditions["device"] + ("; images that do not fit into memory stay on disk" * stream)
+    place = conditions["device"] + "; images that do not fit into memory stay on disk" * stream
+    place += "; no image is held out" * (validation is None and params.data.validation > 0)
     print(f"{data.name}: {variant}, {size:,} parameters, on {place}", flush=True)
-
     with track("train", params, conditions) as tracked, interrupted_once():
         progress = timings.Progress(key, conditions, params.train.epochs)
 

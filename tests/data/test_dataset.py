@@ -186,6 +186,13 @@ def test_split_is_deterministic_and_does_not_take_the_first_of_each_class() -> N
     assert not np.array_equal(one[1], np.sort(first))
 
 
+def test_the_last_image_of_a_class_is_not_held_out() -> None:
+    labels = np.repeat([0, 1, 2], [1, 2, 10])
+    kept, held_out = stratified_split(labels, 0.99)
+    assert np.bincount(labels[kept]).tolist() == [1, 1, 1]
+    assert len(held_out) == 10
+
+
 def test_split_with_share_zero_holds_out_no_image() -> None:
     kept, held_out = stratified_split(labels(), 0)
     np.testing.assert_array_equal(kept, np.arange(260))

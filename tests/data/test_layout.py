@@ -268,7 +268,7 @@ def test_classes_beside_a_split_do_not_make_it_a_class(
     assert f"the class cat is in {split}/ and beside it; move" in refused("folder", folder)
 
 
-def test_an_image_in_train_and_test_is_reported(tmp_path: Path, read: Read) -> None:
+def test_an_image_in_two_splits_is_reported(tmp_path: Path, read: Read) -> None:
     files = under("train", CATS) | under("test", MORE)
     files["test/cat/same.png"] = files["train/cat/3.png"]
     with Image.open(io.BytesIO(files["train/dog/4.png"])) as image:
@@ -278,12 +278,25 @@ def test_an_image_in_train_and_test_is_reported(tmp_path: Path, read: Read) -> N
     data, problems = read("folder", write(tmp_path / "mine", files))
     assert len(data.labels["test"]) == 22
     assert problems == [
-        Problem("test/cat/same.png", layout.IN_BOTH, "train/cat/3.png"),
-        Problem("test/dog/same.bmp", layout.IN_BOTH, "train/dog/4.png"),
+        Problem("test/cat/same.png", layout.TWICE, "train/cat/3.png"),
+        Problem("test/dog/same.bmp", layout.TWICE, "train/dog/4.png"),
     ]
     assert layout.summary(problems) == (
-        "; 2 test images are also training images (test/cat/same.png = train/cat/3.png)"
+        "; 2 images are in two splits (test/cat/same.png = train/cat/3.png)"
     )
+
+
+def test_an_image_for_validation_that_is_in_another_split_is_reported(
+    tmp_path: Path, read: Read
+) -> None:
+    files = under("train", CATS) | under("test", MORE) | under("val", THIRD)
+    files["val/cat/same.png"] = files["train/cat/3.png"]
+    files["test/dog/same.png"] = files["val/dog/1-3.png"]
+    _, problems = read("folder", write(tmp_path / "mine", files))
+    assert problems == [
+        Problem("val/cat/same.png", layout.TWICE, "train/cat/3.png"),
+        Problem("test/dog/same.png", layout.TWICE, "val/dog/1-3.png"),
+    ]
 
 
 # Tables of labels

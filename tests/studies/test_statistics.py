@@ -69,21 +69,24 @@ def test_no_difference_at_all_is_equivalent_and_a_difference_without_spread_is_o
     assert higher.p == pytest.approx(2 * 2 * stats.t.sf(1 / (0.005 / 3**0.5), 2))
 
 
-@pytest.mark.parametrize(("images", "comparisons", "seeds"), [(50, 1, 2), (50, 9, 2), (50, 9, 3)])
+@pytest.mark.parametrize(
+    ("images", "comparisons", "seeds"), [(50, 1, 2), (50, 9, 2), (50, 9, 3), (359, 9, 3)]
+)
 def test_few_images_do_not_make_chance_a_difference(
     images: int, comparisons: int, seeds: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """All networks are equally good, and guess a tenth of the images."""
+    """All networks are equally good, and guess some of the images."""
     monkeypatch.setattr(gc, "collect", int)  # statsmodels calls it each time, which takes long
     rng, trials = np.random.default_rng(5), 300
-    guessed = images // 10
+    # Of 50 images, five are more than a point, which cannot be told to be less.
+    guessed, claims = (5, ["different", "equivalent"]) if images == 50 else (4, ["different"])
     names = [f"v{i}" for i in range(comparisons + 1)]
     pairs = [(name, "v0") for name in names[1:]]
     wrong = 0
     for _ in range(trials):
         right = images - guessed + rng.binomial(guessed, 0.5, (seeds, len(names)))
-        table = pd.DataFrame(100 * right / images, columns=names)
-        wrong += (statistics.compare(table, pairs, [seeds], 1).verdict != "undecided").any()
+        table = pd.DataFrame(100 * np.round(right / images, 6), columns=names)  # as in the files
+        wrong += statistics.compare(table, pairs, [seeds], 1).verdict.isin(claims).any()
     assert wrong / trials < 0.05 + 3 * (0.05 * 0.95 / trials) ** 0.5
 
 

@@ -68,7 +68,7 @@ def test_class_weights_are_those_of_scikit_learn() -> None:
     expected = compute_class_weight("balanced", classes=np.arange(3), y=labels)
     np.testing.assert_allclose(weights, expected, rtol=1e-6)
     assert float(weights[labels].mean()) == pytest.approx(1)
-    assert float(class_weights(torch.tensor([0, 0]), 2)[1]) == 1  # no image of this class
+    assert float(class_weights(torch.tensor([0, 0]), 2)[0]) == 1  # the other has no image
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])

@@ -166,10 +166,12 @@ class ImageFile:
 def stratified_split(labels: Labels, share: float, seed: int = 0) -> tuple[Labels, Labels]:
     """Split the indices of `labels` into (kept, held out), both ascending.
 
-    The same `share` of every class is held out. The split depends on `seed` only.
+    The same `share` of every class is held out, but not its last image. The split depends on `seed`
+    only.
     """
     rng = np.random.default_rng(seed)
     classes = [np.flatnonzero(labels == c) for c in np.unique(labels)]
-    held_out = [rng.permutation(members)[: round(share * len(members))] for members in classes]
+    counts = [min(round(share * len(members)), len(members) - 1) for members in classes]
+    held_out = [rng.permutation(c)[:count] for c, count in zip(classes, counts, strict=True)]
     held = np.sort(np.concatenate(held_out))
     return np.setdiff1d(np.arange(len(labels)), held), held

@@ -20,7 +20,7 @@ COLUMNS |= {"label": "label", "class": "label", "split": "split"}
 HIDDEN = {"__MACOSX", "Thumbs.db", "desktop.ini"}  # what macOS and Windows leave behind
 # Control characters, ends of lines, and characters that change the direction of a text.
 UNSAFE = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
-UNREADABLE, IN_BOTH = "unreadable", "also a training image"
+UNREADABLE, TWICE = "unreadable", "also in another split"
 
 
 class Problem(NamedTuple):
@@ -159,7 +159,7 @@ def summary(problems: Sequence[Problem]) -> str:
 
     For example "; skipped 12: 9 .txt, 3 unreadable (cat/a.jpg: image file is truncated, …)".
     """
-    skipped = [problem for problem in problems if problem.kind != IN_BOTH]
+    skipped = [problem for problem in problems if problem.kind != TWICE]
     kinds = Counter(problem.kind for problem in skipped)
     shown = []
     for kind, count in kinds.most_common():
@@ -168,9 +168,9 @@ def summary(problems: Sequence[Problem]) -> str:
         example = f" ({example}{', …' if count > 1 else ''})"
         shown.append(f"{count:,} {kind}{'' if kind.startswith('.') else example}")
     text = f"; skipped {len(skipped):,}: {', '.join(shown)}" if skipped else ""
-    if twice := [problem for problem in problems if problem.kind == IN_BOTH]:
+    if twice := [problem for problem in problems if problem.kind == TWICE]:
         example = f"{readable(twice[0].file)} = {readable(twice[0].detail)}"
-        text += f"; {len(twice):,} test images are also training images ({example})"
+        text += f"; {len(twice):,} images are in two splits ({example})"
     return text
 
 

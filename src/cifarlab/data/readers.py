@@ -252,7 +252,7 @@ class Reading:
         from tqdm import tqdm
 
         # The digests of the pixels of each split, and the name of an image that has them.
-        digests: dict[str, dict[bytes, str]] = {split: {} for split in SPLITS}
+        digests: dict[str, dict[bytes, str]] = {"train": {}, "validation": {}, "test": {}}
         images, what = _again(self.source, self.names, self.places), f"reading {self.source.name}"
         bar = tqdm(images, what, len(self.places), unit=" images", disable=None)
         for name, pixels in decoded(bar, self.size):
@@ -261,14 +261,15 @@ class Reading:
                 continue
             split, row = rows[name]
             digest = hashlib.blake2b(pixels.data, digest_size=16).digest()
-            digests[split][digest] = min(name, digests[split].get(digest, name))
+            known = digests[self.places[name].split]
+            known[digest] = min(name, known.get(digest, name))
             yield split, row, pixels
-        self._judge(digests["train"], digests["test"])
+        self._judge(digests)
 
-    def _judge(self, train: dict[bytes, str], test: dict[bytes, str]) -> None:
-        """Refuse a source of which too much cannot be read, and note images in both splits.
+    def _judge(self, digests: dict[str, dict[bytes, str]]) -> None:
+        """Refuse a source of which too much cannot be read, and note images in several splits.
 
-        `train` and `test` have the name of an image for each digest of pixels.
+        `digests` has the name of an image for each digest of pixels of a split.
         """
         self.problems.sort()
         unreadable = [problem for problem in self.problems if problem.kind == UNREADABLE]
@@ -282,8 +283,11 @@ class Reading:
             raise UserError(f"{self.source}: {count}; {example}; {way_out}")
         left = {name: place for name, place in self.places.items() if name not in bad}
         _check_classes(self.source, left, self.problems)
-        both = sorted(train.keys() & test.keys(), key=test.__getitem__)
-        self.problems += [Problem(test[d], layout.IN_BOTH, train[d]) for d in both]
+        seen: dict[bytes, str] = {}
+        for found in digests.values():
+            twice = sorted(seen.keys() & found.keys(), key=found.__getitem__)
+            self.problems += [Problem(found[d], layout.TWICE, seen[d]) for d in twice]
+            seen = found | seen
 
 
 def decoded(images: Iterable[Member], size: int) -> Iterator[tuple[str, Pixels | str]]:

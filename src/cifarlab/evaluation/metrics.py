@@ -66,9 +66,10 @@ def evaluate(
 
     balanced_accuracy is the mean accuracy of the classes, however many images they have.
     top5_accuracy is the share of images whose class is among the five most probable ones; with
-    five classes or fewer there is none. The loss is the mean cross-entropy in nats, whatever the
-    network was trained on, so that runs can be compared. As in scikit-learn, a class that is never
-    predicted has precision 0.
+    five classes or fewer there is none. The loss is the mean cross-entropy in nats, at most 708 for
+    an image, whatever the network was trained on, so that runs can be compared. As in scikit-learn,
+    a class that is never predicted has precision 0, and of equal probabilities those of the last
+    classes count as the five highest.
 
     Raises
     ------

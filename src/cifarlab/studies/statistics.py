@@ -8,9 +8,7 @@ chance: a deviation of less than half an image does not count.
 
 import functools
 import itertools
-import math
 from collections.abc import Sequence
-from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -23,6 +21,7 @@ from cifarlab.studies.question import Study
 
 SIGNIFICANCE, POWER = 0.05, 0.8
 DIFFERENT, EQUIVALENT, UNDECIDED = "different", "equivalent", "undecided"
+MOST_IMAGES = 100_000  # of a test set; with more, half an image is far below chance
 MEASURED = ["seeds", "difference", "difference_margin", "detectable", "p", "p_equivalent"]
 Pairs = Sequence[tuple[str, str]]
 Numbers = np.ndarray[Any, np.dtype[np.float64]]
@@ -152,13 +151,16 @@ def _accuracies(study: Study, results: DataFrame) -> DataFrame:
 
 
 def _half_an_image(accuracies: DataFrame) -> float:
-    """Return what half an image is worth in points: the accuracies are multiples of an image."""
-    images = 1
-    for percent in np.unique(accuracies.stack().dropna()):
-        images = math.lcm(images, Fraction(percent / 100).limit_denominator(10**6).denominator)
-        if images > 10**9:  # they are no shares of images
-            break
-    return 50 / images
+    """Return what half an image is worth in points: the accuracies are multiples of an image.
+
+    Takes the smallest number of images of which all of them are shares, at the six decimals that
+    the tables have.
+    """
+    images = np.arange(1, MOST_IMAGES + 1)
+    for share in np.unique(accuracies.stack().dropna()) / 100:
+        fits = np.abs(share * images - np.rint(share * images)) <= 5.1e-7 * images
+        images = images[fits] if fits.any() else images[-1:]
+    return float(50 / images[0])
 
 
 def _look(

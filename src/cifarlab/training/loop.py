@@ -307,8 +307,10 @@ def loss_function(name: str, smoothing: float = 0.0, weights: Tensor | None = No
 def class_weights(labels: Tensor, classes: int) -> Tensor:
     """Return for each class images / (classes · images of the class), float (classes,).
 
-    The mean over the images is 1. It is "balanced" in scikit-learn (King & Zeng 2001).
+    The mean over the images is 1, as classes without images do not count. It is "balanced" in
+    scikit-learn (King & Zeng 2001).
     """
     # On the CPU, because on CUDA counting need not be deterministic.
-    images = torch.bincount(labels.cpu(), minlength=classes).clamp(min=1)
-    return (len(labels) / (classes * images.float())).to(labels.device)
+    images = torch.bincount(labels.cpu(), minlength=classes).float()
+    present = int((images > 0).sum())
+    return (len(labels) / (present * images.clamp(min=1))).to(labels.device)
