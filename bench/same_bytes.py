@@ -84,7 +84,7 @@ def compare(rev: str, without: Parameters) -> bool:
         if keys:
             print(f"not compared {variant}: {rev} has no {', '.join(keys)}")
     print(f"{'identical' if same else 'DIFFERENT'}: {len(compared)} variants")
-    if same and code["base_code"] != code["code"]:
+    if same and (code["base_code"] != code["code"] or old.keys() != new.keys()):
         added = {key: value for key, value in new.items() if key not in old}
         removed = {key: value for key, value in old.items() if key not in new}
         limits = {"new_parameters": added, "old_parameters": removed, "without": without}

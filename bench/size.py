@@ -62,7 +62,8 @@ def main() -> None:
     for length, place in longest[:SHOWN]:
         print(f"  {length}  {place}")
     if total > LIMIT or longest[0][0] > LONGEST:
-        sys.exit(f"error: the limits are {LIMIT:,} lines, and {LONGEST} for a function")
+        way_out = f"shorten, or raise the limit in {Path(__file__).name} and say why"
+        sys.exit(f"error: at most {LIMIT:,} lines, and {LONGEST} for a function; {way_out}")
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import click
 import pytest
@@ -64,8 +65,9 @@ def test_paths_start_where_the_command_is_typed(checkout: Path) -> None:
     for command in ("export --model mine.safetensors --onnx a", "predict --model x no.png"):
         done = launch(below, *command.split())
         assert done.returncode == 1
-        name = "mine.safetensors" if "export" in command else "no.png"
-        assert done.stderr.startswith(f"error: src/cifarlab/{name}")  # as seen from the top
+        # A file that is written or loaded is shown as seen from the top.
+        name = "src/cifarlab/mine.safetensors" if "export" in command else "no.png"
+        assert done.stderr.startswith(f"error: {name}")
     assert launch(checkout, "predict", "no.png").stderr.startswith("error: no.png: ")
     (below / "docs").mkdir()  # there is no such folder at the top
     refused = launch(below, "report", "--output", "docs").stderr
@@ -141,7 +143,14 @@ def test_an_unknown_name_is_refused_in_one_line(
 
 @pytest.mark.parametrize(
     ("content", "reason"),
-    [("5", "it has none"), ("[tiny]", "it has none"), ("tiny: {1: 2}", "unknown"), ("", "none")],
+    [
+        ("5", "it has none"),
+        ("[tiny]", "it has none"),
+        ("tiny: {1: 2}", "unknown"),
+        ("", "none"),
+        ("tiny: {train: {seed: 3}}", r"train is refused: write whole keys, such as train\.seed"),
+        ("<<<<<<< HEAD\ntiny: {}\n=======", "merge conflict: edit it, or take one side: `git"),
+    ],
 )
 def test_a_damaged_list_of_variants_is_refused_in_one_line(
     checkout: Path, monkeypatch: pytest.MonkeyPatch, content: str, reason: str
@@ -162,8 +171,9 @@ def test_a_variant_names_the_folder_of_the_project_only_if_it_holds_images(
     params.write_text(yaml.safe_dump(changed), "utf-8")
 
     def run(command: list[str], **_: object) -> SimpleNamespace:
-        seen.append(command)
-        return SimpleNamespace(returncode=0)
+        if command[0] == "dvc":
+            seen.append(command)
+        return SimpleNamespace(returncode=0, stdout=b"tiny")
 
     monkeypatch.setattr(subprocess, "run", run)
     monkeypatch.chdir(checkout)
@@ -173,6 +183,50 @@ def test_a_variant_names_the_folder_of_the_project_only_if_it_holds_images(
     without, named = ([o for o in options if "data.folder" in o] for options in seen)
     assert without == []
     assert named == [f'data.folder="{checkout / "images"}"']
+
+
+@pytest.mark.parametrize(
+    ("content", "name", "options"),
+    [
+        ("plain:", "plain", []),
+        ("7: {train.seed: 3}", "7", ["-S", "train.seed=3"]),
+        ("on: {train.graph: off}", "on", ["-S", 'train.graph="off"']),
+        ("my variant: {}", "my variant", None),
+        ("..: {}", "..", None),
+    ],
+)
+def test_names_of_variants_are_text(
+    checkout: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    content: str,
+    name: str,
+    options: list[str] | None,
+) -> None:
+    seen, run = list[list[str]](), subprocess.run
+
+    def note(command: list[str], **others: Any) -> Any:
+        if command[0] == "git":
+            return run(command, **others)
+        seen.append(command)
+        return SimpleNamespace(returncode=0)
+
+    monkeypatch.setattr(subprocess, "run", note)
+    monkeypatch.chdir(checkout)
+    Path("variants.yaml").write_text(content)
+    done = CliRunner().invoke(main, ["variant", name])
+    if options is None:
+        assert done.output.startswith(f"error: {name} cannot be the name of an experiment; use")
+        assert not seen
+    else:
+        assert (done.exit_code, seen[0][-len(options) :] if options else []) == (0, options)
+
+
+def test_one_file_for_both_exports_is_refused() -> None:
+    done = CliRunner().invoke(main, ["export", "--onnx", "a", "--torch", "a"])
+    assert (done.exit_code, done.output) == (
+        1,
+        "error: name a file: --onnx FILE or --torch FILE, or two different ones\n",
+    )
 
 
 def test_a_wrong_number_is_refused() -> None:

@@ -106,14 +106,18 @@ def test_outputs_are_the_files_that_exist(code: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "lock", ["", "[]", "<<<<<<< HEAD\nstages: {}", "stages: 1", "stages: {a: 1}"]
+    ("lock", "reason"),
+    [
+        *((lock, "dvc.lock is damaged") for lock in ("", "[]", "stages: 1", "stages: {a: 1}")),
+        ("<<<<<<< HEAD\nstages: {}", r"merge conflict.*`git checkout --ours dvc\.lock`"),
+    ],
 )
 def test_a_damaged_lock_is_reported(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lock: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lock: str, reason: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("dvc.lock").write_text(lock)
-    with pytest.raises(UserError, match=r"dvc.lock is damaged"):
+    with pytest.raises(UserError, match=reason):
         pipeline.locked(pipeline.WORKSPACE)
 
 
@@ -140,9 +144,23 @@ def test_a_lock_tells_whether_a_training_is_the_one_asked_for(
 
 
 def test_a_damaged_pipeline_is_reported(tmp_path: Path) -> None:
-    (tmp_path / "dvc.yaml").write_text("<<<<<<< HEAD\nstages:\n  a: 1\n=======\n")
-    with pytest.raises(UserError, match=r"dvc\.yaml is damaged \(.*git checkout dvc\.yaml"):
-        pipeline.dependencies(tmp_path)
+    for text, reason in (
+        ("stages:\n  a: 1\n b", r"dvc\.yaml is damaged \(.*git checkout dvc\.yaml"),
+        ("<<<<<<< HEAD\nstages:\n  a: 1\n=======\n", r"dvc\.yaml holds a merge conflict"),
+    ):
+        (tmp_path / "dvc.yaml").write_text(text)
+        with pytest.raises(UserError, match=reason):
+            pipeline.dependencies(tmp_path)
+
+
+def test_a_stage_may_have_no_parameters_and_no_outputs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("dvc.yaml").write_text("stages: {check: {cmd: pytest, deps: [a.py]}}")
+    Path("dvc.lock").write_text("stages: {check: {cmd: pytest}}")
+    assert pipeline.outputs("check") == []
+    assert pipeline.locked(pipeline.WORKSPACE)["check"].size == {}
 
 
 def test_two_experiments_of_one_name_in_the_queue_are_refused(

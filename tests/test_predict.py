@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -84,7 +85,9 @@ def test_folders_patterns_and_standard_input(predict: Predict) -> None:
     for name in ("in/[1]/a.png", "in/b.jpg", "in/c.txt", "x1.png", "x2.png", "é è.png"):
         Path(name).parent.mkdir(parents=True, exist_ok=True)
         image(0).save(name, "PNG")
-    names = [line.split("  ")[0] for line in predict("in", "x*.png", "é è.png").stdout.splitlines()]
+    done = predict("in", "x*.png", "é è.png")
+    assert done.stderr == "skipped 1 whose names are not of images: in/c.txt\n"
+    names = [line.split("  ")[0] for line in done.stdout.splitlines()]
     assert names == ["in/[1]/a.png", "in/b.jpg", "x1.png", "x2.png", "é è.png"]
     inside = [line.split("  ")[0] for line in predict("in/[1]").stdout.splitlines()]
     assert inside == ["in/[1]/a.png"]
@@ -106,8 +109,9 @@ def test_a_pattern_starts_in_a_folder_of_any_name(
     Path("in [1]").mkdir()
     image(0).save("in [1]/a.png")
     monkeypatch.setattr("cifarlab.cli.HERE", Path("in [1]"))
-    for names in (["*.png"], ["."], [str(Path("in [[]1]/*.png").resolve())]):
-        assert "in [1]/a.png  " in predict(*names).stdout
+    for name in ("*.png", "."):  # shown as they were typed
+        assert predict(name).stdout.startswith("a.png  ")
+    assert "in [1]/a.png  " in predict(str(Path("in [[]1]/*.png").resolve())).stdout
 
 
 def test_a_link_to_a_folder_around_it_repeats_no_image(predict: Predict) -> None:
@@ -127,6 +131,13 @@ def test_csv_has_a_head_and_quotes_names(predict: Predict) -> None:
     assert rows[1][0] == "a, b.png"
     assert {rows[1][1], rows[1][3]} <= {*CLASSES}
     assert len(rows) == 2
+
+
+@pytest.mark.parametrize("name", ["a\nb.png", "a\rb.png"])
+def test_csv_quotes_line_breaks(predict: Predict, name: str) -> None:
+    image(0).save(name)
+    text = predict(name, "--csv").stdout_bytes.decode("utf-8")
+    assert [row[0] for row in csv.reader(io.StringIO(text, newline=""))] == ["image", name]
 
 
 def test_json_has_long_paths_as_they_are(predict: Predict) -> None:
@@ -228,12 +239,30 @@ def test_a_network_of_another_version_is_named(
     assert (done.exit_code, done.output) == (1, f"error: {sentence}\n")
 
 
+@pytest.mark.parametrize("same", [True, False])
+def test_weights_of_a_commit_with_other_code_are_warned_of(
+    predict: Predict, monkeypatch: pytest.MonkeyPatch, same: bool
+) -> None:
+    image(0).save("a.png")
+    weights_of = Path("models/network.safetensors").read_bytes()
+    monkeypatch.setattr(pipeline, "find", lambda name: pipeline.Revision(name, "0" * 40, ""))
+    monkeypatch.setattr(pipeline, "read", lambda path, commit: weights_of)
+    for folder, text in (("", ""), ("then", "# a comment" if same else "OTHER = 1")):
+        path = Path(folder, "src/cifarlab/nn/a.py")
+        path.parent.mkdir(parents=True)
+        path.write_text(text)
+    monkeypatch.setattr(pipeline, "tracked_files", lambda commit: nullcontext(Path("then")))
+    done = predict("a.png", "--model", "old")
+    assert done.exit_code == 0
+    assert ("warning: old: its commit has other code for the network" in done.stderr) != same
+
+
 def test_without_a_network_predict_says_so(predict: Predict) -> None:
     image(0).save("a.png")
     Path("models/network.safetensors").unlink()
     done = predict("a.png")
     assert done.exit_code == 1
-    assert "models/network.safetensors holds no network" in done.output
+    assert "models/network.safetensors is missing; `dvc repro` trains a network" in done.output
 
 
 @pytest.mark.slow

@@ -70,8 +70,13 @@ def edit(folder: Path, old: str, new: str) -> None:
 
 
 def test_the_variants_use_every_part_of_the_network_and_of_the_training() -> None:
-    """The device and what runs on GPUs only are left out."""
-    defaults = load_params(REPO / "params.yaml")
+    """Each parameter has several values, and all of its values if it has a list of them.
+
+    The number of processes, their threads and their device are left out.
+    """
+    defaults = load_params(REPO / "params.yaml").flat()
+    left_out = ["train.device", "train.graph", "train.processes", "train.threads"]
+    left_out += ["evaluate.batch_size"]
     for name, fields in (
         ("model", ModelParams),
         ("train", TrainParams),
@@ -81,9 +86,11 @@ def test_the_variants_use_every_part_of_the_network_and_of_the_training() -> Non
             choices = {
                 value for value in get_args(field.annotation) if isinstance(value, str | int)
             }
-            used = [own.get(f"{name}.{key}") for own in same_bytes.VARIANTS.values()]
-            used += [getattr(getattr(defaults, name), key), same_bytes.SHARED.get(f"{name}.{key}")]
-            assert key in ("device", "graph") or all(c in [*used, "auto"] for c in choices), key
+            variants = [defaults | same_bytes.SHARED | v for v in same_bytes.VARIANTS.values()]
+            used = [variant[f"{name}.{key}"] for variant in variants]
+            if f"{name}.{key}" not in left_out:
+                assert len(set(map(str, used))) > 1, key
+                assert choices - {"auto"} <= {u for u in used if not isinstance(u, list)}, key
 
 
 def test_an_unknown_commit_is_refused() -> None:

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from contextlib import chdir
 from pathlib import Path
 from typing import Any
 
@@ -78,10 +79,11 @@ def variant(name: str) -> None:
     from cifarlab.data.fetch import holds_images
 
     variants = read_yaml(files.VARIANTS, f"`git checkout {files.VARIANTS}` restores it")
-    variants = variants if isinstance(variants, dict) else {}
+    variants = {str(k): v or {} for k, v in variants.items()} if isinstance(variants, dict) else {}
     if not isinstance(variants.get(name), dict):
-        known = ", ".join(map(str, variants)) or "none"
-        raise UserError(f"{files.VARIANTS} has no {name}; it has {known}")
+        raise UserError(f"{files.VARIANTS} has no {name}; it has {', '.join(variants) or 'none'}")
+    if not pipeline.git("check-ref-format", "--branch", name, check=False):
+        raise UserError(f"{name} cannot be the name of an experiment; use letters, digits and -")
     # A wrong value is refused before DVC makes its copy, which lacks images that it does not know.
     changes = {str(key): value for key, value in variants[name].items()}
     data = changed(changes).data
@@ -225,10 +227,12 @@ def predict(images: tuple[str, ...], model: str, top: int, form: str | None) -> 
     broken: list[str] = []
     # Not by Path.expanduser: a name may begin with ./~
     names = [os.path.expanduser(name) for name in images]  # noqa: PTH111
-    paths = predicting.find(names, HERE, broken)
+    with chdir(HERE):
+        paths = predicting.find(names, broken)
     total, network = len(paths) + len(broken), predicting.load(_from_here(model))
-    for line in predicting.shown(predicting.predict(network, paths, top, broken), form or ""):
-        click.echo(line)
+    with chdir(HERE):
+        for line in predicting.shown(predicting.predict(network, paths, top, broken), form or ""):
+            click.echo(line)
     if broken:
         count = f"{len(broken)} of {total} images cannot be read"
         raise UserError(f"{count}: {'; '.join(broken[:5])}")
@@ -243,8 +247,8 @@ def export(model: str, onnx: Path | None, torch: Path | None) -> None:
     from cifarlab.nn.weights import export_onnx, export_torch
     from cifarlab.predict import load
 
-    if not (onnx or torch):
-        raise UserError("name a file: --onnx FILE or --torch FILE")
+    if onnx == torch:  # both are None, or one would replace the other
+        raise UserError("name a file: --onnx FILE or --torch FILE, or two different ones")
     network = load(_from_here(model))
     for path, write in ((onnx, export_onnx), (torch, export_torch)):
         if path:

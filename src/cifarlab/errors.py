@@ -7,6 +7,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 # A password may hold @, / and spaces that nobody encoded. With spaces it is hidden up to an @ that
@@ -78,6 +79,13 @@ def in_a_sentence(
         if isinstance(error, UserError) or not isinstance(error, kinds or Exception):
             raise
         raise UserError(sentence.replace("%s", words(error))) from error
+
+
+def refuse_conflict(path: Path, text: str) -> None:
+    """Refuse the text of a file in which Git has marked a merge conflict."""
+    if re.search("^<<<<<<< ", text, re.MULTILINE):
+        side = f"edit it, or take one side: `git checkout --ours {path}`, or --theirs"
+        raise UserError(f"{path} holds a merge conflict: {side}; then `dvc repro`")
 
 
 def without_secrets(text: str) -> str:

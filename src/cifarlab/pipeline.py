@@ -7,11 +7,10 @@ outputs, and must not wait a second for that.
 import hashlib
 import json
 import os
-import re
 import shlex
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from itertools import chain
 from pathlib import Path
@@ -23,7 +22,15 @@ from pydantic import ValidationError
 
 from cifarlab import files
 from cifarlab.digest import code_digest, json_digest
-from cifarlab.errors import DAMAGED, UserError, first_line, in_a_sentence, without_secrets
+from cifarlab.errors import (
+    DAMAGED,
+    UserError,
+    first_line,
+    in_a_sentence,
+    refuse_conflict,
+    without_secrets,
+)
+from cifarlab.params.load import parse_yaml
 from cifarlab.params.sections import Params
 
 STAGES = ("train", "evaluate", "plot")  # all but download, in the order in which they run
@@ -209,6 +216,7 @@ def tree(revision: Revision) -> Iterator[Callable[[Path], BinaryIO]]:
     """
     from dvc.api import DVCFileSystem
     from dvc.exceptions import DvcException
+    from dvc_data.index import DataIndexError
 
     # In a commit, DVC starts at Git's top.
     top = git("rev-parse", "--show-prefix").strip() if revision.commit else ""
@@ -216,7 +224,7 @@ def tree(revision: Revision) -> Iterator[Callable[[Path], BinaryIO]]:
 
         def open_file(path: Path) -> BinaryIO:
             lost = f"{path} of {revision.label} is neither in Git nor in DVC's cache or remote"
-            with in_a_sentence(lost, DvcException, OSError):
+            with in_a_sentence(lost, DvcException, DataIndexError, OSError):
                 return cast(BinaryIO, found.open(f"{top}{path}", "rb"))
 
         yield open_file
@@ -238,7 +246,7 @@ def output_digest(stage: str, folder: Path = Path()) -> str:
 def params_of(revision: Revision) -> Params | None:
     """Return the parameters of a revision; None if the present version does not know them."""
     try:
-        return Params.model_validate(_yaml(read_text(files.PARAMS, revision)))
+        return Params.model_validate(parse_yaml(read_text(files.PARAMS, revision)))
     except (yaml.YAMLError, ValidationError):
         return None
 
@@ -255,7 +263,9 @@ def read_text(path: Path, revision: Revision) -> str:
     """Return the text of a file that Git tracks; empty if there is none."""
     if revision.commit:
         return git("cat-file", "blob", f"{revision.commit}:./{path}", check=False)
-    return path.read_text("utf-8") if path.exists() else ""
+    text = path.read_text("utf-8") if path.exists() else ""
+    refuse_conflict(path, text)
+    return text
 
 
 def locked(revision: Revision) -> dict[str, Locked]:
@@ -268,8 +278,8 @@ def locked(revision: Revision) -> dict[str, Locked]:
     """
     found, advice = {}, "`git checkout dvc.lock` or `dvc repro` repairs it"
     with in_a_sentence(f"its dvc.lock is damaged or missing; {advice}", yaml.YAMLError, *DAMAGED):
-        for stage, entry in _yaml(read_text(files.DVC_LOCK, revision))["stages"].items():
-            outs = [out for out in entry["outs"] if "nfiles" not in out]
+        for stage, entry in parse_yaml(read_text(files.DVC_LOCK, revision))["stages"].items():
+            outs = [out for out in entry.get("outs", []) if "nfiles" not in out]
             md5, size = ({out["path"]: out[key] for out in outs} for key in ("md5", "size"))
             found[stage] = Locked(json_digest(md5), size)
     return found
@@ -279,7 +289,7 @@ def ran_as_asked(stages: Sequence[str], folder: Path = Path()) -> bool:
     """Tell whether dvc.lock says that these stages ran with what params.yaml has."""
     try:
         paths = folder / files.PARAMS, folder / files.DVC_LOCK
-        asked, lock = (_yaml(path.read_text("utf-8")) for path in paths)
+        asked, lock = (parse_yaml(path.read_text("utf-8")) for path in paths)
         ran = [lock["stages"][stage]["params"][str(files.PARAMS)].items() for stage in stages]
         return dict(flat(dict(chain(*ran)))).items() <= dict(flat(asked)).items()
     except (OSError, yaml.YAMLError, LookupError, TypeError, AttributeError):
@@ -298,7 +308,7 @@ def training_key(params: Params, folder: Path = Path(), data: str = "") -> str:
     UserError
         The data or the code is missing or damaged.
     """
-    counted = tuple(f"{name}." for name in _stages(folder)["train"]["params"])
+    counted = tuple(f"{name}." for name in _stages(folder)["train"].get("params", []))
     inputs = {key: value for key, value in params.flat().items() if f"{key}.".startswith(counted)}
     description = folder / files.DATA / "dataset.json"
     try:
@@ -318,7 +328,22 @@ def dependencies(folder: Path = Path(), stages: Sequence[str] = RESULT) -> list[
 
 def stage_code(folder: Path = Path(), stages: Sequence[str] = RESULT) -> str:
     """Return the digest of all Python files that some stages of FOLDER/dvc.yaml depend on."""
-    paths = [folder / name for name in dependencies(folder, stages)]
+    return _code_of(folder / name for name in dependencies(folder, stages))
+
+
+def network_code(folder: Path = Path()) -> str:
+    """Return the digest of the code that says what the weights of a network compute."""
+    paths = folder / "src/cifarlab/nn", folder / "src/cifarlab/params/geometry.py"
+    return _code_of(path for path in paths if path.exists())  # old commits lack them
+
+
+def has_this_network_code(commit: str) -> bool:
+    """Tell whether the networks of a commit compute what those of this checkout compute."""
+    with tracked_files(commit) as folder:
+        return network_code(folder) == network_code()
+
+
+def _code_of(paths: Iterable[Path]) -> str:
     code = {file for path in paths for file in [path, *path.rglob("*.py")] if file.suffix == ".py"}
     return code_digest(file.read_text("utf-8") for file in sorted(code))
 
@@ -411,7 +436,8 @@ def queued() -> dict[str, Revision]:
 
 def differences(revision: Revision) -> dict[str, Any]:
     """Return the parameters that a revision has, valid or not, and the workspace has not."""
-    now, then = (dict(flat(_yaml(read_text(files.PARAMS, at)))) for at in (WORKSPACE, revision))
+    texts = (read_text(files.PARAMS, at) for at in (WORKSPACE, revision))
+    now, then = (dict(flat(parse_yaml(text))) for text in texts)
     return {key: value for key, value in then.items() if now.get(key) != value}
 
 
@@ -419,23 +445,18 @@ def flat(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Yield nested values under their full key."""
     for key, value in tree.items():
         name = f"{prefix}{key}"
-        if isinstance(value, str) and re.fullmatch(r"[-+]?\d+(\.\d*)?e[-+]?\d{1,3}", value):
-            value = float(value)  # noqa: PLW2901 - 1e-5 is text for PyYAML and a number for DVC
         yield from flat(value, f"{name}.") if isinstance(value, dict) else [(name, value)]
 
 
 def _outs(stage: str, folder: Path) -> list[Path]:
     entry = _stages(folder)[stage]
-    listed = [*entry["outs"], *entry.get("metrics", [])]
+    listed = [*entry.get("outs", []), *entry.get("metrics", [])]
     return [folder / (next(iter(out)) if isinstance(out, dict) else out) for out in listed]
 
 
 def _stages(folder: Path) -> Any:
     problem = "dvc.yaml is damaged (%s); `git checkout dvc.yaml` repairs it"
     with in_a_sentence(problem, yaml.YAMLError, LookupError, TypeError):
-        return _yaml((folder / files.DVC_YAML).read_text("utf-8"))["stages"]
-
-
-def _yaml(text: str) -> Any:
-    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the one in C is ten times faster
-    return yaml.load(text, loader)  # noqa: S506, both are safe
+        text = (folder / files.DVC_YAML).read_text("utf-8")
+        refuse_conflict(files.DVC_YAML, text)
+        return parse_yaml(text)["stages"]

@@ -46,6 +46,7 @@ def load(model: str) -> Network:
     """
     if not model or Path(model).is_file():
         return weights.load(Path(model or files.WEIGHTS))
+    commit = ""
     with tempfile.TemporaryDirectory() as name:
         path = Path(name) / files.WEIGHTS.name
         if model.startswith("models:/") or re.fullmatch("[0-9a-f]{32}", model):
@@ -53,20 +54,24 @@ def load(model: str) -> Network:
 
             path = download_network(model, Path(name))
         else:
-            path.write_bytes(pipeline.read(files.WEIGHTS, pipeline.find(model).commit))
+            commit = pipeline.find(model).commit
+            path.write_bytes(pipeline.read(files.WEIGHTS, commit))
         try:
-            return weights.load(path)
+            network = weights.load(path)
         except UserError as error:
             problem = f"{model} holds no network of this version"
             raise UserError(f"{problem}; use it in the checkout of its commit") from error
+    if commit and not pipeline.has_this_network_code(commit):
+        reason = "its commit has other code for the network, so the answers may be wrong"
+        print(f"warning: {model}: {reason}; use it in a checkout of it", file=sys.stderr)
+    return network
 
 
-def find(names: Sequence[str], here: Path, broken: list[str]) -> list[str]:
+def find(names: Sequence[str], broken: list[str]) -> list[str]:
     """Return the images that paths, folders and patterns such as "photos/*.jpg" stand for.
 
     Parameters
     ----------
-    here : where relative names start
     broken : gets a sentence for each name that stands for nothing
 
     Raises
@@ -74,25 +79,30 @@ def find(names: Sequence[str], here: Path, broken: list[str]) -> list[str]:
     UserError
         All of them stand for nothing.
     """
-    found: list[str] = []
+    found, others = list[str](), list[str]()
     for name in names:
-        path = here / name
+        path = Path(name)
         if name == STDIN or path.is_file():
-            found.append(name if name == STDIN else str(path))
+            found.append(str(path))
             continue
         pattern = f"{glob.escape(name)}/**" if name and path.is_dir() else name
-        inside = glob.glob(pattern, root_dir=here, recursive=True)  # noqa: PTH207, also absolute
+        inside = map(Path, glob.glob(pattern, recursive=True))  # noqa: PTH207, also absolute
         images: dict[Path, str] = {}
         # Of paths that a link to a folder makes equal, the shortest is kept.
-        for image in sorted((here / match for match in inside), key=lambda p: (len(p.parts), p)):
-            if is_image(image.name) and image.is_file():
+        for image in sorted(filter(Path.is_file, inside), key=lambda p: (len(p.parts), p)):
+            if is_image(image.name):
                 images.setdefault(image.parent.resolve() / image.name, str(image))
+            else:
+                others.append(readable(str(image)))
         if not images:
             shown = readable(str(path)) if name else "an empty name"
             broken.append(f"{shown}: there is no such image, and no folder of images")
         found += sorted(images.values())
     if not found:
         raise UserError("; ".join(broken[:5]))
+    if others:
+        shown = ", ".join(others[:3]) + ", …" * (len(others) > 3)
+        print(f"skipped {len(others):,} whose names are not of images: {shown}", file=sys.stderr)
     return found
 
 
@@ -147,5 +157,5 @@ def shown(predictions: Iterator[Prediction], form: str) -> Iterator[str]:
             yield ",".join(["image,class,probability", *more])
         line = io.StringIO()
         cells = (cell for label, p in pairs for cell in (label, f"{p:.6f}"))
-        csv.writer(line, lineterminator="").writerow([image, *cells])
-        yield line.getvalue()
+        csv.writer(line).writerow([image, *cells])  # only with \r\n it quotes both of them
+        yield line.getvalue().removesuffix("\r\n")

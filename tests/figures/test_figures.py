@@ -12,6 +12,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
+import yaml
 from matplotlib.cbook import is_math_text
 from matplotlib.figure import Figure
 from matplotlib.text import Text
@@ -44,6 +45,7 @@ SCENARIOS: dict[str, dict[str, Any]] = {
     "names of columns": {"classes": ["actual", "class", "predicted"], "errors": 3},
 }
 
+STAGES = yaml.safe_load((Path(__file__).parents[2] / "dvc.yaml").read_text("utf-8"))["stages"]
 LONG = ("hundred long names", "numbers", "names of columns", "two long names")
 
 
@@ -141,6 +143,8 @@ def sticks_out(figure: Figure) -> float:
 def test_all_six_pictures_show_everything_inside_the_figure(run: Run) -> None:
     names = ("confusion", "confusion_recall", "curves", "per_class", "training_images", "mistakes")
     assert {path.name for path in run.paths} == {f"{name}.png" for name in names}
+    # DVC knows them all: what it does not know is not in the commit of an experiment.
+    assert {f"plots/{path.name}" for path in run.paths} == {*STAGES["plot"]["outs"]}
     for path in run.paths:
         figure = run.figures[path.stem]
         with Image.open(path) as image:

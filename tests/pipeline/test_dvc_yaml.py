@@ -28,9 +28,23 @@ def files_of(paths: set[str]) -> set[Path]:
 def imported(path: Path) -> Iterator[Path]:
     """Yield the modules of the project that a file imports, inside functions as well."""
     for node in ast.walk(ast.parse(path.read_text("utf-8"))):
-        if isinstance(node, ast.ImportFrom) and node.module:
-            for name in [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]:
-                yield REPO / "src" / f"{name.replace('.', '/')}.py"
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        if isinstance(node, ast.ImportFrom):
+            assert not node.level, f"{path} has a relative import, which this test does not follow"
+            module = str(node.module)
+            names = [module, *(f"{module}.{alias.name}" for alias in node.names)]
+        for name in names:
+            yield REPO / "src" / f"{name.replace('.', '/')}.py"
+
+
+def test_every_kind_of_import_is_followed(tmp_path: Path) -> None:
+    path = tmp_path / "a.py"
+    for line in ("import cifarlab.nn.layers as x", "from cifarlab.nn import layers"):
+        path.write_text(f"def f():\n    {line}\n")
+        assert REPO / "src/cifarlab/nn/layers.py" in imported(path)
+    path.write_text("from . import layers")
+    with pytest.raises(AssertionError, match="relative import"):
+        list(imported(path))
 
 
 def used_by(path: Path) -> set[Path]:

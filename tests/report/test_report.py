@@ -443,11 +443,16 @@ def report(project: Project, *arguments: str, code: int = 0, **env: str) -> str:
 def test_a_damaged_lock_is_said(used: Project) -> None:
     lock = used.folder / "dvc.lock"
     merged = f"<<<<<<< HEAD\n{lock.read_text('utf-8')}=======\n"
-    for damaged in (merged, "stages: {download: hello}", ""):
+    reason = "its dvc.lock is damaged or missing; `git checkout dvc.lock`"
+    for damaged, sentence in (
+        (merged, "dvc.lock holds a merge conflict: edit it, or take one side"),
+        ("stages: {download: hello}", reason),
+        ("", reason),
+    ):
         lock.write_text(damaged, "utf-8")
         report(used)
         text = Parsed((used.folder / "report.html").read_text("utf-8")).text
-        assert "dvc.lock: its dvc.lock is damaged or missing; `git checkout dvc.lock`" in text
+        assert f"dvc.lock: {sentence}" in text
         assert "digest of the code" not in text
 
 

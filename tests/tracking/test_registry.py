@@ -157,6 +157,32 @@ def test_a_run_that_was_trained_again_no_longer_speaks_for_the_champion(
     assert "is the champion now, by --force" in registry.promote("worse", force=True)
 
 
+def test_of_several_runs_of_a_name_the_newest_that_finished_is_registered(
+    checkout: Path, add: Add
+) -> None:
+    client = client_of(checkout)
+    finished = [add("first", [True]) for _ in range(2)]
+    for run in finished:
+        client.set_terminated(run, "FINISHED")
+    client.set_terminated(add("first", [True], model=False), "KILLED")
+    registry.promote("first", force=False)
+    assert champion_of(checkout) == finished[1]
+
+
+def test_the_experiment_of_this_checkout_comes_before_others_of_its_name(
+    checkout: Path, add: Add, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mine, _ = add("first", [True]), add("first", [True])
+    here = pipeline.Revision("first", "e" * 40, pipeline.git_commit())
+    there = pipeline.Revision("first", "f" * 40, "b" * 40)
+    monkeypatch.setattr(pipeline, "experiments", lambda: [there, here])
+    monkeypatch.setattr(
+        registry, "shows", lambda run, revision: (run.info.run_id == mine) == (revision == here)
+    )
+    registry.promote("first", force=False)
+    assert champion_of(checkout) == mine
+
+
 def test_promote_without_a_name_is_refused(add: Add) -> None:
     add("", [True])  # `dvc repro` gives a run no name
     with pytest.raises(UserError, match="name an experiment, or the id of a run"):

@@ -1,6 +1,8 @@
 """What a run gets from the files of the stages."""
 
+import contextlib
 import json
+import shutil
 from pathlib import Path
 
 import mlflow
@@ -10,6 +12,7 @@ import torch
 from mlflow.utils import validation
 
 from cifarlab import pipeline
+from cifarlab.errors import UserError
 from cifarlab.nn import weights
 from cifarlab.nn.network import predict
 from cifarlab.params.sections import Params
@@ -240,3 +243,25 @@ def test_outputs_in_another_folder_are_logged_from_there(
     assert points(checkout, "loss/train")[0] == (1, 1_000_000, 0.5)
     assert Path.cwd() == checkout
     assert not (copy / "mlflow.db").exists()
+
+
+def test_weights_are_not_exported_by_other_code(checkout: Path, make_params: Make) -> None:
+    """It might compute something else than what was tested."""
+    params = make_params({"tracking.system_metrics": False})
+    write_timings(checkout, key := pipeline.training_key(params), EPOCHS)
+    copy = checkout / "copy"
+    write_outputs(copy, params)
+    shutil.copytree(checkout / "src", copy / "src")
+    for name in ("dvc.yaml", "stages"):
+        (copy / name).symlink_to(checkout / name)
+    layers = copy / "src/cifarlab/nn/layers.py"
+    for text, fails in (("# a comment", False), ("OTHER = 1", True)):
+        layers.write_text(f"{layers.read_text('utf-8')}\n{text}\n", "utf-8")
+        run = StageRun("evaluate", Execution(params, key, text, "b" * 40, copy))
+        refused = pytest.raises(UserError, match="not logged: it has other code for the network")
+        with refused if fails else contextlib.nullcontext():
+            run.close("FINISHED")
+    runs = {run.info.run_name: run for run in runs_in(checkout)}
+    models = {name: len(run.outputs.model_outputs) for name, run in runs.items()}
+    assert models == {"# a comment": 1, "OTHER = 1": 0}
+    assert runs["OTHER = 1"].data.metrics["accuracy/test"] == 0.75

@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_model
 from torch import nn
 
-from cifarlab.errors import first_line, in_a_sentence
+from cifarlab.errors import UserError, first_line, in_a_sentence
 from cifarlab.files import atomic, write
 from cifarlab.nn.network import Network
 from cifarlab.params.geometry import ModelParams
@@ -44,6 +44,8 @@ def load(path: Path) -> Network:
     UserError
         The file is missing, damaged, or from another version of this project.
     """
+    if not path.exists():
+        raise UserError(f"{path} is missing; `dvc repro` trains a network, `dvc pull` gets one")
     problem = f"{path} holds no network of this version (%s); `dvc repro -f train` trains it again"
     kinds = (OSError, SafetensorError, KeyError, TypeError, ValueError, RuntimeError)
     with in_a_sentence(problem, *kinds), safe_open(path, "pt") as file:

@@ -10,7 +10,7 @@ import yaml
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from cifarlab.errors import UserError, first_line, without_secrets
+from cifarlab.errors import UserError, first_line, refuse_conflict, without_secrets
 from cifarlab.params.sections import Params
 
 SECTIONS = Params.__annotations__
@@ -19,6 +19,7 @@ KEYS = [f"{name}.{key}" for name, section in SECTIONS.items() for key in section
 # Far above what anyone writes, and small enough for a second.
 MAX_BYTES, MAX_VALUES = 30_000, 10_000
 
+TAG = "tag:yaml.org,2002:"
 # Shortens long lists and deep nesting. Strings stay whole until their passwords are hidden.
 SHORT = reprlib.Repr()
 SHORT.maxlevel, SHORT.maxstring = 3, 10**6
@@ -47,6 +48,8 @@ def changed(changes: dict[str, Any]) -> Params:
     content = load_params().model_dump()
     for key, value in changes.items():
         section, _, name = key.partition(".")
+        if not name and isinstance(value, dict) and value:
+            raise UserError(f"{key} is refused: write whole keys, such as {key}.{min(value)}")
         content.setdefault(section, {})[name] = value
     return _validated(content, "")
 
@@ -67,7 +70,9 @@ def read_yaml(path: Path, hint: str) -> Any:
             content = file.read(MAX_BYTES + 1)
         if len(content) > MAX_BYTES:
             raise UserError(f"{path} is larger than {MAX_BYTES:,} bytes; {hint}")
-        return yaml.load(content.decode("utf-8"), Loader)  # noqa: S506, it is a safe loader
+        text = content.decode("utf-8")
+        refuse_conflict(path, text)
+        return yaml.load(text, Loader)  # noqa: S506, it is a safe loader
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}; {hint}") from error
     except yaml.MarkedYAMLError as error:
@@ -79,6 +84,41 @@ def read_yaml(path: Path, hint: str) -> Any:
         raise UserError(f"{path} is not valid YAML: {first_line(error)}") from error
 
 
+def reads_yaml_1_2(loader: Any) -> Any:
+    """Let a class of PyYAML's loaders read plain words as YAML 1.2 does, and with it DVC.
+
+    In YAML 1.1, which PyYAML reads, 010 is eight, no is false, 1:30 is ninety and 1e-3 is text.
+    """
+    kinds = {
+        "bool": "true|True|TRUE|false|False|FALSE",
+        "int": r"[-+]?([0-9][0-9_]*|0o[0-7_]+|0x[0-9a-fA-F_]+|0b[01_]+)",
+        "float": r"[-+]?([0-9][0-9_]*(\.[0-9_]*)?|\.[0-9][0-9_]*)([eE][-+]?[0-9]+)?"
+        r"|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
+        "null": "~|null|Null|NULL|",
+        "merge": "<<",
+    }
+    loader.yaml_implicit_resolvers = {}
+    for kind, pattern in kinds.items():
+        loader.add_implicit_resolver(f"{TAG}{kind}", re.compile(f"(?:{pattern})$"), None)
+    loader.add_constructor(f"{TAG}int", lambda _, node: _whole(node.value))
+    return loader
+
+
+def _whole(text: str) -> int:
+    return int(text.replace("_", ""), 0 if text.lstrip("+-")[1:2] in {*"oxb"} else 10)
+
+
+@reads_yaml_1_2
+class _FastLoader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
+    """The loader in C, if there is one: it is ten times as fast."""
+
+
+def parse_yaml(text: str) -> Any:
+    """Return the content of a YAML file that DVC has read or written."""
+    return yaml.load(text, _FastLoader)  # noqa: S506, it is a safe loader
+
+
+@reads_yaml_1_2
 class Loader(yaml.SafeLoader):
     """PyYAML's safe loader, without three things that DVC refuses or that may take minutes.
 

@@ -3,7 +3,7 @@
 from itertools import pairwise
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import Field, model_validator
 
 from cifarlab.errors import without_secrets
 from cifarlab.params.geometry import ModelParams, Positive, Section, Share
@@ -11,8 +11,6 @@ from cifarlab.params.geometry import ModelParams, Positive, Section, Share
 DEFAULT_FOLDER = "images"
 """It comes with the project, and holds no images."""
 Count = Annotated[int, Field(ge=1, le=1_000_000)]
-# In YAML 1.1, which PyYAML reads, off without quotes is false. DVC writes it without quotes.
-Off = BeforeValidator(lambda value: "off" if value is False else value)
 
 
 def is_remote(source: str) -> bool:
@@ -113,7 +111,7 @@ class TrainParams(Section):
     """CPU threads. auto: one for each core that PyTorch finds; several processes share them."""
     processes: Annotated[int, Field(ge=1, le=64)]
     """Processes that share each batch, on one machine, and on CUDA as many GPUs (docs/scale.md)."""
-    graph: Annotated[Literal["auto", "off"], Off]
+    graph: Literal["auto", "off"]
     """auto: on CUDA, each step is one launch, a CUDA graph."""
     diagnostics: bool
     """After every epoch, examine each layer and add the results to history.csv."""

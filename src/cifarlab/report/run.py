@@ -19,7 +19,7 @@ from safetensors.numpy import load as load_tensors
 
 from cifarlab import files, pipeline
 from cifarlab.errors import DAMAGED, UserError, first_line, in_a_sentence
-from cifarlab.params.load import Loader, load_params
+from cifarlab.params.load import Loader, load_params, parse_yaml
 from cifarlab.pipeline import Revision, flat
 from cifarlab.report.statistics import right
 from cifarlab.runtime import timings
@@ -134,12 +134,12 @@ def parameters(revision: Revision) -> Values:
 def _read_lock(run: Run) -> None:
     """Take from dvc.lock the parameters that ran, and the MD5 of the data."""
     pipeline.locked(run.revision)  # says what is wrong with a damaged one
-    lock = yaml.safe_load(pipeline.read_text(files.DVC_LOCK, run.revision))
+    lock = parse_yaml(pipeline.read_text(files.DVC_LOCK, run.revision))
     for stage in lock["stages"].values():
         locked = dict(flat(stage.get("params", {}).get(str(files.PARAMS), {})))
         run.changed |= any(run.params.get(key) != value for key, value in locked.items())
         run.params |= locked
-        run.tests |= {out["md5"] for out in stage["outs"] if out["path"] == str(files.DATA)}
+        run.tests |= {out["md5"] for out in stage.get("outs", []) if out["path"] == str(files.DATA)}
     if commit := run.revision.commit:
         ran = pipeline.git("rev-list", "-1", commit, "--", str(files.DVC_LOCK)).strip()
         run.changed |= ran != commit and _code(ran) != _code(commit)

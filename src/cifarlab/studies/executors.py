@@ -60,7 +60,10 @@ def run_queue(execute: Executor) -> None:
         Some failed, or the code has changed since they were queued.
     """
     load_params()  # a damaged file is named
-    changes, code = dict[str, Parameters](), pipeline.dependencies(stages=pipeline.EVERY)
+    # The images that DVC tracks count like code: the files *.dvc name them.
+    changes = dict[str, Parameters]()
+    # The files *.dvc stand for images that DVC tracks.
+    code = [*pipeline.dependencies(stages=pipeline.EVERY), "*.dvc"]
     tasks = pipeline.queued()
     for name, task in tasks.items():
         if different := git("diff", "--name-only", task.commit, "--", *code).split():
@@ -102,7 +105,7 @@ def _here(jobs: int, changes: Changes) -> Outcomes:
         }
         for future in as_completed(futures):
             error = future.exception()
-            if error and not isinstance(error, RuntimeError):
+            if error and not isinstance(error, RuntimeError | OSError):
                 raise error
             yield futures[future], str(error or "")
     finally:

@@ -35,7 +35,7 @@ TEXT = dict.fromkeys([*ORIGIN, "commit", "run", "variant", "data", "machine"], s
 # Pictures, tracking and the number of images tested at a time decide no result. The data are
 # compared by the name of the data set, because the same images can come from several places.
 DATA_SET = ("data.name", "data.folder", "data.sources", "data.sha256")
-IRRELEVANT = ("plot.", "tracking.", "evaluate.batch_size", *DATA_SET)
+IRRELEVANT = {"evaluate.batch_size", *DATA_SET}
 
 
 class Link(BaseModel):
@@ -125,7 +125,9 @@ def key_of(parameters: Parameters) -> str:
 
     1 and 1.0 are equal.
     """
-    deciding = {k: value for k, value in parameters.items() if not k.startswith(IRRELEVANT)}
+    shown = ("plot.", "tracking.")
+    names = [key for key in parameters if not key.startswith(shown) and key not in IRRELEVANT]
+    deciding = {key: parameters[key] for key in names}
     return json_digest(json.loads(json.dumps(deciding), parse_int=float))[:16]
 
 
@@ -230,7 +232,7 @@ def chosen(name: str, points: list[Point]) -> Tables:
 
 def data_set(parameters: Parameters) -> str:
     """Return the name of the data set: of an archive, its name without suffixes."""
-    if parameters["data.name"] != "folder":
+    if parameters["data.name"] in ("cifar10", "digits"):
         return str(parameters["data.name"])
     folder, sources = parameters["data.folder"], parameters["data.sources"]
     name = Path(folder if folder != DEFAULT_FOLDER else sources[0]).name

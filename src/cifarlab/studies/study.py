@@ -6,7 +6,7 @@ import pandas as pd
 
 from cifarlab.errors import UserError, first_line
 from cifarlab.files import QUESTIONS
-from cifarlab.params.load import read_yaml
+from cifarlab.params.load import load_params, read_yaml
 from cifarlab.studies import executors
 from cifarlab.studies.page import joined, made_by, update_notice, write_page
 from cifarlab.studies.points import Point, by_data, load, needed, paths, record
@@ -53,6 +53,7 @@ def rewrite_page(name: str) -> Path:
 
 def report() -> None:
     """Print the state of every study for each data set, and update the notices of its pages."""
+    load_params()  # a damaged file is no fault of the studies
     rows: list[tuple[object, ...]] = []
     for name in names():
         try:

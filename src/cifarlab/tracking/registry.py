@@ -107,14 +107,25 @@ def _champion(client: Any, registered: str) -> Any:
 
 
 def _find_run(client: Any, name: str) -> Any:
-    """Return the run with this id, or the newest one of a DVC experiment."""
+    """Return the run with this id, or that of a DVC experiment.
+
+    Of several runs of this name, the one that shows the experiment of this checkout comes first,
+    then the newest that has finished.
+    """
     if not name:
         raise UserError("name an experiment, or the id of a run")
     if re.fullmatch(r"[0-9a-f]{32}", name):
         return client.get_run(name)
     experiment = client.get_experiment_by_name(load_params().tracking.experiment)
     named = f'tags.`dvc.exp.name` = "{name}"'  # the newest run comes first
-    for run in client.search_runs([experiment.experiment_id], named) if experiment else []:
+    runs = client.search_runs([experiment.experiment_id], named) if experiment else []
+    own = [e for e in pipeline.experiments() if e.name == name] if runs[1:] else []
+    own = [e for e in own if e.baseline == pipeline.git_commit()] or own
+
+    def rank(run: Any) -> tuple[bool, bool]:
+        return not any(shows(run, one) for one in own), run.info.status != "FINISHED"
+
+    for run in sorted(runs, key=rank):
         return run
     raise UserError(f"MLflow has no run or experiment {name}; `cifarlab sync` logs what it misses")
 

@@ -13,7 +13,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from cifarlab import files, pipeline
-from cifarlab.errors import in_a_sentence, shortened
+from cifarlab.errors import UserError, in_a_sentence, shortened
 from cifarlab.params.sections import Params
 from cifarlab.runtime import timings
 from cifarlab.tracking import client as tracking
@@ -41,6 +41,8 @@ def track(stage: str, params: Params, conditions: dict[str, str] | None = None) 
     UserError
         The data or the code is missing or damaged, or MLFLOW_TRACKING_URI names no store.
     """
+    if stage not in pipeline.STAGES:
+        raise UserError(f"pipeline.STAGES lacks {stage}, so MLflow would not get its files; add it")
     tracking.database()
     execution = Execution(params, pipeline.training_key(params), *pipeline.current_experiment())
     return StageRun(stage, execution, conditions or {})

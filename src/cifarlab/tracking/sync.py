@@ -84,6 +84,8 @@ class Mirror:
                 return run.info.run_id, "is running"
             if run.info.status == "FINISHED" and self._has_artifacts(run, revision):
                 return run.info.run_id, "was there"
+        if revision.commit and not pipeline.params_of(revision):
+            return "", "has the parameters of another version, and can be logged there"
         if check:
             return (same[0].info.run_id if same else ""), "missing, at least in part"
         new = self._log(revision, same[0] if same else None)

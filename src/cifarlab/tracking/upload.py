@@ -16,6 +16,7 @@ import pandas as pd
 
 from cifarlab import files, pipeline
 from cifarlab.digest import json_digest
+from cifarlab.errors import UserError
 from cifarlab.params.sections import Params
 from cifarlab.runtime import timings
 from cifarlab.tracking.client import KEY, models_of, wait_for_database
@@ -217,6 +218,9 @@ class Upload:
         client, run_id, run = self.client, self.run_id, self.client.get_run(self.run_id)
         weights = _sha256(self._path(files.WEIGHTS))
         found = [m for m in models_of(client, run) if m.tags.get("weights.sha256") == weights]
+        if not found and pipeline.network_code(self.execution.folder) != pipeline.network_code():
+            reason = "it has other code for the network; log it in a checkout of its commit"
+            raise UserError(f"the model was not logged: {reason}")
         tags = {"weights.sha256": weights, NOTE: run.data.tags.get(NOTE, "")}
         new = (run.info.experiment_id, model_name(run.info.run_name), run_id, tags, run.data.params)
         model = found[0] if found else client.create_logged_model(*new)

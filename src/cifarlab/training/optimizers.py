@@ -97,7 +97,8 @@ def make_optimizers(network: nn.Module, params: TrainParams, dtype: torch.dtype)
     """
     factor, muon = params.norm_bias_lr, params.optimizer == "muon"
     trained = [p for p in network.parameters() if p.requires_grad]
-    filters = [p for p in trained if p.ndim == 4] if muon else []
+    convolved = [m.weight for m in network.modules() if isinstance(m, nn.Conv2d)] if muon else []
+    filters = [p for p in trained if any(p is weight for weight in convolved)]
     biases = [m.bias for m in network.modules() if isinstance(m, nn.BatchNorm2d | nn.GroupNorm)]
     others = [p for p in trained if not any(p is other for other in filters + biases)]
     groups: list[dict[str, Any]] = [
