@@ -129,6 +129,28 @@ def test_tracking_that_was_off_is_logged_later_for_the_workspace(used: Project) 
 
 
 @pytest.mark.slow
+def test_commits_of_an_older_version_can_be_verified_and_do_not_fail_sync(used: Project) -> None:
+    """Their parameters are not valid any more: a new one was added."""
+    old = used.run("git", "rev-parse", "HEAD").stdout.strip()
+    sections = used.folder / "src/cifarlab/params/sections.py"
+    text = sections.read_text("utf-8")
+    sections.write_text(text.replace("    epochs: Count\n", "    epochs: Count\n    new: int\n"))
+    used.edit("train", new=1)
+    used.dvc("repro")
+    used.run("git", "commit", "--quiet", "--all", "--message=a new parameter")
+    assert f"identical: 14 files of {old}" in cifarlab(used, "verify", old)
+    output = cifarlab(used, "sync")
+    # Evaluation and figures of the new commit were in DVC's cache.
+    assert (output.count("was there"), output.count(" logged\n")) == (3, 1)
+    assert "no experiment or commit has this run" not in output
+    used.lose_store()
+    output = cifarlab(used, "sync")
+    assert output.count("of another version, and can be logged there") == 2
+    # The results of the new commit are those of the old one.
+    assert (output.count("was there"), output.count(" logged\n")) == (1, 1)
+
+
+@pytest.mark.slow
 def test_what_cannot_be_logged_is_listed(used: Project) -> None:
     # A run whose experiment was removed, and an experiment whose outputs were.
     used.dvc("exp", "run", "--temp", "--name", "to-be-removed", "-S", "train.seed=4")

@@ -489,6 +489,21 @@ def test_what_cannot_be_read_is_said(used: Project) -> None:
         assert f"{name} of other-seed is neither in Git nor in DVC's cache or remote." in text
 
 
+def test_in_a_clone_without_a_cache_everything_says_what_is_missing(used: Project) -> None:
+    """A clone that has never read the outputs: DVC raises other errors there."""
+    used.run("git", "clone", "--quiet", ".", "../clone")
+    clone = Project(used.folder.parent / "clone", used.fork_server)
+    for command in (["predict", "--model", "HEAD", "README.md"], ["export", "--model", "HEAD"]):
+        command += ["--onnx", "a.onnx"] if "export" in command else []
+        done = clone.run("python", "-m", "cifarlab.cli", *command, check=False, PYTHONPATH="src")
+        [line] = done.stdout.splitlines()
+        assert "error: models/network.safetensors of commit" in line
+        assert "is neither in Git nor in DVC's cache or remote" in line
+    assert report(clone, "HEAD").splitlines()[0] == "report.html"
+    text = Parsed((clone.folder / "report.html").read_text("utf-8")).text
+    assert "plots/predictions.csv of commit" in text
+
+
 @pytest.mark.slow
 def test_the_run_in_the_workspace_opens_offline(used: Project, browser: Any) -> None:
     path, logged = report(used).splitlines()

@@ -40,7 +40,9 @@ def sync(*, check: bool = False) -> None:
             wanted = tags_of(revision)
             if not any(tag.startswith("logged.") for tag in wanted):  # only download has run
                 continue
-            if not revision.name and any(wanted.items() <= other.items() for other in unnamed):
+            known = revision == WORKSPACE or PARAMS in wanted
+            covered = any(wanted.items() <= other.items() for other in unnamed)
+            if not revision.name and known and covered:
                 continue
             unnamed += [] if revision.name else [wanted]
             with in_a_sentence("MLflow failed (%s)"):
