@@ -493,9 +493,9 @@ def test_in_a_clone_without_a_cache_everything_says_what_is_missing(used: Projec
     """A clone that has never read the outputs: DVC raises other errors there."""
     used.run("git", "clone", "--quiet", ".", "../clone")
     clone = Project(used.folder.parent / "clone", used.fork_server)
-    for command in (["predict", "--model", "HEAD", "README.md"], ["export", "--model", "HEAD"]):
-        command += ["--onnx", "a.onnx"] if "export" in command else []
-        done = clone.run("python", "-m", "cifarlab.cli", *command, check=False, PYTHONPATH="src")
+    for command in ("predict --model HEAD README.md", "export --model HEAD --onnx a.onnx"):
+        whole = ("python", "-m", "cifarlab.cli", *command.split())
+        done = clone.run(*whole, check=False, PYTHONPATH="src")
         [line] = done.stdout.splitlines()
         assert "error: models/network.safetensors of commit" in line
         assert "is neither in Git nor in DVC's cache or remote" in line
