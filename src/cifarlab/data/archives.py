@@ -19,13 +19,13 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import IO, Any, ClassVar, NamedTuple, NoReturn, Self
+from typing import IO, Any, NamedTuple, NoReturn, Self
 
 import numpy as np
 import numpy.typing as npt
 
 from cifarlab.data.images import is_image
-from cifarlab.errors import UserError, first_line
+from cifarlab.errors import UserError, first_line, in_a_sentence
 
 MAX_HEADER = 2**14
 """Bytes of one header of a tar archive, unpacked. tarfile needs up to its square / 4 of memory."""
@@ -88,17 +88,12 @@ class StandIn:
 class ArrayUnpickler(pickle._Unpickler):
     """Reads plain containers, and arrays as `StandIn`. Refuses everything else."""
 
-    STAND_INS: ClassVar = {
-        ("numpy.core.multiarray", "_reconstruct"),
-        ("numpy._core.multiarray", "_reconstruct"),
-        ("numpy", "ndarray"),
-        ("numpy", "dtype"),
-    }
     encoded = 0
 
     def find_class(self, module: str, name: str) -> Any:
         """Return the stand-in for a class or function that the pickle names."""
-        if (module, name) in self.STAND_INS:
+        # Versions of numpy differ in the names of its modules.
+        if module.startswith("numpy") and name in ("_reconstruct", "ndarray", "dtype"):
             return StandIn
         if (module, name) == ("_codecs", "encode"):
             return self._encode
@@ -134,15 +129,12 @@ def members(source: Path) -> Members:
     UserError
         The source is damaged or larger than the limits, or a member points outside of it.
     """
-    try:
+    # Damaged bytes can raise any exception.
+    with in_a_sentence(f"{source} cannot be read: %s; replace it", words=reason):
         if source.is_dir():
             yield from _files_in_folder(source)
         else:
             yield from (_files_in_zip if _is_zip(source) else files_in_tar)(source)
-    except UserError:
-        raise
-    except Exception as error:  # damaged bytes can raise any exception
-        raise UserError(f"{source} cannot be read: {reason(error)}; replace it") from error
 
 
 def _files_in_folder(folder: Path) -> Members:

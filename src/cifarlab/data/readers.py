@@ -7,10 +7,10 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import partial
 from itertools import chain, repeat
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 import numpy as np
 
@@ -114,6 +114,8 @@ def write_folder(source: Path, params: DataParams, folder: Path, problems: list[
         The archive is damaged, too many images are, the splits have different classes, or there
         are too many images.
     """
+    from tqdm import tqdm
+
     names = _list(source, params.image_size, problems)
     if params.labels:
         places, others = layout.by_table(names, *_table(source, params.labels), source.name)
@@ -127,7 +129,11 @@ def write_folder(source: Path, params: DataParams, folder: Path, problems: list[
         raise UserError(f"{source} holds no images in {layouts}{found}; see docs/data.md")
     places = _with_test(source, names, places, params.test)
     _check_classes(source, places, problems)
-    Reading(source, params.image_size, places, names, problems).save(folder)
+    data, rows = _arranged(places, source.resolve().name.split(".")[0], params.image_size)
+    images, what = _again(source, names, places), f"reading {source.name}"
+    bar = tqdm(images, what, len(places), unit=" images", disable=None)
+    judged = _judged(source, places, problems, decoded(bar, params.image_size))
+    data.save(folder, ((*rows[name], pixels) for name, pixels in judged))
 
 
 def _list(source: Path, image_size: int, problems: list[Problem]) -> Collection[str]:
@@ -162,12 +168,10 @@ def _table(source: Path, name: str) -> tuple[str, str]:
     read = partial(archives.read_file, beside[0]) if beside else next(inside, None)
     if not read:
         raise UserError(f"there is no data.labels = {name} in {source} or beside it")
-    try:
-        return read().getvalue().decode("utf-8-sig"), PurePosixPath(name).name
-    except UnicodeDecodeError as error:
-        raise UserError(f"{name} is not UTF-8; save it as CSV in UTF-8") from error
-    except Exception as error:  # damaged bytes can raise any exception
-        raise UserError(f"{name} cannot be read: {reason(error)}; replace it") from error
+    with in_a_sentence(f"{name} cannot be read: %s; replace it", words=reason):
+        content = read().getvalue()  # damaged bytes can raise any exception
+    with in_a_sentence(f"{name} is not UTF-8; save it as CSV in UTF-8", UnicodeDecodeError):
+        return content.decode("utf-8-sig"), PurePosixPath(name).name
 
 
 def _with_test(source: Path, names: Collection[str], places: Places, share: float) -> Places:
@@ -214,80 +218,60 @@ def _check_classes(source: Path, places: Places, problems: list[Problem]) -> Non
         raise UserError(f"{source} holds two images called {twice}; remove one")
 
 
-@dataclass
-class Reading:
-    """The images of a source while they are read."""
+def _arranged(places: Places, name: str, size: int) -> tuple[Dataset, dict[str, tuple[str, int]]]:
+    """Return a dataset without pixels, and of each image, by its name, split and number there.
 
-    source: Path
-    size: int
-    places: Places
-    names: Collection[str]
-    """All files of the source."""
-    problems: list[Problem]
-    """Files that are not used; it gets the images that cannot be read."""
+    Validation images are the last ones of the training images.
+    """
+    classes = sorted({place.label for place in places.values()})
+    number = {label: i for i, label in enumerate(classes)}
+    rows: dict[str, tuple[str, int]] = {}
+    labels: dict[str, list[int]] = {split: [] for split in SPLITS}
+    # A place sorts as split, label and file, so validation comes behind train.
+    for image, place in sorted(places.items(), key=lambda item: item[1]):
+        split = "test" if place.split == "test" else "train"
+        rows[image] = split, len(labels[split])
+        labels[split].append(number[place.label])
+    validation = sum(place.split == "validation" for place in places.values())
+    pixels = dict.fromkeys(SPLITS, np.empty((0, size, size, 3), np.uint8))
+    arrays = {split: np.array(numbers, np.int64) for split, numbers in labels.items()}
+    return Dataset(pixels, arrays, classes, name, validation), rows
 
-    def save(self, folder: Path) -> None:
-        """Write the dataset. Validation images are the last ones of the training images."""
-        classes = sorted({place.label for place in self.places.values()})
-        number = {label: i for i, label in enumerate(classes)}
-        rows: dict[str, tuple[str, int]] = {}
-        labels: dict[str, list[int]] = {split: [] for split in SPLITS}
-        # A place sorts as split, label and file, so validation comes behind train.
-        for name, place in sorted(self.places.items(), key=lambda item: item[1]):
-            split = "test" if place.split == "test" else "train"
-            rows[name] = split, len(labels[split])
-            labels[split].append(number[place.label])
-        validation = sum(place.split == "validation" for place in self.places.values())
-        images = dict.fromkeys(SPLITS, np.empty((0, self.size, self.size, 3), np.uint8))
-        arrays = {split: np.array(numbers, np.int64) for split, numbers in labels.items()}
-        name = self.source.resolve().name.split(".")[0]
-        Dataset(images, arrays, classes, name, validation).save(folder, self._blocks(rows))
 
-    def _blocks(self, rows: dict[str, tuple[str, int]]) -> Iterator[tuple[str, int, Pixels]]:
-        """Yield split, number and pixels (size, size, 3) of images, in the order of the source.
+def _judged(
+    source: Path, places: Places, problems: list[Problem], images: Iterable[tuple[str, Any]]
+) -> Iterator[tuple[str, Pixels]]:
+    """Yield the images that can be read; `problems` gets those that cannot or are in two splits.
 
-        `rows` has split and number for the name of each image. What cannot be read is left out.
-        UserError: that are too many, or the source has changed.
-        """
-        from tqdm import tqdm
-
-        # The digests of the pixels of each split, and the name of an image that has them.
-        digests: dict[str, dict[bytes, str]] = {"train": {}, "validation": {}, "test": {}}
-        images, what = _again(self.source, self.names, self.places), f"reading {self.source.name}"
-        bar = tqdm(images, what, len(self.places), unit=" images", disable=None)
-        for name, pixels in decoded(bar, self.size):
-            if isinstance(pixels, str):
-                self.problems.append(Problem(name, UNREADABLE, pixels))
-                continue
-            split, row = rows[name]
-            digest = hashlib.blake2b(pixels.data, digest_size=16).digest()
-            known = digests[self.places[name].split]
-            known[digest] = min(name, known.get(digest, name))
-            yield split, row, pixels
-        self._judge(digests)
-
-    def _judge(self, digests: dict[str, dict[bytes, str]]) -> None:
-        """Refuse a source of which too much cannot be read, and note images in several splits.
-
-        `digests` has the name of an image for each digest of pixels of a split.
-        """
-        self.problems.sort()
-        unreadable = [problem for problem in self.problems if problem.kind == UNREADABLE]
-        bad = {problem.file for problem in unreadable}
-        images = len(bad | self.places.keys())
-        if len(bad) > REFUSE_ABOVE * images:
-            first = unreadable[0]
-            example = f"{readable(first.file)} is not a readable image ({first.detail})"
-            count = f"{len(bad):,} of {images:,} images cannot be read"
-            way_out = f"repair, shrink or remove them; {PROBLEMS} names all"
-            raise UserError(f"{self.source}: {count}; {example}; {way_out}")
-        left = {name: place for name, place in self.places.items() if name not in bad}
-        _check_classes(self.source, left, self.problems)
-        seen: dict[bytes, str] = {}
-        for found in digests.values():
-            twice = sorted(seen.keys() & found.keys(), key=found.__getitem__)
-            self.problems += [Problem(found[d], layout.TWICE, seen[d]) for d in twice]
-            seen = found | seen
+    UserError: too many cannot be read.
+    """
+    # The digests of the pixels of each split, and the name of an image that has them.
+    digests: dict[str, dict[bytes, str]] = {"train": {}, "validation": {}, "test": {}}
+    for name, pixels in images:
+        if isinstance(pixels, str):
+            problems.append(Problem(name, UNREADABLE, pixels))
+            continue
+        digest = hashlib.blake2b(pixels.data, digest_size=16).digest()
+        known = digests[places[name].split]
+        known[digest] = min(name, known.get(digest, name))
+        yield name, pixels
+    problems.sort()
+    unreadable = [problem for problem in problems if problem.kind == UNREADABLE]
+    bad = {problem.file for problem in unreadable}
+    every = len(bad | places.keys())
+    if len(bad) > REFUSE_ABOVE * every:
+        first = unreadable[0]
+        example = f"{readable(first.file)} is not a readable image ({first.detail})"
+        count = f"{len(bad):,} of {every:,} images cannot be read"
+        way_out = f"repair, shrink or remove them; {PROBLEMS} names all"
+        raise UserError(f"{source}: {count}; {example}; {way_out}")
+    left = {name: place for name, place in places.items() if name not in bad}
+    _check_classes(source, left, problems)
+    seen: dict[bytes, str] = {}
+    for found in digests.values():
+        twice = sorted(seen.keys() & found.keys(), key=found.__getitem__)
+        problems += [Problem(found[d], layout.TWICE, seen[d]) for d in twice]
+        seen = found | seen
 
 
 def decoded(images: Iterable[Member], size: int) -> Iterator[tuple[str, Pixels | str]]:
