@@ -481,10 +481,10 @@ def test_a_stage_prints_one_sentence_for_each_mistake(checkout: Path, examples: 
 def test_a_validation_share_that_leaves_no_batch_is_refused(
     make_params: Callable[..., Params], share: float
 ) -> None:
-    """Batch normalisation needs two images."""
-    labels = np.array([0, 1, 1])  # rounding leaves one image, or none
+    """Batch normalisation needs two images in each process."""
+    labels = np.array([0, 1, 1])  # one of each class is left
     images = np.zeros((3, 32, 32, 3), np.uint8)
     both = {"train": images, "test": images}, {"train": labels, "test": labels}
-    params = make_params({"data.validation": share})
-    with pytest.raises(UserError, match=r"data\.validation = .* leaves [01] images to train on"):
+    params = make_params({"data.validation": share, "train.processes": 2})
+    with pytest.raises(UserError, match=r"data\.validation = .* leaves 2 images to train on"):
         prepare(params, Dataset(*both, ["a", "b"], "few"), torch.device("cpu"))

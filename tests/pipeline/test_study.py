@@ -156,6 +156,7 @@ def test_a_search_continues_and_names_the_best_trial_within_its_time(project: Pr
     for content, message in (
         ("question: ?", "search.yaml is not valid YAML in line 1"),
         ("question: a?", "search.yaml is not a search"),
+        ("variants: {}", "search.yaml is a study; `cifarlab study search` runs it"),
     ):
         path.write_text(content)
         assert message in project.run(*command, PYTHONPATH="src", check=False).stdout

@@ -171,8 +171,10 @@ class StageRun:
     def _create(self, client: Any, experiment: str) -> Any:
         execution = self.execution
         variant, epochs = execution.params.model.describe(), timings.read(execution.key).epochs
-        tags = {"variant": variant, "version.python": platform.python_version()}
-        tags |= {f"version.{package}": version(package) for package in VERSIONS} | self._origin()
+        tags = {"variant": variant} | self._origin()
+        if execution.folder == Path():  # a commit may have run with others
+            tags |= {f"version.{package}": version(package) for package in VERSIONS}
+            tags["version.python"] = platform.python_version()
         start = self.idle_since = int(1000 * self.started)
         if epochs and self.stage != "train":  # the training ran before
             ended, seconds = next(iter(epochs.values()))

@@ -33,10 +33,10 @@ def sync(*, check: bool = False) -> None:
     """
     mirror, rows, unnamed = Mirror(), [], list[Tags]()
     for revision in [*pipeline.experiments(), *pipeline.commits(), WORKSPACE]:
-        if not pipeline.read_text(files.DVC_LOCK, revision):  # nothing has run there
-            continue
         run_id = ""
         try:
+            if not pipeline.read_text(files.DVC_LOCK, revision):  # nothing has run there
+                continue
             wanted = tags_of(revision)
             if not any(tag.startswith("logged.") for tag in wanted):  # only download has run
                 continue
