@@ -46,11 +46,11 @@ def content(project: Project, run: Run) -> dict[str, object]:
         if not k.startswith(("mlflow.user", "mlflow.log-model"))
     }
     # `dvc repro` ran on the commit before the one that holds its results. The description says how
-    # to restore them.
+    # to restore them. With which packages a commit ran is not known later.
     tags = {
         k: v
         for k, v in tags.items()
-        if not k.startswith(("mlflow.source", "mlflow.note"))
+        if not k.startswith(("mlflow.source", "mlflow.note", "version."))
         and k not in ("git.commit", "cifarlab.folder")
     }
     metrics = {k: v for k, v in run.data.metrics.items() if not k.startswith("system/")}
