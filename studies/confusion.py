@@ -15,13 +15,13 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from scipy import stats
-from statsmodels.stats.multitest import multipletests
 
 from cifarlab import files
 from cifarlab.data.dataset import Dataset
 from cifarlab.errors import UserError
 from cifarlab.figures import style
 from cifarlab.params.load import load_params
+from cifarlab.report.statistics import holm
 from cifarlab.studies.page import folder_of
 
 LISTED = 12  # pairs in the table and in the bar chart
@@ -65,7 +65,7 @@ def pairs(predictions: pd.DataFrame, classes: list[str]) -> list[Pair]:
         there, back = counts[one, other], counts[other, one]
         p = float(stats.binomtest(back, there + back).pvalue) if there else 1.0
         found.append(Pair(one, other, there, back, (there + back) / max(1, len(wrong)), p))
-    corrected = multipletests([pair.p for pair in found], method="holm")[1]
+    corrected = holm([pair.p for pair in found])
     found = [pair._replace(p=float(p)) for pair, p in zip(found, corrected, strict=True)]
     return sorted(found, key=lambda pair: -pair.share)
 

@@ -19,6 +19,7 @@ from safetensors.numpy import save
 from scipy.stats import binom
 from sklearn.calibration import calibration_curve
 from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
+from statsmodels.stats.multitest import multipletests
 
 from cifarlab.errors import UserError
 from cifarlab.evaluation.metrics import expected_calibration_error
@@ -131,6 +132,15 @@ def test_calibration_is_that_of_scikit_learn_and_of_the_evaluate_stage() -> None
     # The upper end belongs to an interval.
     edges = statistics.calibration(table.head(3).assign(confidence=[0.2, 0.21, 1.0]), 5)
     assert list(edges.index) == pytest.approx([0.2, 0.4, 1.0])
+
+
+@pytest.mark.parametrize("n", [1, 2, 7])
+def test_correction_by_holm_is_that_of_statsmodels(n: int) -> None:
+    rng = np.random.default_rng(n)
+    for p in (rng.random(n), rng.integers(0, 3, n) / 20, np.zeros(n), np.ones(n)):
+        expected = multipletests(p, method="holm")[1]
+        np.testing.assert_allclose(statistics.holm(list(p)), expected, rtol=1e-12)
+    assert list(statistics.holm([0.01, 0.04, 0.03])) == pytest.approx([0.03, 0.06, 0.06])
 
 
 def test_a_comparison_by_hand() -> None:
@@ -491,6 +501,7 @@ def test_what_cannot_be_read_is_said(used: Project) -> None:
         assert f"{name} of other-seed is neither in Git nor in DVC's cache or remote." in text
 
 
+@pytest.mark.slow
 def test_in_a_clone_without_a_cache_everything_says_what_is_missing(used: Project) -> None:
     """A clone that has never read the outputs: DVC raises other errors there."""
     used.run("git", "clone", "--quiet", ".", "../clone")

@@ -1,6 +1,5 @@
 """The statistics of studies: by hand, against other libraries, and in simulated studies."""
 
-import gc
 from pathlib import Path
 from typing import Any
 
@@ -73,10 +72,9 @@ def test_no_difference_at_all_is_equivalent_and_a_difference_without_spread_is_o
     ("images", "comparisons", "seeds"), [(50, 1, 2), (50, 9, 2), (50, 9, 3), (359, 9, 3)]
 )
 def test_few_images_do_not_make_chance_a_difference(
-    images: int, comparisons: int, seeds: int, monkeypatch: pytest.MonkeyPatch
+    images: int, comparisons: int, seeds: int
 ) -> None:
     """All networks are equally good, and guess some of the images."""
-    monkeypatch.setattr(gc, "collect", int)  # statsmodels calls it each time, which takes long
     rng, trials = np.random.default_rng(5), 300
     # Of 50 images, five are more than a point, which cannot be told to be less.
     guessed, claims = (5, ["different", "equivalent"]) if images == 50 else (4, ["different"])
@@ -116,12 +114,6 @@ def test_the_detectable_differences_in_the_documents(n: int, deviations: float) 
     assert str(deviations) in page.read_text("utf-8")
 
 
-@pytest.fixture
-def no_collection(monkeypatch: pytest.MonkeyPatch) -> None:
-    """statsmodels collects garbage every time: 0.1 s each."""
-    monkeypatch.setattr("gc.collect", lambda: 0)
-
-
 TRIALS, LIMIT = 300, 0.05 + 3 * (0.05 * 0.95 / 300) ** 0.5
 SLOW = [pytest.param(looks, marks=pytest.mark.slow) for looks in ([5], [10])]
 LOOKS = pytest.mark.parametrize("looks", [[3], *SLOW, [5, 10, 15]])
@@ -137,7 +129,6 @@ def simulated(looks: list[int], differences: list[float], rng: Any) -> pd.DataFr
     return statistics.compare(accuracies, pairs, looks, margin=1)
 
 
-@pytest.mark.usefixtures("no_collection")
 @LOOKS
 def test_at_most_5_percent_of_studies_call_equal_variants_different(looks: list[int]) -> None:
     rng = np.random.default_rng(1)
@@ -145,7 +136,6 @@ def test_at_most_5_percent_of_studies_call_equal_variants_different(looks: list[
     assert np.mean(wrong) <= LIMIT
 
 
-@pytest.mark.usefixtures("no_collection")
 @LOOKS
 def test_at_most_5_percent_of_studies_call_different_variants_equivalent(looks: list[int]) -> None:
     rng = np.random.default_rng(2)
@@ -154,7 +144,6 @@ def test_at_most_5_percent_of_studies_call_different_variants_equivalent(looks: 
     assert np.mean([(verdict == "equivalent").any() for verdict in answers]) <= LIMIT
 
 
-@pytest.mark.usefixtures("no_collection")
 def test_more_seeds_decide_more_and_stopping_early_saves_some() -> None:
     truth, shares, used = [2.0, 0.0, 0.0], dict[str, float](), dict[str, float]()
     for name, looks in {"3": [3], "10": [10], "stop": [5, 10, 15]}.items():

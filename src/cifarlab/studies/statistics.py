@@ -15,8 +15,8 @@ import numpy as np
 import pandas as pd
 from pandas import DataFrame
 from scipy import optimize, stats
-from statsmodels.stats.multitest import multipletests
 
+from cifarlab.report.statistics import holm
 from cifarlab.studies.question import Study
 
 SIGNIFICANCE, POWER = 0.05, 0.8
@@ -184,8 +184,8 @@ def _look(
     def corrected(claim: str, statistic: Numbers, sides: int) -> Numbers:
         p = (verdict != claim).astype(float)  # those that were decided before count as 0 or 1
         p[verdict == UNDECIDED] = sides * stats.t.sf(statistic, seeds - 1)
-        holm: Numbers = multipletests(p, method="holm")[1][verdict == UNDECIDED]
-        return np.minimum(holm * SIGNIFICANCE / level, 1)
+        adjusted: Numbers = holm(p)[verdict == UNDECIDED]
+        return np.minimum(adjusted * SIGNIFICANCE / level, 1)
 
     different, equivalent = np.abs(mean) / error, (margin - np.abs(mean)) / error
     margins = stats.t.ppf(1 - level / 2, seeds - 1) * error
