@@ -254,7 +254,7 @@ def test_weights_of_a_commit_with_other_code_are_warned_of(
     monkeypatch.setattr(pipeline, "tracked_files", lambda commit: nullcontext(Path("then")))
     done = predict("a.png", "--model", "old")
     assert done.exit_code == 0
-    assert ("warning: old: its commit has other code for the network" in done.stderr) != same
+    assert ("warning: old has other code for the network" in done.stderr) != same
 
 
 def test_without_a_network_predict_says_so(predict: Predict) -> None:

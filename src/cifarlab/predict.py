@@ -62,8 +62,8 @@ def load(model: str) -> Network:
             problem = f"{model} holds no network of this version"
             raise UserError(f"{problem}; use it in the checkout of its commit") from error
     if commit and not pipeline.has_this_network_code(commit):
-        reason = "its commit has other code for the network, so the answers may be wrong"
-        print(f"warning: {model}: {reason}; use it in a checkout of it", file=sys.stderr)
+        advice = "the answers may be wrong; use it in a checkout of its commit"
+        print(f"warning: {model} has other code for the network, so {advice}", file=sys.stderr)
     return network
 
 

@@ -176,6 +176,9 @@ def test_the_experiment_of_this_checkout_comes_before_others_of_its_name(
     here = pipeline.Revision("first", "e" * 40, pipeline.git_commit())
     there = pipeline.Revision("first", "f" * 40, "b" * 40)
     monkeypatch.setattr(pipeline, "experiments", lambda: [there, here])
+    client = client_of(checkout)
+    for run in client.search_runs(["1"]):
+        client.set_terminated(run.info.run_id, "FINISHED")
     monkeypatch.setattr(
         registry, "shows", lambda run, revision: (run.info.run_id == mine) == (revision == here)
     )

@@ -27,9 +27,8 @@ def holm(p: Any) -> Any:
 
     The function of statsmodels collects garbage in each call, which takes up to 0.3 s.
     """
-    order = np.argsort(p)
     rising = np.maximum.accumulate(np.sort(p) * np.arange(len(p), 0, -1))
-    return np.minimum(rising, 1)[np.argsort(order)]
+    return np.minimum(rising, 1)[np.argsort(np.argsort(p))]
 
 
 def right(predictions: pd.DataFrame) -> "pd.Series[bool]":

@@ -78,12 +78,7 @@ class Progress:
 
 def path_of(key: str, checkout: Path | None = None) -> Path:
     """Return the file of a training's timings."""
-    return folder(checkout) / f"{key}.json"
-
-
-def folder(checkout: Path | None = None) -> Path:
-    """Return the folder of the timings of all trainings."""
-    return kept(checkout) / "trainings"
+    return kept(checkout) / "trainings" / f"{key}.json"
 
 
 def kept(checkout: Path | None = None) -> Path:

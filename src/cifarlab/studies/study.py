@@ -5,8 +5,7 @@ from pathlib import Path
 import pandas as pd
 
 from cifarlab.errors import UserError, first_line
-from cifarlab.files import QUESTIONS
-from cifarlab.params.load import load_params, read_yaml
+from cifarlab.params.load import load_params
 from cifarlab.studies import executors
 from cifarlab.studies.page import joined, made_by, update_notice, write_page
 from cifarlab.studies.points import Point, by_data, load, needed, paths, record
@@ -59,11 +58,7 @@ def report() -> None:
         try:
             study, points = load(name)
         except UserError as error:
-            content = read_yaml(QUESTIONS / f"{name}.yaml", "")
-            invalid = f"not valid with the present params.yaml: {first_line(error)}"
-            search = isinstance(content, dict) and "space" in content
-            state = "a search: `make search` judges its trials" if search else invalid
-            rows.append((name, state, *[""] * 5))
+            rows.append((name, first_line(error), *[""] * 5))
             continue
         every = [tables.results for tables in by_data(name, points).values()]
         for results in [table for table in every if len(table)] or every[:1]:

@@ -2,6 +2,7 @@
 
 import re
 import tempfile
+from contextlib import suppress
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -119,13 +120,11 @@ def _find_run(client: Any, name: str) -> Any:
     experiment = client.get_experiment_by_name(load_params().tracking.experiment)
     named = f'tags.`dvc.exp.name` = "{name}"'  # the newest run comes first
     runs = client.search_runs([experiment.experiment_id], named) if experiment else []
-    own = [e for e in pipeline.experiments() if e.name == name] if runs[1:] else []
-    own = [e for e in own if e.baseline == pipeline.git_commit()] or own
-
-    def rank(run: Any) -> tuple[bool, bool]:
-        return not any(shows(run, one) for one in own), run.info.status != "FINISHED"
-
-    for run in sorted(runs, key=rank):
+    runs = sorted(runs, key=lambda run: run.info.status != "FINISHED")
+    with suppress(UserError):  # there is no such experiment here
+        own = pipeline.find(name)
+        runs = sorted(runs, key=lambda run: not shows(run, own))
+    for run in runs:
         return run
     raise UserError(f"MLflow has no run or experiment {name}; `cifarlab sync` logs what it misses")
 

@@ -174,7 +174,7 @@ class StageRun:
         tags = {"variant": variant} | self._origin()
         if execution.folder == Path():  # a commit may have run with others
             tags |= {f"version.{package}": version(package) for package in VERSIONS}
-            tags["version.python"] = platform.python_version()
+            tags |= {"version.python": platform.python_version()}
         start = self.idle_since = int(1000 * self.started)
         if epochs and self.stage != "train":  # the training ran before
             ended, seconds = next(iter(epochs.values()))

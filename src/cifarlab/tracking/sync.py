@@ -41,8 +41,7 @@ def sync(*, check: bool = False) -> None:
             if not any(tag.startswith("logged.") for tag in wanted):  # only download has run
                 continue
             known = revision == WORKSPACE or PARAMS in wanted
-            covered = any(wanted.items() <= other.items() for other in unnamed)
-            if not revision.name and known and covered:
+            if known and not revision.name and any(wanted.items() <= t.items() for t in unnamed):
                 continue
             unnamed += [] if revision.name else [wanted]
             with in_a_sentence("MLflow failed (%s)"):
