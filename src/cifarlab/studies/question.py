@@ -55,9 +55,8 @@ class Question(BaseModel, extra="forbid"):
             raise UserError(f"{QUESTIONS}/ has no {name or 'NAME'}.yaml; NAME can be: {known}")
         path, kind = QUESTIONS / f"{name}.yaml", cls.__name__.lower()
         content = read_yaml(path, "run from the top of the checkout")
-        signs = {"space": "search", "variants": "study", "grid": "study"}
-        keys = content if isinstance(content, dict) else {}
-        other = next((signs[key] for key in signs if key in keys), kind)
+        keys = {*content} if isinstance(content, dict) else set()
+        other = "search" if "space" in keys else "study" if {"variants", "grid"} & keys else kind
         if other != kind:
             raise UserError(f"{path} is a {other}; `cifarlab {other} {name}` runs it")
         with in_a_sentence(f"{path} is not a {kind}: %s", ValidationError, words=faults):
