@@ -60,9 +60,8 @@ def run_queue(execute: Executor) -> None:
         Some failed, or the code has changed since they were queued.
     """
     load_params()  # a damaged file is named
-    # The images that DVC tracks count like code: the files *.dvc name them.
     changes = dict[str, Parameters]()
-    # The files *.dvc stand for images that DVC tracks.
+    # The files *.dvc name the images that DVC tracks.
     code = [*pipeline.dependencies(stages=pipeline.EVERY), "*.dvc"]
     tasks = pipeline.queued()
     for name, task in tasks.items():
