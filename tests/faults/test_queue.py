@@ -37,6 +37,11 @@ def test_experiments_overlapping_without_a_database(project: Project) -> None:
     assert "error: stages/plot.py changed since parallel-" in refused
     assert "`dvc queue start` runs it as it was" in refused
     project.run("git", "checkout", "--quiet", "stages/plot.py")
+    (project.folder / "photos.dvc").write_text("outs: []\n")  # newer images than were queued
+    project.run("git", "add", "photos.dvc")
+    refused = project.run(*command, PYTHONPATH="src", check=False).stdout
+    assert "error: photos.dvc changed since parallel-" in refused
+    project.run("git", "rm", "--quiet", "--force", "photos.dvc")
     # The command ends when the queue is empty.
     output = project.run(*command, PYTHONPATH="src", seconds=800).stdout
     assert f"{experiments} queued" in output

@@ -106,7 +106,7 @@ def write_folder(source: Path, params: DataParams, folder: Path, problems: list[
 
     The source is read several times: first the names, so that the order of the files makes no
     difference, at the end the images, of which only some are in memory. `problems` gets files that
-    are not used, and test images that are training images, too.
+    are not used, and images that are in two splits.
 
     Raises
     ------
