@@ -104,6 +104,7 @@ def test_train_and_evaluate_write_their_files(folder: Path) -> None:
     assert done.returncode == 0, done.stderr
     first, track, epoch, logged, _, logged_again = done.stdout.splitlines()
     assert first.startswith("noise: 2 layers 8-16")
+    assert "no image is held out" not in first
     assert track == "track train True"
     assert epoch.startswith("epoch 1/2   loss ")
     # history.csv and the times of the epochs are written before MLflow reads them.
@@ -143,6 +144,10 @@ def test_train_and_evaluate_write_their_files(folder: Path) -> None:
         path = folder / f"plots/{table}.csv"
         again = pd.read_csv(path).to_csv(index=False, float_format="%.6f")
         assert path.read_text("utf-8") == again
+
+    edit(folder, data={"validation": 0.01})  # of 20 images of each class
+    first, *_ = python(folder, "-m", "stages.train").stdout.splitlines()
+    assert first.endswith("; no image is held out")
 
 
 # Their error messages

@@ -122,6 +122,17 @@ def test_first_steps_of_adam_are_as_long_as_the_learning_rates(
 # Muon
 
 
+def test_muon_takes_filters_of_convolutions_only(train_params: MakeTrain) -> None:
+    """It rescales what it takes, which would be wrong for other tensors with four axes."""
+    network = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1))
+    network.scale = nn.Parameter(torch.full((1, 4, 1, 1), 0.1))
+    network[0].weight.requires_grad = False
+    rest, muon = make_optimizers(network, train_params(optimizer="muon"), torch.float32)
+    taken = [p for group in muon.param_groups for p in group["params"]]
+    assert [id(p) for p in taken] == [id(network[1].weight)]
+    assert any(p is network.scale for group in rest.param_groups for p in group["params"])
+
+
 def test_muon_moves_only_the_filters_and_all_directions_equally(
     train_params: MakeTrain, make_network: MakeNetwork
 ) -> None:
