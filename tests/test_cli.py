@@ -148,6 +148,7 @@ def test_an_unknown_name_is_refused_in_one_line(
         ("[tiny]", "it has none"),
         ("tiny: {1: 2}", "unknown"),
         ("", "none"),
+        ("tiny: 0", "has no tiny"),
         ("tiny: {train: {seed: 3}}", r"train is refused: write whole keys, such as train\.seed"),
         ("<<<<<<< HEAD\ntiny: {}\n=======", "merge conflict: edit it, or take one side: `git"),
     ],

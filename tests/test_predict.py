@@ -86,7 +86,7 @@ def test_folders_patterns_and_standard_input(predict: Predict) -> None:
         Path(name).parent.mkdir(parents=True, exist_ok=True)
         image(0).save(name, "PNG")
     done = predict("in", "x*.png", "é è.png")
-    assert done.stderr == "skipped 1 whose names are not of images: in/c.txt\n"
+    assert done.stderr == "skipped files that are not images (1): in/c.txt\n"
     names = [line.split("  ")[0] for line in done.stdout.splitlines()]
     assert names == ["in/[1]/a.png", "in/b.jpg", "x1.png", "x2.png", "é è.png"]
     inside = [line.split("  ")[0] for line in predict("in/[1]").stdout.splitlines()]

@@ -79,13 +79,13 @@ def variant(name: str) -> None:
     from cifarlab.data.fetch import holds_images
 
     variants = read_yaml(files.VARIANTS, f"`git checkout {files.VARIANTS}` restores it")
-    variants = {str(k): v or {} for k, v in variants.items()} if isinstance(variants, dict) else {}
-    if not isinstance(variants.get(name), dict):
+    variants = {str(k): v for k, v in variants.items()} if isinstance(variants, dict) else {}
+    if not isinstance(variants.get(name, ""), dict | None):
         raise UserError(f"{files.VARIANTS} has no {name}; it has {', '.join(variants) or 'none'}")
     if not pipeline.git("check-ref-format", "--branch", name, check=False):
         raise UserError(f"{name} cannot be the name of an experiment; use letters, digits and -")
     # A wrong value is refused before DVC makes its copy, which lacks images that it does not know.
-    changes = {str(key): value for key, value in variants[name].items()}
+    changes = {str(key): value for key, value in (variants[name] or {}).items()}
     data = changed(changes).data
     folder = Path(data.folder).expanduser()
     # Without images there, data.sources is read, or DVC knows them.

@@ -102,7 +102,7 @@ def find(names: Sequence[str], broken: list[str]) -> list[str]:
         raise UserError("; ".join(broken[:5]))
     if others:
         shown = ", ".join(others[:3]) + ", …" * (len(others) > 3)
-        print(f"skipped {len(others):,} whose names are not of images: {shown}", file=sys.stderr)
+        print(f"skipped files that are not images ({len(others):,}): {shown}", file=sys.stderr)
     return found
 
 

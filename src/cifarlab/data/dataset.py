@@ -166,8 +166,8 @@ class ImageFile:
 def stratified_split(labels: Labels, share: float, seed: int = 0) -> tuple[Labels, Labels]:
     """Split the indices of `labels` into (kept, held out), both ascending.
 
-    The same `share` of every class is held out, but not its last image. The split depends on `seed`
-    only.
+    The same `share` of every class is held out; a class keeps at least one image. The split depends
+    on `seed` only.
     """
     rng = np.random.default_rng(seed)
     classes = [np.flatnonzero(labels == c) for c in np.unique(labels)]
