@@ -4,6 +4,7 @@ import ast
 import hashlib
 import json
 from collections.abc import Iterable
+from functools import cache
 from typing import Any
 
 IGNORED = {"ctx", "kind", "type_comment", "type_params"}
@@ -19,8 +20,12 @@ def code_digest(sources: Iterable[str]) -> str:
 
     Comments, docstrings and formatting do not count. Python 3.11 to 3.13 give the same digest.
     """
-    dumps = [_dump(ast.parse(source)) for source in sources]
-    return hashlib.sha256("\n".join(dumps).encode()).hexdigest()[:16]
+    return hashlib.sha256("\n".join(map(_code, sources)).encode()).hexdigest()[:16]
+
+
+@cache  # a stage needs several digests of the same files
+def _code(source: str) -> str:
+    return _dump(ast.parse(source))
 
 
 def _dump(node: Any) -> str:

@@ -9,7 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from cifarlab.data.augment import Draws, augment, draw
+from cifarlab.data.augment import augment
+from cifarlab.data.draws import Draws, draw
+from cifarlab.figures.run import moved
 from cifarlab.params.sections import TrainParams
 
 HEIGHT, WIDTH = 5, 6  # not square, so that a mix-up of rows and columns is noticed
@@ -44,7 +46,7 @@ def params(**given: object) -> TrainParams:
 def drawn(n: int, seed: int = 0, epoch: int = 1, flip: str = "random", translate: int = 2) -> Draws:
     draws = draw(n, params(seed=seed, flip=flip, translate=translate), epoch)
     assert draws is not None
-    return draws
+    return Draws(*map(torch.from_numpy, draws))
 
 
 def agreement(a: Tensor, b: Tensor) -> float:
@@ -159,6 +161,9 @@ def test_every_image_is_mirrored_and_shifted_as_drawn(translate: int) -> None:
         ]
     )
     np.testing.assert_array_equal(augment(images, draws).permute(0, 2, 3, 1), expected)
+    # The figure of the training images has its own way, one image at a time.
+    one_by_one = [moved(*seen) for seen in zip(*map(np.asarray, (images, *draws)), strict=True)]
+    np.testing.assert_array_equal(one_by_one, expected)
 
 
 @pytest.mark.parametrize(
@@ -191,7 +196,9 @@ def test_every_shift_and_mirroring_occurs_equally_often_and_nothing_else(
 def test_augment_keeps_the_type_and_its_input(flip: str, translate: int) -> None:
     batch = pixels(8)
     before = batch.clone()
-    out = augment(batch, draw(8, params(seed=1, flip=flip, translate=translate), 1))
+    nothing = flip == "none" and not translate
+    draws = None if nothing else drawn(8, 1, flip=flip, translate=translate)
+    out = augment(batch, draws)
     assert out.dtype == torch.uint8
     assert out.shape == (8, 3, HEIGHT, WIDTH)
     assert out.is_contiguous(memory_format=torch.channels_last)

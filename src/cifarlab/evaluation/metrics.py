@@ -8,8 +8,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from cifarlab.data.augment import Draws, augment
+from cifarlab.data.augment import augment
 from cifarlab.data.dataset import Labels
+from cifarlab.data.draws import Draws
 from cifarlab.data.mapped import Rows
 from cifarlab.errors import UserError
 from cifarlab.nn.network import Network, predict

@@ -6,17 +6,16 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
+import numpy.typing as npt
 import pandas as pd
 import seaborn as sns
-import torch
-import torch.nn.functional as F
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
-from torch import Tensor
+from PIL import Image
 
-from cifarlab.data.augment import augment, draw
-from cifarlab.data.dataset import Dataset
+from cifarlab.data.dataset import Dataset, Pixels
+from cifarlab.data.draws import draw
 from cifarlab.figures import style
 from cifarlab.files import read_json
 from cifarlab.params.sections import Params
@@ -143,14 +142,25 @@ def per_class_bars(table: pd.DataFrame, accuracy: float) -> Figure:
 
 def training_images(data: Dataset, params: Params) -> Figure:
     """Draw a random sample of training images as the network gets them: augmented."""
-    train, generator = params.train, torch.Generator().manual_seed(params.train.seed)
+    train, rng = params.train, np.random.default_rng(params.train.seed)
     kept, _ = data.split(params.data.validation, params.data.validation_seed)
-    chosen = kept[torch.randperm(len(kept), generator=generator)[: params.plot.samples].numpy()]
-    draws = draw(len(chosen), train, 1)
-    images = augment(torch.from_numpy(data.images["train"][chosen]), draws)
+    chosen = rng.permutation(kept)[: params.plot.samples]
+    images = data.images["train"][chosen]
+    if draws := draw(len(chosen), train, 1):
+        images = np.stack([moved(*seen) for seen in zip(images, *draws, strict=True)])
     captions = [_shorten(data.classes[label], CAPTION) for label in data.labels["train"][chosen]]
     mixed = ", before CutMix" if train.cutmix else ""
     return _gallery(images, captions, f"Training images as fed to the network{mixed}")
+
+
+def moved(image: Pixels, mirrored: bool, shift: npt.NDArray[np.int64]) -> Pixels:
+    """Mirror and shift one image (height, width, 3) like `augment`, which would import PyTorch."""
+    height, width, _ = image.shape
+    reach = abs(shift).max()
+    padded = np.pad(image, ((reach, reach), (reach, reach), (0, 0)), mode="reflect")
+    top, left = reach + shift
+    seen = padded[top : top + height, left : left + width]
+    return seen[:, ::-1] if mirrored else seen
 
 
 def mistakes(data: Dataset, predictions: pd.DataFrame, count: int) -> Figure:
@@ -162,7 +172,7 @@ def mistakes(data: Dataset, predictions: pd.DataFrame, count: int) -> Figure:
         figure.text(0.5, 0.4, "no mistakes on the test set", ha="center")
         figure.suptitle("Most confident mistakes")
         return figure
-    images = torch.from_numpy(data.images["test"][wrong.index.to_numpy()]).permute(0, 3, 1, 2)
+    images = data.images["test"][wrong.index.to_numpy()]
     names = wrong[["actual", "predicted"]].map(lambda name: _shorten(name, CAPTION))
     captions = names.actual + "\n→ " + names.predicted + wrong["confidence"].map(" {:.0%}".format)
     return _gallery(images, list(captions), "Most confident mistakes (actual → predicted)")
@@ -173,16 +183,16 @@ def _read(path: Path, *names: str) -> pd.DataFrame:
     return pd.read_csv(path, dtype=dict.fromkeys(names, str), keep_default_na=False)
 
 
-def _gallery(images: Tensor, captions: Sequence[str], headline: str) -> Figure:
-    """Draw images, uint8 (N, 3, height, width), eight in a row, with a caption below each."""
+def _gallery(images: Pixels, captions: Sequence[str], headline: str) -> Figure:
+    """Draw images, uint8 (N, height, width, 3), eight in a row, with a caption below each."""
     side, margin, columns = 96, 40, 8  # pixels of an enlarged image and around it; images per row
     rows, tile = -(-len(images) // columns), side + margin
-    large = F.interpolate(images.float(), size=(side, side), mode="bicubic", antialias=True)
-    tiles = torch.full((rows * columns, 3, tile, tile), 255, dtype=torch.uint8)
-    tiles[: len(large), :, :side, margin // 2 : -margin // 2] = large.clamp(0, 255).round().byte()
-    grid = tiles.view(rows, columns, 3, tile, tile).permute(0, 3, 1, 4, 2)
+    grid = Image.new("RGB", (columns * tile, rows * tile), "white")
+    for i, image in enumerate(images):
+        large = Image.fromarray(image).resize((side, side), Image.Resampling.BICUBIC)
+        grid.paste(large, (i % columns * tile + margin // 2, i // columns * tile))
     figure, axes = plt.subplots(figsize=(columns * tile / 95, rows * tile / 95 + 1.2))
-    axes.imshow(grid.reshape(rows * tile, columns * tile, 3).numpy())
+    axes.imshow(grid)
     axes.axis("off")
     for i, caption in enumerate(captions):
         x, y = (i % columns + 0.5) * tile, i // columns * tile + side + 3

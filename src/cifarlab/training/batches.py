@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cifarlab.data.augment import Draws, augment, cutmix, draw, draw_boxes
+from cifarlab.data.augment import augment, cutmix
+from cifarlab.data.draws import Draws, draw, draw_boxes
 from cifarlab.data.mapped import Mapped, Rows
 from cifarlab.params.sections import TrainParams
 from cifarlab.training.ranks import Ranks
@@ -41,7 +42,7 @@ class Batches:
         self.part = ranks.part(self.size)
         order = torch.zeros(self.steps, self.part.stop - self.part.start, dtype=torch.int64)
         self.order, draws = order.to(device), draw(len(data.labels), params, 1)
-        self.draws = draws and Draws(*(drawn[order].to(device) for drawn in draws))
+        self.draws = draws and Draws(*(torch.from_numpy(drawn)[order].to(device) for drawn in draws))
         self.boxes = torch.zeros(self.steps, 4, dtype=torch.int64, device=device)
         self.position = torch.zeros(1, dtype=torch.int64, device=device)
         self.reading: Iterator[Tensor] = iter(())  # of images on disk
@@ -60,9 +61,10 @@ class Batches:
         self.order.copy_(order)
         draws = draw(len(labels), params, epoch)
         for buffer, drawn in zip(self.draws or (), draws or (), strict=True):
-            buffer.copy_(drawn[order])
+            buffer.copy_(torch.from_numpy(drawn)[order])
         if params.cutmix:
-            self.boxes.copy_(draw_boxes(self.steps, self.data.images.shape[1], params, epoch))
+            boxes = draw_boxes(self.steps, self.data.images.shape[1], params, epoch)
+            self.boxes.copy_(torch.from_numpy(boxes))
         self.position.zero_()
         if isinstance(self.data.images, Mapped):
             self.reading = self.data.images.batches(order)
