@@ -42,7 +42,7 @@ class Batches:
         self.part = ranks.part(self.size)
         order = torch.zeros(self.steps, self.part.stop - self.part.start, dtype=torch.int64)
         self.order, draws = order.to(device), draw(len(data.labels), params, 1)
-        self.draws = draws and Draws(*(torch.from_numpy(drawn)[order].to(device) for drawn in draws))
+        self.draws = draws and Draws(*(torch.from_numpy(d)[order].to(device) for d in draws))
         self.boxes = torch.zeros(self.steps, 4, dtype=torch.int64, device=device)
         self.position = torch.zeros(1, dtype=torch.int64, device=device)
         self.reading: Iterator[Tensor] = iter(())  # of images on disk
