@@ -4,14 +4,11 @@ import io
 from contextlib import suppress
 from functools import cache
 from pathlib import PurePosixPath
-from typing import TYPE_CHECKING
 
 import numpy as np
+from PIL import Image, ImageCms, ImageOps, PngImagePlugin
 
 from cifarlab.data.dataset import Pixels
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
 
 MAX_IMAGE = 50_000_000
 """Pixels of one image, and of the images that are decoded at the same time."""
@@ -28,8 +25,6 @@ EXTRA = {".heic": "pillow-heif", ".heif": "pillow-heif", ".avif": "a Pillow with
 @cache
 def formats() -> dict[str, str]:
     """Return the suffixes of images that can be opened, such as ".jpg", and their formats."""
-    from PIL import Image, PngImagePlugin
-
     PngImagePlugin.MAX_TEXT_MEMORY = MAX_TEXT  # by default 64 MiB
     with suppress(ImportError):
         import pillow_heif
@@ -60,8 +55,6 @@ def decode(file: io.BytesIO, size: int) -> Pixels:
     Of an animation it is the first picture, and what is transparent has the colour that is stored
     there. Damaged images raise any exception. ValueError: the image is too large.
     """
-    from PIL import ImageOps
-
     # It is opened again, because unpacked texts and profiles in its header can take much memory.
     with _open(file) as image:
         if image.width * image.height > LARGE_JPEG:
@@ -74,9 +67,7 @@ def decode(file: io.BytesIO, size: int) -> Pixels:
         return np.asarray(ImageOps.fit(_rgb(image), (size, size)))
 
 
-def _open(file: io.BytesIO) -> "Image":
-    from PIL import Image
-
+def _open(file: io.BytesIO) -> Image.Image:
     image = Image.open(file, formats=sorted({*formats().values()}))
     if image.width * image.height > MAX_IMAGE:
         limit = f"more than {MAX_IMAGE // 10**6} million pixels"
@@ -84,10 +75,8 @@ def _open(file: io.BytesIO) -> "Image":
     return image
 
 
-def _rgb(image: "Image") -> "Image":
+def _rgb(image: Image.Image) -> Image.Image:
     """Return an image of any mode as RGB. Values of more than 8 bits are scaled to 0…255."""
-    from PIL import Image, ImageCms
-
     # convert() would turn everything but the darkest grey of these into white.
     if image.mode.startswith("I;16"):
         return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
