@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from itertools import chain, repeat
+from itertools import chain, product, repeat
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -199,19 +199,17 @@ def _with_test(source: Path, names: Collection[str], places: Places, share: floa
 
 
 def _check_classes(source: Path, places: Places, problems: list[Problem]) -> None:
-    """Refuse fewer than two classes, classes that differ between the splits, and equal names."""
-    classes = {split: {p.label for p in places.values() if p.split == split} for split in SPLITS}
+    """Refuse fewer than two classes, one without images in a split, and equal names."""
+    found = {(place.split, place.label) for place in places.values()}
+    labels = sorted({label for _, label in found})
     skipped = layout.summary(problems)
-    if len(classes["train"] | classes["test"]) < 2:
-        [only] = classes["train"] | classes["test"]
-        raise UserError(f"{source} holds one class only, {only}; at least two are needed{skipped}")
-    for label in sorted(classes["train"] ^ classes["test"]):
-        split = SPLITS[label in classes["train"]]
-        needed = "each class needs images to train on and to test, so at least two"
-        raise UserError(f"{source} holds no images in {split}/{label}/; {needed}{skipped}")
-    for place in places.values():
-        if place.label not in classes["train"]:
-            raise UserError(f"{source} holds no images in train/{place.label}/{skipped}")
+    if len(labels) < 2:
+        only = f"one class only, {labels[0]}"
+        raise UserError(f"{source} holds {only}; at least two are needed{skipped}")
+    for split, label in product(SPLITS, labels):
+        if (split, label) not in found:
+            needed = "each class needs images to train on and to test, so at least two"
+            raise UserError(f"{source} holds no images in {split}/{label}/; {needed}{skipped}")
     [(place, count)] = Counter(places.values()).most_common(1)
     if count > 1:
         twice = readable("/".join(place))
