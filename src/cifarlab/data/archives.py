@@ -209,9 +209,8 @@ class BoundedTarInfo(tarfile.TarInfo):
     tarfile reads headers (long names and the like) whole, however large they are unpacked.
     """
 
-    def _proc_member(self, tar: tarfile.TarFile) -> tarfile.TarInfo:
+    def _proc_member(self, tar: "BoundedTarFile") -> tarfile.TarInfo:
         """Read what belongs to a header. tarfile calls this for each header of a member."""
-        assert isinstance(tar, BoundedTarFile)
         tar.headers += 1
         if tar.headers > MAX_HEADERS:
             raise ValueError("a member has too many headers")
@@ -265,13 +264,12 @@ def files_in_tar(source: Path) -> Members:
         while entry := tar.next():
             name = _checked_name(source, entry.name)
             _checked_name(source, entry.linkname)  # it is empty unless it is a link
-            if entry.isfile() and is_image(name) and entry.size > MAX_MEMBER:
-                # before unpacking it, to reach the next one
-                raise ValueError(f"{name} unpacks to {entry.size:,} bytes, {TOO_MANY}")
-            if not entry.isdir():
-                other = "link in an archive" if entry.linkname else NO_FILE
-                problem = "" if entry.isfile() else other
-                yield Member(name, partial(_read_entry, tar, entry), problem)
+            if entry.isfile():
+                if is_image(name) and entry.size > MAX_MEMBER:  # before unpacking what is behind it
+                    raise ValueError(f"{name} unpacks to {entry.size:,} bytes, {TOO_MANY}")
+                yield Member(name, partial(read_bounded, tar.fileobject(tar, entry), entry.size))
+            elif not entry.isdir():
+                yield Member(name, _no_file, "link in an archive" if entry.linkname else NO_FILE)
         assert tar.fileobj
         tar.fileobj.seek(tar.offset)
         if tar.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
@@ -280,10 +278,8 @@ def files_in_tar(source: Path) -> Members:
             pass
 
 
-def _read_entry(tar: tarfile.TarFile, entry: tarfile.TarInfo) -> io.BytesIO:
-    if not entry.isfile() or not (file := tar.extractfile(entry)):
-        raise ValueError(NO_FILE)
-    return read_bounded(file, entry.size)
+def _no_file() -> NoReturn:
+    raise ValueError(NO_FILE)
 
 
 def read_bounded(file: IO[bytes], size: int) -> io.BytesIO:
