@@ -5,7 +5,7 @@ import io
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
@@ -183,13 +183,12 @@ def _images(names: Iterable[str]) -> tuple[list[str], list[Problem]]:
     """Return what should be images, and the other files."""
     images, problems = [], []
     for name in names:
-        path = PurePosixPath(name)
         if is_hidden(name):
             problems.append(Problem(name, "hidden"))
         elif is_image(name):
             images.append(name)
         else:
-            suffix = readable(path.suffix.lower()[:20])
+            suffix = readable(PurePosixPath(name).suffix.lower()[:20])
             problems.append(Problem(name, suffix if len(suffix) > 1 else "without a suffix"))
     return images, problems
 
@@ -205,14 +204,13 @@ def _split(path: tuple[str, ...]) -> tuple[str, tuple[str, ...]]:
     return ("", path) if at is None else (path[at].lower(), path[at + 1 :])
 
 
-def _without_top(paths: Mapping[str, tuple[str, ...]]) -> dict[str, tuple[str, ...]]:
+def _without_top(paths: dict[str, tuple[str, ...]]) -> dict[str, tuple[str, ...]]:
     """Remove the folders that hold all images, as long as there are folders below."""
-    while paths:
-        tops = {path[0] for path in paths.values() if len(path) > 1}
-        if len(tops) != 1 or not any(len(path) > 2 for path in paths.values()):
+    while any(len(path) > 2 for path in paths.values()):
+        if len({path[0] for path in paths.values() if len(path) > 1}) > 1:
             break
         paths = {name: path[len(path) > 1 :] for name, path in paths.items()}
-    return dict(paths)
+    return paths
 
 
 def _same_case(places: Places) -> Places:
