@@ -43,12 +43,11 @@ class Checkpoint:
 
     def claim(self) -> bool:
         """Reserve the checkpoint for this process; False if another one runs the same training."""
-        try:
+        with suppress(Timeout):
             self.lock.acquire(blocking=False)
-        except Timeout:
-            print("the same training runs in another process: this one keeps no checkpoint")
-            return False
-        return True
+            return True
+        print("the same training runs in another process: this one keeps no checkpoint")
+        return False
 
     def load(self) -> dict[str, Any] | None:
         """Return the state that was saved last.
