@@ -86,8 +86,7 @@ class Dataset:
                 path = stack.enter_context(atomic(folder / f"{split}_images.npy"))
                 shape = (len(self.labels[split]), *self.images[split].shape[1:])
                 # Without a buffer, because closing a full one raises an error without a name.
-                file = stack.enter_context(path.open("w+b", buffering=0))
-                files[split] = ImageFile(file, shape)
+                files[split] = ImageFile(stack.enter_context(path.open("w+b", buffering=0)), shape)
             for split, row, pixels in blocks:
                 files[split].write(row, pixels)
             labels = {split: self.labels[split][files[split].written] for split in SPLITS}

@@ -160,9 +160,8 @@ def summary(problems: Sequence[Problem]) -> str:
     For example "; skipped 12: 9 .txt, 3 unreadable (cat/a.jpg: image file is truncated, …)".
     """
     skipped = [problem for problem in problems if problem.kind != TWICE]
-    kinds = Counter(problem.kind for problem in skipped)
     shown = []
-    for kind, count in kinds.most_common():
+    for kind, count in Counter(problem.kind for problem in skipped).most_common():
         first = next(problem for problem in skipped if problem.kind == kind)
         example = readable(first.file) + (f": {first.detail}" if first.detail else "")
         example = f" ({example}{', …' if count > 1 else ''})"
@@ -199,8 +198,7 @@ def _split(path: tuple[str, ...]) -> tuple[str, tuple[str, ...]]:
     There are a class and a file below it: a class may be called train. Without such a part the
     split is empty.
     """
-    found = (i for i, part in enumerate(path[:-2]) if part.lower() in SPLIT_NAMES)
-    at = next(found, None)
+    at = next((i for i, part in enumerate(path[:-2]) if part.lower() in SPLIT_NAMES), None)
     return ("", path) if at is None else (path[at].lower(), path[at + 1 :])
 
 
