@@ -57,9 +57,6 @@ class Member(NamedTuple):
     """Why it cannot be read, if that is known."""
 
 
-Members = Iterator[Member]
-
-
 class StandIn:
     """Takes the place of a numpy array or dtype in a pickle, and keeps what the pickle says of it.
 
@@ -118,7 +115,7 @@ def unpickle(file: io.BytesIO) -> Any:
     return ArrayUnpickler(file, encoding="bytes").load()
 
 
-def members(source: Path) -> Members:
+def members(source: Path) -> Iterator[Member]:
     """Yield the files of a folder, zip or tar archive.
 
     The order of a source that has not changed is the same each time. Read each file before you
@@ -137,7 +134,7 @@ def members(source: Path) -> Members:
             yield from (_files_in_zip if _is_zip(source) else files_in_tar)(source)
 
 
-def _files_in_folder(folder: Path) -> Members:
+def _files_in_folder(folder: Path) -> Iterator[Member]:
     top, followed = folder.resolve(), set[Path]()
     for parent, folders, files in os.walk(folder, onerror=_unlisted, followlinks=True):
         for path in [Path(parent, name) for name in folders if Path(parent, name).is_symlink()]:
@@ -177,7 +174,7 @@ def _is_zip(source: Path) -> bool:
         return file.read(262)[257:] != b"ustar" and zipfile.is_zipfile(file)
 
 
-def _files_in_zip(source: Path) -> Members:
+def _files_in_zip(source: Path) -> Iterator[Member]:
     with source.open("rb") as file:
         end = zipfile._EndRecData(file)  # type: ignore[attr-defined]
     if end and end[zipfile._ECD_SIZE] > MAX_DIRECTORY:  # type: ignore[attr-defined]
@@ -254,7 +251,7 @@ class BoundedTarFile(tarfile.TarFile):
         return entry
 
 
-def files_in_tar(source: Path) -> Members:
+def files_in_tar(source: Path) -> Iterator[Member]:
     """Yield the files of a tar archive of any compression.
 
     After the last member a tar archive has a block of zeros, and gzip has a checksum. ValueError
