@@ -118,8 +118,7 @@ def fit(
             row.update(diagnose(network, *train, trainer.loss_of))
         history.append(row)
         if checkpoint:
-            parts = [part.state_dict() for part in trainer.parts]
-            checkpoint.save({"parts": parts, "history": history})
+            checkpoint.save({"parts": [p.state_dict() for p in trainer.parts], "history": history})
         on_epoch(history)
     return history
 
