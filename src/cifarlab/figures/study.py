@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import matplotlib.pyplot as plt
-import numpy as np
 import seaborn as sns
 from matplotlib.axes import Axes
 from pandas import DataFrame
@@ -32,10 +31,11 @@ def draw_study(path: Path, study: "Study", effects: DataFrame, tables: Tables) -
     tables : the results and the epochs of the study
     """
     style.apply()
-    results, names, label = tables[0], list(effects.index), f"{study.answer_by} accuracy"
+    names, label = list(effects.index), f"{study.answer_by} accuracy"
+    results = tables[0].assign(accuracy=100 * tables[0].accuracy)
     # A row for each variant; without a grid there are no columns.
     grid = DataFrame.from_dict(study.variants, orient="index")[list(study.grid)]
-    epochs, seen = _with_accuracy(tables[1])
+    epochs, seen = _in_percent(tables[1])
     heights = (max(4.2, 1.4 + 0.26 * len(names)), 1.4 + 0.32 * min(len(names) - 1, ROWS))
     figure, panels = plt.subplot_mosaic("ab;cc", figsize=(12, sum(heights)), height_ratios=heights)
     left, middle, right = panels.values()
@@ -68,6 +68,8 @@ def draw_study(path: Path, study: "Study", effects: DataFrame, tables: Tables) -
 def draw_layers(path: Path, layers: DataFrame, names: list[str]) -> None:
     """Draw the diagnostics of each layer, means over the seeds.
 
+    After one epoch, a quantity is drawn against the layer, with a line for each variant.
+
     Parameters
     ----------
     layers : columns called quantity/layer, indexed by variant and epoch; each quantity is a column
@@ -78,36 +80,28 @@ def draw_layers(path: Path, layers: DataFrame, names: list[str]) -> None:
     means = layers.groupby(["variant", "epoch"]).mean()
     means.columns = means.columns.str.split("/", expand=True)
     quantities = list(means.columns.unique(0))
-    if means.index.get_level_values("epoch").nunique() == 1:
-        _one_epoch(path, means.droplevel("epoch").loc[names], quantities)
-        return
-    shape = (len(names), len(quantities))
-    size = (3.2 * len(quantities) + 1.5, 1.5 * len(names) + 0.7)
-    figure, panels = plt.subplots(*shape, figsize=size, squeeze=False, sharex=True, sharey="col")
-    for axes, (name, quantity) in zip(panels.flat, product(names, quantities), strict=True):
-        table = means.loc[name][quantity]
-        # Not by pandas, which hides the numbers at axes that are shared.
-        axes.set_prop_cycle(color=sns.color_palette("viridis", len(table.columns)))
-        axes.plot(table.index, table.to_numpy(), marker=".", label=list(table.columns))
-        if name == names[-1]:
-            axes.set(xlabel="epoch")
-        axes.locator_params("x", integer=True, min_n_ticks=1)
+    one_epoch, width = means.index.unique("epoch").size == 1, 3.2 * len(quantities)
+    if one_epoch:
+        figure, panels = plt.subplots(1, len(quantities), figsize=(width + 2, 3), squeeze=False)
+        for axes, quantity in zip(panels[0], quantities, strict=True):
+            values = means[quantity].droplevel("epoch").loc[names]
+            axes.plot(values.T, marker="o", label=names, alpha=0.7)
+    else:
+        grid, size = (len(names), len(quantities)), (width + 1.5, 1.5 * len(names) + 0.7)
+        figure, panels = plt.subplots(*grid, figsize=size, squeeze=False, sharex=True, sharey="col")
+        for axes, (name, quantity) in zip(panels.flat, product(names, quantities), strict=True):
+            table = means.loc[name][quantity]
+            # Not by pandas, which hides the numbers at axes that are shared.
+            axes.set_prop_cycle(color=sns.color_palette("viridis", len(table.columns)))
+            axes.plot(table.index, table.to_numpy(), marker=".", label=list(table.columns))
+            axes.locator_params("x", integer=True, min_n_ticks=1)
+        for axes, name in zip(panels[:, 0], names, strict=True):
+            axes.set_ylabel(textwrap.fill(name, 14), fontsize=11)
+    plt.setp(panels[-1], xlabel="layer" if one_epoch else "epoch")
     for axes, quantity in zip(panels[0], quantities, strict=True):
         _quantity(axes, quantity, means[quantity])
-    for axes, name in zip(panels[:, 0], names, strict=True):
-        axes.set_ylabel(textwrap.fill(name, 14), fontsize=11)
-    figure.legend(*axes.get_legend_handles_labels(), title="layer", loc="outside right center")
-    style.save(figure, path, dpi=100)
-
-
-def _one_epoch(path: Path, means: DataFrame, quantities: list[str]) -> None:
-    """Draw each quantity against the layer, a line for each variant (a row of `means`)."""
-    figure, panels = plt.subplots(1, len(quantities), figsize=(3.2 * len(quantities) + 2, 3))
-    for axes, quantity in zip(np.atleast_1d(panels), quantities, strict=True):
-        axes.plot(means[quantity].T, marker="o", label=list(means.index), alpha=0.7)
-        axes.set(xlabel="layer")
-        _quantity(axes, quantity, means[quantity])
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside right center")
+    lines, title = axes.get_legend_handles_labels(), None if one_epoch else "layer"
+    figure.legend(*lines, title=title, loc="outside right center")
     style.save(figure, path, dpi=100)
 
 
@@ -128,33 +122,30 @@ def _interval(values: Any) -> tuple[float, float]:
     return values.mean() - margin, values.mean() + margin
 
 
-def _with_accuracy(epochs: DataFrame) -> tuple[DataFrame, str]:
-    """Return the epochs with a column `accuracy`, and what it is."""
+def _in_percent(epochs: DataFrame) -> tuple[DataFrame, str]:
+    """Return the epochs with a column `accuracy` in percent, and what it is."""
     if "val_accuracy" in epochs and epochs.val_accuracy.notna().any():
-        return epochs.assign(accuracy=epochs.val_accuracy), "validation accuracy"
-    return epochs.assign(accuracy=epochs.train_accuracy), "training accuracy"
+        return epochs.assign(accuracy=100 * epochs.val_accuracy), "validation accuracy"
+    return epochs.assign(accuracy=100 * epochs.train_accuracy), "training accuracy"
 
 
 def _lines(axes: Axes, label: str, table: DataFrame, x: str, look: dict[str, Any]) -> None:
     """Draw the accuracy against the epoch, or against a parameter that is a number."""
-    percent = table.assign(accuracy=100 * table.accuracy)
-    sns.lineplot(percent, x=x, y="accuracy", errorbar=_interval, ax=axes, **look)
+    sns.lineplot(table, x=x, y="accuracy", errorbar=_interval, ax=axes, **look)
     axes.set(title="Mean and 95 % interval", ylabel=f"{label}, %")
-    if x == "epoch":
-        axes.locator_params("x", integer=True, min_n_ticks=1)
-    else:
+    axes.locator_params("x", integer=True, min_n_ticks=1)
+    if x != "epoch":
         axes.set_xticks(sorted(table[x].unique()))
-    if x == "epoch" and axes.get_legend():
+    elif axes.get_legend():
         sns.move_legend(axes, "center left", bbox_to_anchor=(1, 0.5), fontsize=9, frameon=False)
-    elif x == "epoch":
+    else:
         axes.set(xlabel="epoch (colours as on the left)")
 
 
 def _rows(axes: Axes, label: str, table: DataFrame, rows: list[str], look: dict[str, Any]) -> None:
     """Draw the accuracy of each variant, in rows as on the left."""
-    percent = table.assign(accuracy=100 * table.accuracy)
     look |= {"errorbar": _interval, "linestyle": "none", "capsize": 0.15, "err_kws": {"lw": 1.5}}
-    sns.pointplot(percent, x="accuracy", y="variant", order=rows, ax=axes, **look)
+    sns.pointplot(table, x="accuracy", y="variant", order=rows, ax=axes, **look)
     axes.set(title="Mean and 95 % interval", xlabel=f"{label}, %", ylabel="", yticklabels=[])
 
 
