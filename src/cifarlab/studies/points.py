@@ -34,8 +34,8 @@ ORIGIN = ["experiment", "code", "key"]  # what identifies a row
 TEXT = dict.fromkeys([*ORIGIN, "commit", "run", "variant", "data", "machine"], str)
 # Pictures, tracking and the number of images tested at a time decide no result. The data are
 # compared by the name of the data set, because the same images can come from several places.
-DATA_SET = ("data.name", "data.folder", "data.sources", "data.sha256")
-IRRELEVANT = {"evaluate.batch_size", *DATA_SET}
+DATA_SET = ("data.name.", "data.folder.", "data.sources.", "data.sha256.")
+IRRELEVANT = ("plot.", "tracking.", "evaluate.batch_size.", *DATA_SET)
 
 
 class Link(BaseModel):
@@ -103,8 +103,7 @@ def load(name: str) -> tuple[Study, list[Point]]:
 def needed(study: Study, points: list[Point], results: DataFrame) -> list[Point]:
     """Return the points that the study needs, as far as the results can tell."""
     seeds = seeds_needed(study, results)
-    order = {seed: place for place, seed in enumerate(study.seeds)}
-    return [point for point in points if order[point.seed] < seeds[point.variant]]
+    return [point for point in points if study.seeds.index(point.seed) < seeds[point.variant]]
 
 
 def read_links(path: Path = files.EQUAL_CODE) -> list[Link]:
@@ -125,9 +124,7 @@ def key_of(parameters: Parameters) -> str:
 
     1 and 1.0 are equal.
     """
-    shown = ("plot.", "tracking.")
-    names = [key for key in parameters if not key.startswith(shown) and key not in IRRELEVANT]
-    deciding = {key: parameters[key] for key in names}
+    deciding = {k: v for k, v in parameters.items() if not f"{k}.".startswith(IRRELEVANT)}
     return json_digest(json.loads(json.dumps(deciding), parse_int=float))[:16]
 
 
