@@ -30,11 +30,10 @@ def run(address: str, changes: Mapping[str, Parameters]) -> Generator[tuple[str,
     with in_a_sentence("Ray is not installed; `make cluster` installs it", ModuleNotFoundError):
         import ray
     remote, order = _remote()
-    sent = git("ls-remote", remote, clone.reference(order.baseline, "*"))
-    there = {line.rpartition("/")[2] for line in sent.splitlines()}.intersection(changes)
-    for name in changes:
-        if name in there:
-            yield name, _pull(remote, name, changes[name])
+    sent = git("ls-remote", remote, clone.reference(order.baseline, "*")).split()
+    there = [name for name in changes if clone.reference(order.baseline, name) in sent]
+    for name in there:
+        yield name, _pull(remote, name, changes[name])
     advice = "`ray start --head` starts one on this machine"
     with in_a_sentence(f"no Ray cluster answers at {address}; {advice}", ConnectionError):
         ray.init("auto" if address == "ray" else address, log_to_driver=False)

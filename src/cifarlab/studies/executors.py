@@ -60,7 +60,6 @@ def run_queue(execute: Executor) -> None:
         Some failed, or the code has changed since they were queued.
     """
     load_params()  # a damaged file is named
-    changes = dict[str, Parameters]()
     # The files *.dvc name the images that DVC tracks.
     code = [*pipeline.dependencies(stages=pipeline.EVERY), "*.dvc"]
     tasks = pipeline.queued()
@@ -68,7 +67,7 @@ def run_queue(execute: Executor) -> None:
         if different := git("diff", "--name-only", task.commit, "--", *code).split():
             reason = f"{' '.join(different)} changed since {name} was queued"
             raise UserError(f"{reason}; `dvc queue start` runs it as it was")
-        changes[name] = pipeline.differences(task)
+    changes = {name: pipeline.differences(task) for name, task in tasks.items()}
     print(f"{len(changes)} queued", flush=True)
     if changes:
         run(changes, execute, lambda name: pipeline.dvc("queue", "remove", tasks[name].commit))
