@@ -107,19 +107,16 @@ def load(revision: Revision, tracked: Sequence[Any]) -> Run:
         )
         columns = {"actual": str, "predicted": str, "confidence": float}
         run.predictions = run.try_to("predictions", lambda: table(files.PREDICTIONS, columns))
-        each = run.try_to("classes", lambda: table(files.PER_CLASS, {"class": str}))
-        if each is not None:
-            run.classes = [*each["class"]]
-        elif run.predictions is not None:
-            run.classes = sorted({*run.predictions.actual, *run.predictions.predicted})
+        classes = run.try_to("classes", lambda: [*table(files.PER_CLASS, {"class": str})["class"]])
         run.filters = run.try_to("filters", lambda: draw_filters(opened(files.WEIGHTS).read()))
-        data = run.try_to("data", lambda: opened(files.DATA / "dataset.json").read())
-    if run.predictions is not None:
-        run.mistakes = run.try_to("mistakes", lambda: _mistakes(run))
+        data = run.try_to("data", lambda: json.load(opened(files.DATA / "dataset.json")))
+    if (predictions := run.predictions) is not None:
+        run.classes = classes or sorted({*predictions.actual, *predictions.predicted})
+        run.mistakes = run.try_to("mistakes", lambda: _mistakes(run, predictions))
     wanted = run.try_to("MLflow", lambda: tags_of(revision))
     same = (found for found in tracked if wanted and wanted.items() <= found.data.tags.items())
     run.tracked = next(same, None)
-    run.try_to("origin", lambda: _read_origin(run, data))
+    run.try_to("origin", lambda: _read_origin(run, data or {}))
     return run
 
 
@@ -153,8 +150,8 @@ def _code(commit: str) -> str:
         return pipeline.stage_code(folder, pipeline.STAGES)
 
 
-def _read_origin(run: Run, data: bytes | None) -> None:
-    """Find out where a run comes from; `data` is its data/dataset.json."""
+def _read_origin(run: Run, data: Values) -> None:
+    """Find out where a run comes from; `data` is its data/dataset.json, or empty."""
     commit, facts = run.revision.commit, run.facts
     if commit:
         show = ("show", "-s", "--no-show-signature", "--format=%cI", commit)
@@ -163,24 +160,22 @@ def _read_origin(run: Run, data: bytes | None) -> None:
         info, tags = run.tracked.info, run.tracked.data.tags
         facts["MLflow run"] = f"{info.run_name} ({info.run_id})"
         facts |= {name: tags[name] for name in CONDITIONS if name in tags}
-    known = json.loads(data or "{}")
-    if known:
+    if data:
         counts = "{name}, {train:,} training and {test:,} test images"
-        facts |= {"data": counts.format(**known), "digest of the data": known["digest"]}
-        run.tests |= {known["test_digest"]} if "test_digest" in known else set()
+        facts |= {"data": counts.format(**data), "digest of the data": data["digest"]}
+        run.tests |= {data["test_digest"]} if "test_digest" in data else set()
     if run.changed or "lock" in run.missing:
         return
     with pipeline.tracked_files(commit) if commit else nullcontext(Path()) as folder:
         facts["digest of the code"] = pipeline.stage_code(folder, pipeline.STAGES)
         params = load_params(folder / files.PARAMS)
-        key = pipeline.training_key(params, folder, known.get("digest", ""))
+        key = pipeline.training_key(params, folder, data.get("digest", ""))
         facts |= {"training key": key} | timings.read(key).conditions
 
 
-def _mistakes(run: Run) -> Pictures:
+def _mistakes(run: Run, predictions: pd.DataFrame) -> Pictures:
     """Return the wrong predictions of which the network was most confident."""
-    assert run.predictions is not None
-    wrong = run.predictions[~right(run.predictions)]
+    wrong = predictions[~right(predictions)]
     said = "→ {0.predicted} ({0.confidence:.0%})"
     return run.pictures(wrong, MISTAKES, lambda row: [row.actual, said.format(row)])
 
