@@ -55,9 +55,9 @@ def draw_all(params: Params, data: Path, tables: Path) -> Iterator[Path]:
         "mistakes": mistakes(images, predictions, params.plot.mistakes),
     }
     for name, figure in figures.items():
-        characters = int(figure.get_figwidth() * 72 / 7.5)  # one is about 7.5 points wide
-        lines = [figure.get_suptitle(), *textwrap.wrap(title, characters)]
-        figure.suptitle("\n".join(lines), fontsize=11.5)
+        # A character is about 7.5 points wide.
+        wrapped = textwrap.fill(title, int(figure.get_figwidth() * 72 / 7.5))
+        figure.suptitle(f"{figure.get_suptitle()}\n{wrapped}", fontsize=11.5)
         path = tables / f"{name}.png"
         style.save(figure, path, params.plot.dpi)
         yield path

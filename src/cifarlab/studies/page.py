@@ -64,11 +64,9 @@ def write_page(name: str, study: Study, points: list[Point], tables: Tables) -> 
 
 def rendered(template: str, **values: Any) -> str:
     """Return the text of a page: a template of this folder with some values."""
+    here = jinja2.FileSystemLoader(Path(__file__).parent)
     environment = jinja2.Environment(  # noqa: S701, the pages are Markdown
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        keep_trailing_newline=True,
+        loader=here, undefined=jinja2.StrictUndefined, trim_blocks=True, keep_trailing_newline=True
     )
     environment.filters |= {"joined": joined, "made_by": made_by}
     return environment.get_template(template).render(values)
