@@ -22,7 +22,7 @@ from cifarlab.errors import UserError
 from cifarlab.figures import style
 from cifarlab.params.load import load_params
 from cifarlab.report.statistics import holm
-from cifarlab.studies.page import folder_of
+from cifarlab.studies.page import page_of
 
 LISTED = 12  # pairs in the table and in the bar chart
 SHOWN, EXAMPLES = 5, 5  # pairs with example images, and images per direction
@@ -158,11 +158,10 @@ def main() -> None:
         f"{data.name}, {params.model.describe()}, {params.train.epochs} epochs, "
         f"seed {params.train.seed}: test accuracy {accuracy:.2%}"
     )
-    folder = folder_of("confusion", data.name)
-    style.save(draw(table, predictions, data), folder / "confusion.png", dpi=90)
-    with files.atomic(folder / "confusion.md") as path:
-        path.write_text(page(table, title), "utf-8")
-    print(folder / "confusion.md")
+    target = page_of("confusion", data.name)
+    style.save(draw(table, predictions, data), target.with_name("confusion.png"), dpi=90)
+    files.write(target, page(table, title))
+    print(target)
 
 
 if __name__ == "__main__":

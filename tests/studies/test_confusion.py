@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from cifarlab.data.dataset import Dataset
-from cifarlab.studies.page import folder_of
+from cifarlab.studies.page import page_of
 from studies import confusion
 
 # Actual class, predicted class, number of images.
@@ -63,9 +63,9 @@ def test_a_page_about_other_data_is_not_overwritten(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     answers = Path("docs/studies")
-    assert folder_of("confusion", "digits") == answers  # there is no page yet
+    assert page_of("confusion", "digits").parent == answers  # there is no page yet
     answers.mkdir(parents=True)
     (answers / "confusion.md").write_text("cifar10-jpeg, 6 layers: test accuracy 89 %.\n")
-    assert folder_of("confusion", "cifar10-jpeg") == answers
-    assert folder_of("confusion", "cifar10") == answers / "cifar10"
-    assert folder_of("confusion", "digits") == answers / "digits"
+    assert page_of("confusion", "cifar10-jpeg").parent == answers
+    assert page_of("confusion", "cifar10").parent == answers / "cifar10"
+    assert page_of("confusion", "digits").parent == answers / "digits"

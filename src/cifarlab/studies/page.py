@@ -40,12 +40,11 @@ def write_page(name: str, study: Study, points: list[Point], tables: Tables) -> 
         raise UserError(f"{ANSWERS}/{lacking}; `make study NAME={name}` {advice}")
     comparison, alone = effects(study, results), one_at_a_time(study, results)
     answer = f"{_filled(study.findings, comparison, alone, results)} {_summary(study, comparison)}"
-    folder = folder_of(name, joined(results.data, " and "))
-    draw_study(folder / f"{name}.png", study, comparison, tables)
+    page = page_of(name, joined(results.data, " and "))
+    draw_study(page.with_name(f"{name}.png"), study, comparison, tables)
     layers = epochs.set_index(["variant", "epoch"]).filter(like="/").dropna(axis=1, how="all")
     if len(layers.columns):
-        draw_layers(folder / f"{name}-layers.png", layers, list(study.variants))
-    page = folder / f"{name}.md"
+        draw_layers(page.with_name(f"{name}-layers.png"), layers, list(study.variants))
     text = rendered(
         "study.jinja",
         name=name,
@@ -72,20 +71,20 @@ def rendered(template: str, **values: Any) -> str:
     return environment.get_template(template).render(values)
 
 
-def folder_of(name: str, data: str) -> Path:
-    """Return the folder for the page NAME about some data: docs/studies, or a folder in it.
+def page_of(name: str, data: str) -> Path:
+    """Return the path of the page NAME about some data: in docs/studies, or in a folder there.
 
     The page that docs/studies has may be about other data. Then it stays.
     """
     # A page of a study or a search says "images of DATA.", that of confusion begins with "DATA, ".
     page, named = ANSWERS / f"{name}.md", "(?m)mages of {0}\\.|^{0}, ".format(re.escape(data))
     other = page.exists() and not re.search(named, page.read_text("utf-8"))
-    return ANSWERS / re.sub(r"\W+", "-", data) if other else ANSWERS
+    return ANSWERS / re.sub(r"\W+", "-", data) / page.name if other else page
 
 
 def update_notice(name: str, results: DataFrame) -> None:
     """Let the notice below the title of the page about these results, if there is one, be right."""
-    path = folder_of(name, joined(results.data, " and ")) / f"{name}.md"
+    path = page_of(name, joined(results.data, " and "))
     if path.exists() and len(results):
         title, *others = path.read_text("utf-8").split("\n\n")
         text = [paragraph for paragraph in others if not paragraph.startswith(NOTICE)]
@@ -120,8 +119,7 @@ def _filled(findings: str, comparison: DataFrame, alone: DataFrame, results: Dat
     columns = {str(column).removeprefix("test_"): numbers[column] for column in numbers}
     margins = comparison.accuracy_margin.map(" ± {:.1f}".format)
     columns["accuracy"] = comparison.accuracy.map("{:.1f}".format) + margins
-    pairs = zip(alone.variant, alone.reference, strict=True)
-    named = alone.set_axis([f"{variant} / {reference}" for variant, reference in pairs])
+    named = alone.set_axis([f"{row.variant} / {row.reference}" for row in alone.itertuples()])
     both = pd.concat([table[["difference", "difference_margin"]] for table in (comparison, named)])
     margins = both.difference_margin.map(" ± {:.1f}".format)
     columns["difference"] = both.difference.map("{:+.1f}".format) + margins

@@ -13,7 +13,7 @@ from cifarlab.digest import json_digest
 from cifarlab.errors import UserError, first_line
 from cifarlab.params.load import changed
 from cifarlab.studies.executors import run_one
-from cifarlab.studies.page import folder_of, rendered
+from cifarlab.studies.page import page_of, rendered
 from cifarlab.studies.points import Point, data_set, finished, key_of
 from cifarlab.studies.question import Range, Search, slug
 from cifarlab.tracking.studies import publish
@@ -35,7 +35,7 @@ def run(name: str) -> Path:
     done = len(study.get_trials(states=[TrialState.COMPLETE, TrialState.PRUNED]))
     print(f"{search.question}\n{done} of {search.trials} trials done", flush=True)
     study.optimize(lambda trial: _train(name, search, trial), max(0, search.trials - done))
-    page = folder_of(name, data) / f"{name}.md"
+    page = page_of(name, data)
     files.write(page, _page(name, search, study.trials, data))
     rungs = [rung for trial in study.trials for rung in trial.user_attrs.get("rungs", [])]
     publish(name, search.question, [page], [rung["run"] for rung in rungs])
