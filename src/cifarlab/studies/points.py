@@ -172,8 +172,7 @@ def choose_rows(
     """
     valid = {name: valid_origins(parameters, code, links) for name, parameters in points.items()}
     rows = rows[rows.experiment.isin(points)]
-    origins = zip(rows.experiment, rows.code, rows.key, strict=True)
-    counts = [(code, key) in valid[name] for name, code, key in origins]
+    counts = [(code, key) in valid[name] for name, code, key in rows[ORIGIN].to_numpy()]
     rows = rows.assign(counts=pd.Series(counts, rows.index, dtype=bool))
     newest = rows.sort_values("counts", kind="stable").drop_duplicates("experiment", keep="last")
     return newest.sort_values("experiment", key=lambda names: names.map(list(points).index))
@@ -195,8 +194,7 @@ def read_tables(name: str) -> Tables:
             if path.exists():  # a variant may be called None
                 table = pd.read_csv(path, dtype=TEXT, keep_default_na=False, na_values=[""])
             table = table.assign(data=table.get("data"))  # old tables of epochs lack it
-            unique = [*identity, "data"]
-            tables.append(table.drop_duplicates(unique, keep="last", ignore_index=True))
+            tables.append(table.drop_duplicates([*identity, "data"], keep="last"))
     return Tables(*tables)
 
 
