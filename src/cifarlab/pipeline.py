@@ -22,14 +22,7 @@ from pydantic import ValidationError
 
 from cifarlab import files
 from cifarlab.digest import code_digest, json_digest
-from cifarlab.errors import (
-    DAMAGED,
-    UserError,
-    first_line,
-    in_a_sentence,
-    refuse_conflict,
-    without_secrets,
-)
+from cifarlab.errors import DAMAGED, UserError, in_a_sentence, refuse_conflict, without_secrets
 from cifarlab.params.load import parse_yaml
 from cifarlab.params.sections import Params
 
@@ -311,13 +304,12 @@ def training_key(params: Params, folder: Path = Path(), data: str = "") -> str:
     counted = tuple(f"{name}." for name in _stages(folder)["train"].get("params", []))
     inputs = {key: value for key, value in params.flat().items() if f"{key}.".startswith(counted)}
     description = folder / files.DATA / "dataset.json"
-    try:
+    problem = f"{description} is missing or damaged (%s); `dvc repro` makes the data again"
+    with in_a_sentence(problem, OSError, *DAMAGED):
         inputs["data"] = data or files.read_json(description)["digest"]
+    problem = "code is missing or damaged (%s); `git status` names what has changed"
+    with in_a_sentence(problem, OSError, SyntaxError, ValueError):
         inputs["code"] = stage_code(folder, ["train"])
-    except (OSError, ValueError, LookupError, TypeError, SyntaxError) as error:
-        what = getattr(error, "filename", None) or description
-        way_out = "`dvc repro` makes the data again, `git status` names changed code"
-        raise UserError(f"{what} is missing or damaged ({first_line(error)}); {way_out}") from error
     return json_digest(inputs)
 
 
