@@ -51,21 +51,17 @@ def tolerate_settings() -> None:
 def first_line(error: BaseException) -> str:
     """Return the first line of an error's message, without passwords and tokens.
 
-    An error without a message gives the name of its type.
+    Of a long one its two ends: other packages put the cause at the end. An error without a message
+    gives the name of its type.
     """
     text = without_secrets(str(error))  # first, because a password may hold a line break
-    return text.strip().partition("\n")[0].rstrip(":") or type(error).__name__
-
-
-def shortened(error: BaseException, most: int = 400) -> str:
-    """Return `first_line`; of a long one its two ends: other packages put the cause at the end."""
-    text = first_line(error)
-    return text if len(text) <= most else f"{text[: most // 2]} … {text[-most // 2 :]}"
+    line = text.strip().partition("\n")[0].rstrip(":") or type(error).__name__
+    return line if len(line) <= 400 else f"{line[:200]} … {line[-200:]}"
 
 
 @contextmanager
 def in_a_sentence(
-    sentence: str, *kinds: type[Exception], words: Callable[[Any], str] = shortened
+    sentence: str, *kinds: type[Exception], words: Callable[[Any], str] = first_line
 ) -> Iterator[None]:
     """Turn errors of some kinds, or of all, into a UserError.
 

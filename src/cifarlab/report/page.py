@@ -12,7 +12,7 @@ from matplotlib.ticker import MaxNLocator
 
 from cifarlab import files, pipeline
 from cifarlab.digest import json_digest
-from cifarlab.errors import UserError, shortened
+from cifarlab.errors import UserError, first_line
 from cifarlab.pipeline import WORKSPACE, Revision
 from cifarlab.report import statistics
 from cifarlab.report.run import Pictures, Run, Values, load, parameters
@@ -130,5 +130,5 @@ def _log(runs: Sequence[Run], page: str) -> str:
     try:
         tracking.Deadline(60).wait(lambda: tracking.connect().log_text(run_id, page, name))
     except Exception as error:  # MLflow, SQLAlchemy, requests and the disk raise their own
-        return f"not logged to MLflow: {shortened(error)}"
+        return f"not logged to MLflow: {first_line(error)}"
     return f"logged to MLflow as {name} of run {run_id}"

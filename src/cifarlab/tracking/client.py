@@ -20,7 +20,7 @@ from urllib.request import ProxyHandler, build_opener
 from filelock import FileLock
 
 from cifarlab import files
-from cifarlab.errors import UserError, in_a_sentence, shortened, without_secrets
+from cifarlab.errors import UserError, first_line, in_a_sentence, without_secrets
 
 KEY = "cifarlab.key"  # the tag that every run of this project has: its training key
 # The columns of the table of runs that `cifarlab ui` opens. MLflow keeps such a view in a tag of
@@ -225,7 +225,7 @@ def try_to(action: Callable[[], T], otherwise: str) -> T | None:
     try:
         return Deadline(600).wait(action)
     except Exception as error:  # MLflow, requests, SQLAlchemy and the disk each raise their own
-        print(f"warning: {otherwise}: {shortened(error)}", file=sys.stderr)
+        print(f"warning: {otherwise}: {first_line(error)}", file=sys.stderr)
         return None
 
 

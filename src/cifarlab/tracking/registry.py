@@ -11,7 +11,7 @@ import pandas as pd
 from scipy.stats import binomtest
 
 from cifarlab import files, pipeline
-from cifarlab.errors import UserError, in_a_sentence, shortened
+from cifarlab.errors import UserError, first_line, in_a_sentence
 from cifarlab.params.load import load_params
 from cifarlab.tracking.client import connect, models_of
 from cifarlab.tracking.sync import shows
@@ -165,7 +165,7 @@ def _compare(client: Any, champion: Any, new: Any) -> tuple[bool, str]:
                 table = pd.read_csv(path, dtype=str, keep_default_na=False)
                 right.append(table.actual == table.predicted)
     except Exception as error:  # MLflow, requests and the disk raise their own
-        return False, f"it cannot be compared with the champion ({shortened(error)})"
+        return False, f"it cannot be compared with the champion ({first_line(error)})"
     lost, won, p = mcnemar(*right)
     counts = f"of {len(right[0]):,} test images, {won} only the new one gets right and {lost} only"
     text = f"{counts} the champion (McNemar's exact test: p = {p:.2g})"

@@ -13,7 +13,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from cifarlab import files, pipeline
-from cifarlab.errors import UserError, in_a_sentence, shortened
+from cifarlab.errors import UserError, first_line, in_a_sentence
 from cifarlab.params.sections import Params
 from cifarlab.runtime import timings
 from cifarlab.tracking import client as tracking
@@ -190,7 +190,7 @@ class StageRun:
         except Exception as error:  # MLflow, requests, SQLAlchemy and the disk raise their own
             self.upload = None
             if not self.warned:
-                reason = f"{type(error).__name__}: {shortened(error)}"
+                reason = f"{type(error).__name__}: {first_line(error)}"
                 text = f"MLflow did not receive everything from the {self.stage} stage ({reason})"
                 advice = "The files are complete; `make sync` logs what is missing."
                 print(f"warning: {text}. {advice}", file=sys.stderr, flush=True)
