@@ -251,20 +251,18 @@ def serve(port: int, experiment: str) -> None:
     command = [sys.executable, "-m", "mlflow", "ui", "--host", "127.0.0.1", "--port", str(port)]
     # Its six processes for jobs, which only language models need, would take seconds to start.
     os.environ.setdefault("MLFLOW_SERVER_ENABLE_JOB_EXECUTION", "false")
-    server = subprocess.Popen([*command, "--workers", "1", "--backend-store-uri", _sqlite(path)])
+    command += ["--workers", "1", "--backend-store-uri", _sqlite(path)]
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        _wait_until_healthy(server, port)
-        # Without the type, MLflow opens its pages for language models.
-        options = f"workflowType=machine_learning&viewStateShareKey={VIEW}"
-        page = f"http://127.0.0.1:{port}/#/experiments/{number}/runs?{options}"
-        print(f"open {page} (Ctrl-C stops the server)", flush=True)
-        server.wait()
-    except KeyboardInterrupt:
-        pass
-    finally:
-        server.terminate()
-        server.wait()
+    with subprocess.Popen(command) as server, suppress(KeyboardInterrupt):
+        try:
+            _wait_until_healthy(server, port)
+            # Without the type, MLflow opens its pages for language models.
+            options = f"workflowType=machine_learning&viewStateShareKey={VIEW}"
+            page = f"http://127.0.0.1:{port}/#/experiments/{number}/runs?{options}"
+            print(f"open {page} (Ctrl-C stops the server)", flush=True)
+            server.wait()
+        finally:
+            server.terminate()
 
 
 def _wait_until_healthy(server: Any, port: int) -> None:
