@@ -1,8 +1,9 @@
 """Logging to MLflow, from the files, what it lacks of experiments, commits and the workspace."""
 
 from contextlib import nullcontext, suppress
+from functools import partial
 from itertools import chain
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -83,7 +84,8 @@ class Mirror:
         for run in same:
             if run.info.status == "RUNNING" and is_alive(run.info.run_id):
                 return run.info.run_id, "is running"
-            if run.info.status == "FINISHED" and self._has_artifacts(run, revision):
+            has_artifacts = partial(self._has_artifacts, run, revision)
+            if run.info.status == "FINISHED" and tracking.Deadline(60).wait(has_artifacts):
                 return run.info.run_id, "was there"
         if revision.commit and not pipeline.params_of(revision):
             return "", "has the parameters of another version, and can be logged there"
@@ -109,23 +111,17 @@ class Mirror:
 
     def _has_artifacts(self, run: Any, revision: Revision) -> bool:
         """Tell whether MLflow has the artifacts of a run, in the sizes that dvc.lock names."""
-        params, locked, wanted = pipeline.params_of(revision), pipeline.locked(revision), {}
-        for stage in locked.keys() & pipeline.STAGES:
-            for path, size in locked[stage].size.items():
-                if folder := ARTIFACTS.get(PurePosixPath(path).suffix):
-                    wanted[f"{folder}/{PurePosixPath(path).name}"] = size
-
-        def has_all() -> bool:
-            ask, folders = self.client.list_artifacts, ("", *ARTIFACTS.values())
-            listed = chain.from_iterable(ask(run.info.run_id, folder) for folder in folders)
-            found = {file.path: file.file_size for file in listed}
-            if not wanted.items() <= found.items() or not found.get("confusion_matrix.json"):
-                return False
-            models = (model.model_id for model in tracking.models_of(self.client, run))
-            logged = map(self.client.list_logged_model_artifacts, models)
-            return not (params and params.tracking.log_model) or any(logged)
-
-        return tracking.Deadline(60).wait(has_all)
+        params, ran = pipeline.params_of(revision), pipeline.locked(revision)
+        outputs = chain.from_iterable(ran[s].size.items() for s in ran if s in pipeline.STAGES)
+        wanted = {Path(out).name: size for out, size in outputs if Path(out).suffix in ARTIFACTS}
+        ask, folders = self.client.list_artifacts, ("", *ARTIFACTS.values())
+        listed = chain.from_iterable(ask(run.info.run_id, folder) for folder in folders)
+        found = {Path(file.path).name: file.file_size for file in listed}
+        if not wanted.items() <= found.items() or not found.get("confusion_matrix.json"):
+            return False
+        models = (model.model_id for model in tracking.models_of(self.client, run))
+        logged = map(self.client.list_logged_model_artifacts, models)
+        return not (params and params.tracking.log_model) or any(logged)
 
     def _log(self, revision: Revision, known: Any) -> Any:
         """Log an experiment, a commit or the workspace and return its run.
