@@ -26,8 +26,8 @@ from cifarlab.nn.network import Network
 
 BATCH = 100
 STDIN = "-"
-Prediction = tuple[str, list[tuple[str, float]]]
-"""The path of an image, or "-" for standard input, and its most probable classes with their
+Predictions = Iterator[tuple[str, list[tuple[str, float]]]]
+"""The path of each image, or "-" for standard input, and its most probable classes with their
 probabilities, the best first."""
 
 
@@ -106,9 +106,7 @@ def find(names: Sequence[str], broken: list[str]) -> list[str]:
     return found
 
 
-def predict(
-    network: Network, images: Sequence[str], top: int, broken: list[str]
-) -> Iterator[Prediction]:
+def predict(network: Network, images: Sequence[str], top: int, broken: list[str]) -> Predictions:
     """Classify images of any size, format and mode, resized as in training.
 
     Parameters
@@ -138,7 +136,7 @@ def _read(name: str) -> io.BytesIO:
     return io.BytesIO(sys.stdin.buffer.read(MAX_MEMBER)) if name == STDIN else read_file(Path(name))
 
 
-def shown(predictions: Iterator[Prediction], form: str) -> Iterator[str]:
+def shown(predictions: Predictions, form: str) -> Iterator[str]:
     """Yield predictions as lines of a table, of "csv", or as a list in "json"."""
     if form == "json":
         records = []
