@@ -209,9 +209,7 @@ def _from_here(model: str) -> str:
     return str(HERE / model) if model and (HERE / model).is_file() else model
 
 
-@main.command(
-    epilog='Examples: cifarlab predict cat.jpg "photos/*.jpg"; cifarlab predict - <cat.jpg'
-)
+@main.command(epilog='Examples: cifarlab predict cat.jpg "new/*.jpg"; cifarlab predict - <cat.jpg')
 @click.argument("images", nargs=-1, required=True)
 @MODEL
 @click.option("--top", type=click.IntRange(1), default=1, help="How many classes to name.")

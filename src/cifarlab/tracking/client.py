@@ -204,10 +204,8 @@ def all_runs(name: str = "") -> list[Any]:
         ours = {"filter_string": f"tags.`{KEY}` LIKE '%'{named}", "search_all_experiments": True}
         return list(mlflow.search_runs(**ours, output_format="list"))
 
-    advice = (
-        "If mlflow.db is damaged, move it away: `make sync` fills a new one, without a champion"
-    )
-    with in_a_sentence(f"MLflow cannot be read (%s); check MLFLOW_TRACKING_URI. {advice}"):
+    hint = "If mlflow.db is damaged, move it away: `make sync` fills a new one, without a champion"
+    with in_a_sentence(f"MLflow cannot be read (%s); check MLFLOW_TRACKING_URI. {hint}"):
         return Deadline(60).wait(search)
 
 

@@ -43,9 +43,8 @@ def prune(keep: Sequence[str], best: int, *, remove: bool) -> None:
         reasons["in a study"] = revision.name in studied
         # The run may show a later training, and the experiment may have another name by now.
         origin = origin_of(revision).items()
-        reasons["its model is registered"] = any(
-            origin <= run.data.tags.items() or shows(run, revision) for run in registered
-        )
+        models = (origin <= run.data.tags.items() or shows(run, revision) for run in registered)
+        reasons["its model is registered"] = any(models)
         reason = ", ".join(text for text, applies in reasons.items() if applies)
         gone += [] if reason else [revision]
         state = f"stays: {reason}" if reason else "goes"
