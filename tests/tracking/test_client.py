@@ -129,10 +129,9 @@ def test_waiting_for_mlflow_has_an_end() -> None:
         deadline.wait(released.wait)
     with pytest.raises(TimeoutError):  # nothing is left
         deadline.wait(released.wait)
-    deadline.reserve(60)
-    assert deadline.wait(lambda: 7) == 7
+    assert Deadline(60).wait(lambda: 7) == 7
     with pytest.raises(ZeroDivisionError):
-        deadline.wait(lambda: 1 / 0)
+        Deadline(60).wait(lambda: 1 / 0)
     released.set()
 
 

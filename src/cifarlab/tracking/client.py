@@ -44,10 +44,6 @@ class Deadline:
     def __init__(self, seconds: float = 20) -> None:
         self.seconds, self.waited, self.started = seconds, 0.0, time.monotonic()
 
-    def reserve(self, seconds: float) -> None:
-        """Allow to wait for `seconds` from now on, and for no longer."""
-        self.seconds, self.started = self.waited + seconds, time.monotonic()
-
     def wait(self, action: Callable[[], T]) -> T:
         """Do something and return its result.
 

@@ -87,11 +87,10 @@ class StageRun:
     def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
         """End the run; warn if MLflow fails."""
         killed = error is KeyboardInterrupt
-        self.deadline.reserve(1 if killed else 10)
         status = "KILLED" if killed else "FAILED" if error else "FINISHED"
         if self.upload or not killed:
             with self._warn_once():
-                self.deadline.wait(lambda: self.close(status))
+                Deadline(1 if killed else 10).wait(lambda: self.close(status))
 
     def log_epochs(self) -> None:
         """Log the epochs of history.csv that the run lacks; warn if MLflow fails."""
