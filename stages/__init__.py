@@ -36,8 +36,7 @@ def run(stage: Callable[[Params], None]) -> None:
     for number in (*SIGNALS, signal.SIGALRM):
         if number == signal.SIGINT or signal.getsignal(number) != signal.SIG_IGN:  # nohup
             signal.signal(number, _interrupt)
-    if processes.started():
-        processes.follow()
+    processes.follow()
     try:
         with interrupted_once():
             pipeline.refuse_shallow_clone()

@@ -64,8 +64,8 @@ def started() -> bool:
 
 
 def follow() -> None:
-    """End this process, one of several, when the one that started it is killed."""
-    if sys.platform == "linux":
+    """End this process, if it is one of several, when the one that started it is killed."""
+    if started() and sys.platform == "linux":
         parent_death_signal = 1  # PR_SET_PDEATHSIG of prctl(2)
         ctypes.CDLL(None).prctl(parent_death_signal, signal.SIGKILL)
 

@@ -209,7 +209,6 @@ def claim(run_id: str) -> FileLock | None:
 
     The kernel releases the lock when the process ends in any way.
     """
-    _lock_file(run_id).parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(_lock_file(run_id), thread_local=False)
     with suppress(Timeout):
         lock.acquire(blocking=False)
