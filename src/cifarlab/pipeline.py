@@ -412,10 +412,9 @@ def queued() -> dict[str, Revision]:
     UserError
         DVC cannot list them, or two have one name: the second would replace the first.
     """
-    from dvc.exceptions import DvcException
     from dvc.repo import Repo
 
-    with in_a_sentence("DVC cannot list its queue: %s", DvcException), Repo() as repo:
+    with in_a_sentence("DVC cannot list its queue: %s"), Repo() as repo:
         tasks = repo.experiments.celery_queue.status()
     found: dict[str, Revision] = {}
     for task in [task for task in tasks if task["status"] == "Queued"]:
@@ -449,6 +448,4 @@ def _outs(stage: str, folder: Path) -> list[Path]:
 def _stages(folder: Path) -> Any:
     problem = "dvc.yaml is damaged (%s); `git checkout dvc.yaml` repairs it"
     with in_a_sentence(problem, yaml.YAMLError, LookupError, TypeError):
-        text = (folder / files.DVC_YAML).read_text("utf-8")
-        refuse_conflict(files.DVC_YAML, text)
-        return parse_yaml(text)["stages"]
+        return parse_yaml(read_text(folder / files.DVC_YAML, WORKSPACE))["stages"]
