@@ -134,9 +134,8 @@ def database() -> Path | None:
     if not scheme.startswith("sqlite"):
         return None
     from sqlalchemy.engine import make_url
-    from sqlalchemy.exc import ArgumentError
 
-    with in_a_sentence(f"{shown} is not a valid address; {advice}", ArgumentError):
+    with in_a_sentence(f"{shown} is not a valid address; {advice}"):
         url = make_url(given)
     name = url.database or ""
     if name in ("", ":memory:") or url.query.get("mode") == "memory":
