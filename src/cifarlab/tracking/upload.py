@@ -158,18 +158,16 @@ class Upload:
         self._send(weights | timings.read(self.execution.key).conditions, metrics, {})
 
     def _send_dataset(self) -> None:
-        from mlflow.data.code_dataset_source import CodeDatasetSource
-        from mlflow.data.meta_dataset import MetaDataset
-        from mlflow.entities import DatasetInput, InputTag
+        from mlflow.entities import Dataset, DatasetInput, InputTag
 
         known = files.read_json(self._path(files.DATA / "dataset.json"))
         params = self.execution.params.data
         sources = {"digits": ["sklearn.datasets.load_digits"]}.get(params.name, params.sources)
         sources = [params.folder, *sources] if params.name == "folder" else sources
-        source, digest = CodeDatasetSource({"sources": sources}), known["digest"][:32]
-        dataset = MetaDataset(source, known["name"], digest)  # MLflow takes 36 characters
+        source, digest = json.dumps({"tags": {"sources": sources}}), known["digest"][:32]
+        dataset = Dataset(known["name"], digest, "code", source)  # MLflow takes 36 characters
         tags = [InputTag("mlflow.data.context", "training")]
-        self.client.log_inputs(self.run_id, [DatasetInput(dataset._to_mlflow_entity(), tags)])
+        self.client.log_inputs(self.run_id, [DatasetInput(dataset, tags)])
 
     def _send_evaluation(self) -> None:
         per_class = read_table(self._path(files.PER_CLASS), "class")
