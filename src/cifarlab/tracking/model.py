@@ -31,9 +31,8 @@ def write(folder: Path, network_file: Path, model: Any) -> None:
     from mlflow.types import ColSpec, Schema, TensorSpec
 
     network = weights.load(network_file)
-    for name in ("artifacts", "pytorch"):  # MLflow's loader for PyTorch wants a folder
-        (folder / name).mkdir(parents=True)
-    weights.export_torch(network, folder / "pytorch/model.pt2")
+    (folder / "artifacts").mkdir(parents=True)
+    weights.export_torch(network, folder / "pytorch/model.pt2")  # MLflow's loader wants a folder
     shutil.copy(network_file, folder / "artifacts")
     shutil.copy(CLASSIFIER, folder)
     # PyPI does not have what follows a +, such as "2.14.1+cpu".

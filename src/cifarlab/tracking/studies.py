@@ -23,7 +23,7 @@ def timing_of(revision: Revision) -> dict[str, Any]:
     All values are None, with a warning, if MLflow cannot say.
     """
 
-    def read() -> dict[str, Any]:
+    def read() -> tuple[Any, ...]:
         client, run_id = tracking.connect(), run_of(revision)
         run, epochs = client.get_run(run_id), client.get_metric_history(run_id, "epoch_seconds")
         machine = "{device}, {threads} threads, {precision}, PyTorch {torch}"
@@ -31,11 +31,10 @@ def timing_of(revision: Revision) -> dict[str, Any]:
         newest = {e.step: e.value for e in sorted(epochs, key=lambda e: e.timestamp)}
         seconds = sum(newest.values()) or None
         wall = (run.info.end_time - run.info.start_time) / 1000
-        values = (run_id, seconds, wall, machine.format(**run.data.tags))
-        return dict(zip(TIMING, values, strict=True))
+        return run_id, seconds, wall, machine.format(**run.data.tags)
 
-    found = tracking.try_to(read, f"{revision.name} has no training time")
-    return found or dict.fromkeys(TIMING)
+    values = tracking.try_to(read, f"{revision.name} has no training time")
+    return dict(zip(TIMING, values or [None] * len(TIMING), strict=True))
 
 
 def publish(name: str, question: str, files: list[Path], runs: list[str]) -> None:
