@@ -87,13 +87,10 @@ def find(names: Sequence[str], broken: list[str]) -> list[str]:
             continue
         pattern = f"{glob.escape(name)}/**" if name and path.is_dir() else name
         inside = map(Path, glob.glob(pattern, recursive=True))  # noqa: PTH207, also absolute
-        images: dict[Path, str] = {}
-        # Of paths that a link to a folder makes equal, the shortest is kept.
-        for image in sorted(filter(Path.is_file, inside), key=lambda p: (len(p.parts), p)):
-            if is_image(image.name):
-                images.setdefault(image.parent.resolve() / image.name, str(image))
-            else:
-                others.append(readable(str(image)))
+        ranked = sorted(filter(Path.is_file, inside), key=lambda p: (len(p.parts), p))
+        others += [readable(str(p)) for p in ranked if not is_image(p.name)]
+        # Of paths that a link to a folder makes equal, the shortest is kept, which comes last here.
+        images = {p.parent.resolve() / p.name: str(p) for p in ranked[::-1] if is_image(p.name)}
         if not images:
             shown = readable(str(path)) if name else "an empty name"
             broken.append(f"{shown}: there is no such image, and no folder of images")
