@@ -156,13 +156,10 @@ def experiment_id(client: Any, name: str) -> str:
             if path and found.artifact_location.startswith("mlflow-artifacts:"):
                 # It was created in MLflow's page. Only a server can write there.
                 change = "UPDATE experiments SET artifact_location = ? WHERE experiment_id = ?"
-                with closing(sqlite3.connect(path, timeout=5)) as store, store:
-                    store.execute(change, [artifacts, found.experiment_id])
+                _execute(path, change, artifacts, found.experiment_id)
             return str(found.experiment_id)
-        if path:
-            with closing(sqlite3.connect(path)) as store:
-                # With a write-ahead log, MLflow's pages can read while a stage writes.
-                store.execute("PRAGMA journal_mode=WAL")
+        if path:  # with a write-ahead log, MLflow's pages can read while a stage writes
+            _execute(path, "PRAGMA journal_mode=WAL")
         return str(client.create_experiment(name, artifacts))
 
 
@@ -175,9 +172,7 @@ def wait_for_database() -> None:
         It is still locked.
     """
     if (path := database()) and path.exists():
-        with closing(sqlite3.connect(path, timeout=5)) as store:
-            store.execute("BEGIN IMMEDIATE")
-            store.rollback()
+        _execute(path, "BEGIN IMMEDIATE")
 
 
 def all_runs(name: str = "") -> list[Any]:
@@ -282,6 +277,12 @@ def _sqlite(path: Path) -> str:
     """Return the URI of an SQLite file. Its name may hold any character."""
     # MLflow creates the folder of a path that is percent-encoded, so only what must be is encoded.
     return "sqlite:///" + str(path).replace("%", "%25").replace("?", "%3F").replace("#", "%23")
+
+
+def _execute(path: Path, statement: str, *values: object) -> None:
+    """Execute a statement of SQL. It waits up to 5 s for other processes."""
+    with closing(sqlite3.connect(path, timeout=5)) as store, store:
+        store.execute(statement, values)
 
 
 def _move_artifacts(path: Path) -> None:
