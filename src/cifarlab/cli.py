@@ -206,7 +206,7 @@ MODEL = click.option("--model", default="", metavar="MODEL", help=MODELS)
 
 
 def _from_here(model: str) -> str:
-    return str(HERE / model) if model and (HERE / model).is_file() else model
+    return str(HERE / model) if (HERE / model).is_file() else model
 
 
 @main.command(epilog='Examples: cifarlab predict cat.jpg "new/*.jpg"; cifarlab predict - <cat.jpg')
@@ -232,8 +232,7 @@ def predict(images: tuple[str, ...], model: str, top: int, form: str | None) -> 
         for line in predicting.shown(predicting.predict(network, paths, top, broken), form or ""):
             click.echo(line)
     if broken:
-        count = f"{len(broken)} of {total} images cannot be read"
-        raise UserError(f"{count}: {'; '.join(broken[:5])}")
+        raise UserError(f"{len(broken)} of {total} images cannot be read: {'; '.join(broken[:5])}")
 
 
 @main.command(epilog="Example: cifarlab export --onnx network.onnx")

@@ -32,8 +32,7 @@ def verify(name: str) -> None:
         if not pipeline.repeat(folder):
             raise UserError(f"{name} could not be repeated here, see above")
         # The copy's own code knows its key; the parameters may be those of another version.
-        found = timings.path_of("", folder).parent.glob("*.json")
-        key = next((path.stem for path in found), "")
+        key = next((path.stem for path in timings.path_of("", folder).parent.glob("*.json")), "")
         again, now = _contents(folder), timings.read(key, folder).conditions
     different = [path for path in first if first[path] != again.get(path)]
     if not different:

@@ -132,8 +132,7 @@ def _find_run(client: Any, name: str) -> Any:
 def _models_of(client: Any, run: Any) -> list[str]:
     """Return the ids of the models with the present weights of a run."""
     weights = run.data.tags.get("weights.sha256")
-    models = models_of(client, run)
-    return [m.model_id for m in models if m.tags.get("weights.sha256") == weights]
+    return [m.model_id for m in models_of(client, run) if m.tags.get("weights.sha256") == weights]
 
 
 def _model_of(client: Any, run: Any) -> str:

@@ -170,7 +170,7 @@ class StageRun:
     def _create(self, client: Any, experiment: str) -> Any:
         execution = self.execution
         variant, epochs = execution.params.model.describe(), timings.read(execution.key).epochs
-        tags = {"variant": variant} | self._origin()
+        tags = SOURCE | {"variant": variant} | self._origin()
         if execution.folder == Path():  # a commit may have run with others
             tags |= {f"version.{package}": version(package) for package in VERSIONS}
             tags |= {"version.python": platform.python_version()}
@@ -178,8 +178,7 @@ class StageRun:
         if epochs and self.stage != "train":  # the training ran before
             ended, seconds = next(iter(epochs.values()))
             start, self.idle_since = int(ended - 1000 * seconds), max(epochs.values())[0]
-        name = execution.experiment or variant
-        return client.create_run(experiment, start, SOURCE | tags, run_name=name)
+        return client.create_run(experiment, start, tags, run_name=execution.experiment or variant)
 
     @contextmanager
     def _warn_once(self) -> Iterator[None]:
