@@ -139,9 +139,8 @@ class StageRun:
         wanted = self.stage != "train" and self.execution.params.tracking.log_model
         if wanted and status == "FINISHED":
             # At the end: a proxy may refuse a file of this size, and a run is worth having without.
-            with in_a_sentence(
-                "the model was not logged: %s; tracking.log_model: false leaves it out"
-            ):
+            problem = "the model was not logged: %s; tracking.log_model: false leaves it out"
+            with in_a_sentence(problem):
                 upload.send_model()
         return upload.run_id
 
@@ -238,27 +237,25 @@ def _is_left(run: Any) -> bool:
     stages no process writes to it. Then its folder tells: DVC runs one pipeline at a time in a
     folder, and works in it.
     """
-    tags, status = run.data.tags, run.info.status
-    host, folder = _place(run)
-    here = host == platform.node()
+    tags, status, folder = run.data.tags, run.info.status, _folder(run)
     unrecorded = _is_here(run) and tags.get("dvc.exp.name")
     if "logged.plot" in tags and not unrecorded:
         return False
     if status != "FINISHED":
         return status != "RUNNING" or not is_alive(run.info.run_id)
-    return here and (folder == Path.cwd() or not pipeline.in_use(folder))
+    return folder is not None and (folder == Path.cwd() or not pipeline.in_use(folder))
 
 
-def _place(run: Any) -> tuple[str, Path]:
-    """Return the host and the folder where a stage of a run ran last."""
+def _folder(run: Any) -> Path | None:
+    """Return the folder where a stage of a run ran last; None if that was on another host."""
     host, _, folder = run.data.tags.get(FOLDER, "").partition(":")
-    return host, Path(folder)
+    return Path(folder) if host == platform.node() else None
 
 
 def _is_here(run: Any) -> bool:
     """Tell whether a run was made in this checkout, or in a temporary copy of it."""
-    host, folder = _place(run)
-    return bool(host == platform.node() and folder.is_relative_to(files.root()))
+    folder = _folder(run)
+    return folder is not None and folder.is_relative_to(files.root())
 
 
 def _here() -> str:
