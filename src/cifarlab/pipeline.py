@@ -141,9 +141,11 @@ def remove_experiments(revisions: Sequence[Revision]) -> None:
     The cache keeps the outputs of every commit, and everything if it is not in this checkout: DVC
     does not know what other checkouts need. UserError: DVC cannot do it.
     """
-    # By their references: experiments on two commits may have one name.
-    listed = ("for-each-ref", "--format=%(refname)", "refs/exps", "--points-at")
-    refs = [ref for revision in revisions for ref in git(*listed, revision.commit).split()]
+    # By their references: experiments on two commits may have one name, and one commit two names.
+    listed = git("for-each-ref", "--format=%(objectname) %(refname)", "refs/exps").splitlines()
+    gone = {(revision.commit, revision.name) for revision in revisions}
+    pairs = [line.split() for line in listed]
+    refs = [ref for commit, ref in pairs if (commit, ref.rpartition("/")[2]) in gone]
     if refs:
         dvc("exp", "remove", "--quiet", *refs)
     if Path(dvc("cache", "dir").strip()).resolve().is_relative_to(files.root().resolve()):
