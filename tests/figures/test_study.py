@@ -99,3 +99,17 @@ def test_layers_after_one_epoch_are_drawn_as_lines(monkeypatch: pytest.MonkeyPat
     [axes] = drawn[0].axes
     assert [line.get_ydata().tolist() for line in axes.lines] == [[2, 3], [0, 0]]
     assert axes.get_xlabel() == "layer"
+
+
+def test_effects_on_classes_are_paired_by_seed(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[Figure] = []
+    monkeypatch.setattr(style, "save", lambda figure, *_, **__: drawn.append(figure))
+    study = Study(question="?", variants={"one": {}, "other": {}}, seeds=[0, 1, 2], looks=[2, 3])
+    # Only the first variant has the third seed, which is much better than the others.
+    rows = [("one", 0, 0.5), ("one", 1, 0.6), ("one", 2, 0.9), ("other", 0, 0.4), ("other", 1, 0.5)]
+    table = pd.DataFrame(rows, columns=["variant", "seed", "accuracy"])
+    results = table.assign(**{"accuracy/cat": table.accuracy})
+    epochs = results.assign(epoch=1, train_accuracy=results.accuracy)
+    draw_study(Path("-"), study, effects(study, results), Tables(results, epochs))
+    *_, classes = drawn[0].axes
+    assert [text.get_text() for text in classes.texts] == ["-10.0"]

@@ -165,11 +165,13 @@ def _effects(axes: Axes, effects: DataFrame, palette: list[Any], label: str, mar
 
 def _each_class(axes: Axes, results: DataFrame, names: list[str]) -> None:
     # The table may also have the classes of other data sets.
-    accuracies = results.filter(like="accuracy/").dropna(axis=1, how="all")
-    means = 100 * accuracies.groupby(results.variant).mean().loc[names]
-    means.columns = means.columns.str.removeprefix("accuracy/")
+    accuracies = results.set_index(["variant", "seed"]).filter(like="accuracy/")
+    accuracies = 100 * accuracies.dropna(axis=1, how="all")
+    accuracies.columns = accuracies.columns.str.removeprefix("accuracy/")
+    # Paired by seed, because the first variant may have more seeds than another.
+    pairs = accuracies.sub(accuracies.loc[names[0]], level="seed")
+    difference = pairs.groupby("variant").mean().loc[names[1:]]
     numbers = {"annot": True, "fmt": ".1f", "annot_kws": {"size": 10}}
-    difference = means.iloc[1:] - means.iloc[0]
     largest = difference.abs().mean(axis=1).nlargest(ROWS).index
     chosen = difference[difference.index.isin(largest)]
     sns.heatmap(chosen, cmap="vlag", center=0, cbar=False, ax=axes, **numbers)
