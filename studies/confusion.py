@@ -16,12 +16,13 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from scipy import stats
 
-from cifarlab import files
+from cifarlab import files, pipeline
 from cifarlab.data.dataset import Dataset
 from cifarlab.errors import UserError
 from cifarlab.figures import style
 from cifarlab.params.load import load_params
 from cifarlab.report.statistics import holm
+from cifarlab.runtime import timings
 from cifarlab.studies.page import page_of
 
 LISTED = 12  # pairs in the table and in the bar chart
@@ -111,8 +112,14 @@ def draw_examples(
         panel.set_xlabel(f"{predictions.confidence[index]:.0%}", fontsize=8)
 
 
-def page(table: list[Pair], title: str) -> str:
-    """Return the page as Markdown."""
+def page(table: list[Pair], title: str, origin: str) -> str:
+    """Return the page as Markdown.
+
+    Parameters
+    ----------
+    title : which network this is, and its accuracy
+    origin : the commit and the machine
+    """
     first = table[0]
     shares = np.cumsum([pair.share for pair in table])
     half = int(np.argmax(shares >= 0.5)) + 1
@@ -139,6 +146,7 @@ def page(table: list[Pair], title: str) -> str:
 {rows}
 
 p comes from a binomial test of the two directions, corrected for the {len(table)} pairs (Holm).
+One run, {origin}.
 
 `dvc repro && make confusion` writes this page for the network in the workspace.
 """
@@ -147,6 +155,8 @@ p comes from a binomial test of the two directions, corrected for the {len(table
 def main() -> None:
     """Write the page and its picture."""
     params, data = load_params(), Dataset.load(files.DATA)
+    if not pipeline.workspace_is_current():
+        raise UserError("the outputs are not those of params.yaml; run `dvc repro` first")
     predictions = pd.read_csv(
         files.PREDICTIONS, dtype={"actual": str, "predicted": str}, keep_default_na=False
     )
@@ -158,9 +168,12 @@ def main() -> None:
         f"{data.name}, {params.model.describe()}, {params.train.epochs} epochs, "
         f"seed {params.train.seed}: test accuracy {accuracy:.2%}"
     )
+    known = timings.read(pipeline.training_key(params)).conditions
+    where = timings.MACHINE.format(**known) if known else "unknown"
+    origin = f"commit {pipeline.git_commit()[:7]}, machine: {where}"
     target = page_of("confusion", data.name)
     style.save(draw(table, predictions, data), target.with_name("confusion.png"), dpi=90)
-    files.write(target, page(table, title))
+    files.write(target, page(table, title, origin))
     print(target)
 
 

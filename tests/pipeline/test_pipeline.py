@@ -274,3 +274,17 @@ def test_make_results_copies_the_evidence(finished: Project) -> None:
     refused = finished.run("python", "-m", "bench.keep", "small", check=False, PYTHONPATH="src")
     assert refused.returncode == 1
     assert "dvc repro" in refused.stdout
+
+
+def test_the_page_about_confused_classes_says_where_it_comes_from(finished: Project) -> None:
+    project, command = finished, ("python", "studies/confusion.py")
+    commit = project.run("git", "rev-parse", "HEAD").stdout[:7]
+    page = project.run(*command, PYTHONPATH="src").stdout.strip()
+    assert page == "docs/studies/confusion.md"
+    text = (project.folder / page).read_text("utf-8")
+    assert f"One run, commit {commit}, machine: " in text
+    assert "1 threads" in text
+    project.edit("train", epochs=4)
+    refused = project.run(*command, check=False, PYTHONPATH="src")
+    assert refused.returncode == 1
+    assert refused.stdout.splitlines()[-1].startswith("error: the outputs are not those of params")

@@ -34,7 +34,7 @@ def test_pairs_by_hand() -> None:
 
 def test_the_page_names_the_most_confused_pair() -> None:
     table = confusion.pairs(predictions(), CLASSES)
-    page = confusion.page(table, "digits")
+    page = confusion.page(table, "digits", "commit 1234567")
     assert "- Half of all mistakes are in 1 of the 45 pairs of classes." in page
     assert "- *0* and *1* alone account for 70%." in page
     assert "| 0 → 1 | 12 | 2 | 70.0% |" in page
@@ -44,7 +44,7 @@ def test_the_page_names_the_most_confused_pair() -> None:
 
 def test_the_page_names_the_direction_of_an_uneven_pair() -> None:
     table = confusion.pairs(predictions(), ["0", "1", "2"])
-    page = confusion.page(table, "digits")
+    page = confusion.page(table, "digits", "commit 1234567")
     assert "chance explains: 0 → 1 (12 against 2)." in page
 
 

@@ -17,6 +17,8 @@ from tqdm import tqdm
 from cifarlab import files
 
 Results = Callable[[], tuple[float, float]]
+MACHINE = "{device}, {threads} threads, {precision}, PyTorch {torch}"
+"""What a training ran on, in words: to be filled with `device.conditions`."""
 
 
 class Timings(NamedTuple):

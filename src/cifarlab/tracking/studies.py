@@ -5,6 +5,7 @@ from typing import Any
 
 from cifarlab.params.load import load_params
 from cifarlab.pipeline import Revision
+from cifarlab.runtime.timings import MACHINE
 from cifarlab.tracking import client as tracking
 from cifarlab.tracking.sync import run_of
 
@@ -26,12 +27,11 @@ def timing_of(revision: Revision) -> dict[str, Any]:
     def read() -> tuple[Any, ...]:
         client, run_id = tracking.connect(), run_of(revision)
         run, epochs = client.get_run(run_id), client.get_metric_history(run_id, "epoch_seconds")
-        machine = "{device}, {threads} threads, {precision}, PyTorch {torch}"
         # An epoch that was trained again, under other conditions, has two; the newer one counts.
         newest = {e.step: e.value for e in sorted(epochs, key=lambda e: e.timestamp)}
         seconds = sum(newest.values()) or None
         wall = (run.info.end_time - run.info.start_time) / 1000
-        return run_id, seconds, wall, machine.format(**run.data.tags)
+        return run_id, seconds, wall, MACHINE.format(**run.data.tags)
 
     values = tracking.try_to(read, f"{revision.name} has no training time")
     return dict(zip(TIMING, values or [None] * len(TIMING), strict=True))
