@@ -5,6 +5,7 @@ A stand-in replaces MLflow.
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -23,6 +24,7 @@ import stages
 from cifarlab.data.dataset import Dataset
 from cifarlab.nn.network import predict
 from cifarlab.nn.weights import load
+from cifarlab.studies.question import MEASURES
 from tests.conftest import REPO
 from tests.support.forkserver import ForkServer
 from tests.support.networks import coloured
@@ -138,6 +140,7 @@ def test_train_and_evaluate_write_their_files(folder: Path) -> None:
     assert metrics["accuracy"] == pytest.approx(accuracy_score(labels, found), abs=1e-6)
     extra = {"accuracy_views_2", "accuracy_shifted_1", "accuracy_shifted_2"}
     assert extra < metrics.keys()
+    assert all(re.fullmatch(MEASURES, name) for name in metrics)  # a study can ask for each
     predictions = pd.read_csv(folder / "plots/predictions.csv")
     assert predictions["predicted"].tolist() == [names[i] for i in found]
     for table in ("predictions", "per_class", "confusion"):

@@ -56,6 +56,19 @@ def test_an_experiment_of_the_same_name_is_replaced_unless_the_new_one_fails(pro
     assert value("n-2") == b"n: 20\n"
 
 
+def test_the_reason_of_a_failure_shows_no_password(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("https://me:secret@host does not answer")
+
+    monkeypatch.setattr(executors.clone, "work", fail)
+    for run in (run_one, lambda *task: executors.run(dict([task]), executors.executor(1, ""), str)):
+        with pytest.raises(UserError, match="host does not answer") as failed:
+            run("n-3", {"n": 1})
+        assert "secret" not in str(failed.value)
+
+
 def test_changes_that_are_not_committed_are_part_of_an_experiment(project: Path) -> None:
     before = Path("dvc.yaml").read_text()
     Path("dvc.yaml").write_text(before.replace("cp params.yaml train.txt", "echo new >train.txt"))

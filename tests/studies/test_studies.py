@@ -144,6 +144,15 @@ def test_a_grid_is_every_combination(checkout: Path) -> None:
             " variants: {a: {}, b: {model.layers: 3}}}",
             "a: answer_by: validation needs data.validation above 0",
         ),
+        (
+            "{question: a, seeds: [0, 1], variants: {a: {}, b: {}}, measures: [acuracy]}",
+            "acuracy is no measure; docs/outputs.md lists them",
+        ),
+        (
+            "{question: a, seeds: [0, 1], measures: [accuracy_shifted_2],"
+            " variants: {a: {evaluate.shifts: 3}, b: {evaluate.shifts: 1}}}",
+            "b: accuracy_shifted_2 needs evaluate.shifts = 2",
+        ),
         ("[1, 2]", "Input should be a valid dictionary"),
     ],
 )

@@ -77,7 +77,7 @@ def run_one(name: str, changes: Parameters) -> None:
     """Run an experiment in a clone of the checkout; UserError if it fails."""
     for _, problem in _here(1, {name: changes}):
         if problem:
-            raise UserError(f"{name} failed: {problem}")
+            raise UserError(f"{name} failed: {without_secrets(problem)}")
 
 
 def _here(jobs: int, changes: Changes) -> Outcomes:

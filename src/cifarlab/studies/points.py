@@ -35,6 +35,7 @@ TEXT = dict.fromkeys([*ORIGIN, "commit", "run", "variant", "data", "machine"], s
 # Pictures, tracking and the number of images tested at a time decide no result. The data are
 # compared by the name of the data set, because the same images can come from several places.
 DATA_SET = ("data.name.", "data.folder.", "data.sources.", "data.sha256.")
+LIMITS = {"accuracy_views": "evaluate.views", "accuracy_shifted": "evaluate.shifts"}
 IRRELEVANT = ("plot.", "tracking.", "evaluate.batch_size.", *DATA_SET)
 
 
@@ -92,6 +93,9 @@ def load(name: str) -> tuple[Study, list[Point]]:
             held_out = parameters["data.validation"] or parameters["data.name"] == "folder"
             if study.answer_by == "validation" and not held_out:
                 raise UserError("answer_by: validation needs data.validation above 0")
+            for kind, _, count in (measure.rpartition("_") for measure in study.measures):
+                if kind in LIMITS and int(count) > parameters[LIMITS[kind]]:
+                    raise UserError(f"{kind}_{count} needs {LIMITS[kind]} = {count}")
         except UserError as error:
             reason = "; ".join(str(error).splitlines())
             raise UserError(f"{files.QUESTIONS}/{name}.yaml: {variant}: {reason}") from error
