@@ -113,3 +113,30 @@ def test_effects_on_classes_are_paired_by_seed(monkeypatch: pytest.MonkeyPatch) 
     draw_study(Path("-"), study, effects(study, results), Tables(results, epochs))
     *_, classes = drawn[0].axes
     assert [text.get_text() for text in classes.texts] == ["-10.0"]
+
+
+@pytest.mark.parametrize("far", [0.68, 0.1])
+def test_one_large_effect_does_not_hide_the_others(
+    far: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[Figure] = []
+    monkeypatch.setattr(style, "save", lambda figure, *_, **__: drawn.append(figure))
+    means = {"one": 0.7, "worse": 0.68, "better": 0.71, "far": far}
+    study = Study(question="?", variants={name: {} for name in means}, seeds=[0, 1])
+    table = pd.DataFrame(
+        [(name, seed, mean + seed / 1e3) for name, mean in means.items() for seed in (0, 1)],
+        columns=["variant", "seed", "accuracy"],
+    )
+    results = table.assign(**{"accuracy/cat": table.accuracy})
+    epochs = results.assign(epoch=1, train_accuracy=results.accuracy)
+    draw_study(Path("-"), study, effects(study, results), Tables(results, epochs))
+    left, _, classes = drawn[0].axes
+    [cells] = classes.collections
+    # Differences of 2, 1 and 2 or 60 points: their median is 2.
+    assert cells.get_clim() == pytest.approx((-8, 8) if far == 0.1 else (-2, 2))
+    assert left.get_xscale() == ("symlog" if far == 0.1 else "linear")
+    assert ("logarithmic beyond 5" in left.get_xlabel()) == (far == 0.1)
+    # The intervals of the effects on the left keep their places apart.
+    to_pixels = left.transData.transform
+    (worse, _), (better, _) = to_pixels([(-2, 0), (1, 0)])
+    assert better - worse > left.bbox.width / 5

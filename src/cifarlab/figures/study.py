@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import matplotlib.pyplot as plt
 import seaborn as sns
 from matplotlib.axes import Axes
+from matplotlib.ticker import FixedLocator
 from pandas import DataFrame
 from pandas.api.types import is_numeric_dtype
 from scipy import stats
@@ -158,9 +159,15 @@ def _effects(axes: Axes, effects: DataFrame, palette: list[Any], label: str, mar
         axes.errorbar(row.difference, place, xerr=interval, capsize=3, **look)
     axes.axvline(0, color="0.4", lw=1)
     axes.axvspan(-margin, margin, color="0.5", alpha=0.15, lw=0)
+    note, sizes = f"grey: up to {margin:g}", effects.difference.abs()
+    if sizes.max() > 10 * sizes.median():  # it would squeeze the others together
+        axes.set_xscale("symlog", linthresh=5)
+        axes.xaxis.set_major_locator(FixedLocator([-50, -20, -10, -5, -2, 0, 2, 5, 10, 20, 50]))
+        axes.xaxis.set_major_formatter("{x:g}")
+        note += "; logarithmic beyond 5"
     axes.set(yticks=places, yticklabels=effects.index, ylim=(len(effects) - 0.5, -0.5))
     axes.set(title="Effect, 95 % interval (hollow: undecided, square: equivalent)")
-    axes.set(xlabel=f"{label}, points compared with {first} (grey: up to {margin:g})")
+    axes.set(xlabel=f"{label}, points compared with {first}\n({note})")
 
 
 def _each_class(axes: Axes, results: DataFrame, names: list[str]) -> None:
@@ -171,12 +178,15 @@ def _each_class(axes: Axes, results: DataFrame, names: list[str]) -> None:
     # Paired by seed, because the first variant may have more seeds than another.
     pairs = accuracies.sub(accuracies.loc[names[0]], level="seed")
     difference = pairs.groupby("variant").mean().loc[names[1:]]
-    numbers = {"annot": True, "fmt": ".1f", "annot_kws": {"size": 10}}
     largest = difference.abs().mean(axis=1).nlargest(ROWS).index
     chosen = difference[difference.index.isin(largest)]
-    sns.heatmap(chosen, cmap="vlag", center=0, cbar=False, ax=axes, **numbers)
-    which = "" if len(chosen) == len(difference) else f" ({ROWS} variants with the largest effects)"
-    title = f"Effect on each class, in points, compared with {names[0]}{which}"
+    sizes = chosen.abs().stack()  # one variant would leave no colour to the others
+    full = max(1, min(sizes.max(), 4 * sizes.median()))
+    numbers = {"annot": True, "fmt": ".1f", "annot_kws": {"size": 10}, "cbar": False}
+    sns.heatmap(chosen, cmap="vlag", vmin=-full, vmax=full, ax=axes, **numbers)
+    which = "" if len(chosen) == len(difference) else f"{ROWS} largest effects; "
+    note = f"({which}full colour from {full:.2g})"
+    title = f"Effect on each class, in points, compared with {names[0]} {note}"
     axes.set(title=title, xlabel="", ylabel="")
     axes.tick_params(axis="x", labelrotation=30)
     axes.tick_params(axis="y", labelrotation=0)

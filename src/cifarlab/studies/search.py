@@ -89,10 +89,10 @@ def _train(name: str, search: Search, trial: optuna.Trial) -> float:
 
 
 def _draw(trial: optuna.Trial, key: str, values: list[Any] | Range) -> Any:
-    if isinstance(values, Range) and isinstance(values.low, int) and isinstance(values.high, int):
-        return trial.suggest_int(key, values.low, values.high, log=values.log)
     if isinstance(values, Range):
-        return trial.suggest_float(key, values.low, values.high, log=values.log)
+        whole = isinstance(values.low, int) and isinstance(values.high, int)
+        draw: Any = trial.suggest_int if whole else trial.suggest_float
+        return draw(key, values.low, values.high, log=values.log)
     # Optuna cannot store lists, so they are written as JSON.
     return json.loads(str(trial.suggest_categorical(key, [json.dumps(value) for value in values])))
 
