@@ -159,7 +159,7 @@ def sync(check: bool) -> None:
     syncing.sync(check=check)
 
 
-BEST = "How many of the most accurate stay."
+BEST = "How many of the most accurate of each data set stay."
 
 
 @main.command(epilog="Example: cifarlab prune --keep notebook --best 5 --remove")

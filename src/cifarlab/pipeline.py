@@ -151,9 +151,7 @@ def remove_experiments(revisions: Sequence[Revision]) -> None:
     if Path(dvc("cache", "dir").strip()).resolve().is_relative_to(files.root().resolve()):
         dvc("gc", "--quiet", "--force", "--all-commits", "--all-experiments")
     else:
-        print(
-            "DVC's cache keeps their files, as other checkouts may need them; see `dvc gc --help`"
-        )
+        print("DVC's cache keeps their files: other checkouts may need them (`dvc gc --help`)")
 
 
 def dvc(*arguments: str) -> str:

@@ -8,10 +8,10 @@ import pandas as pd
 import pytest
 
 from cifarlab.errors import UserError
+from cifarlab.params.load import data_set
 from cifarlab.studies.points import (
     Link,
     choose_rows,
-    data_set,
     key_of,
     read_links,
     valid_origins,

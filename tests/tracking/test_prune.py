@@ -9,10 +9,14 @@ from mlflow.exceptions import MlflowException
 
 from cifarlab import pipeline
 from cifarlab.errors import UserError
+from cifarlab.params.load import changed
+from cifarlab.params.sections import Params
 from cifarlab.pipeline import Revision
 from cifarlab.tracking import client, prune
 from cifarlab.tracking.upload import PARAMS
 from tests.tracking.conftest import client_of
+
+DIGITS = {"data.name": "digits"}
 
 
 def test_a_damaged_table_of_a_study_is_named(
@@ -84,6 +88,33 @@ def test_the_experiment_of_a_champion_stays_also_if_its_run_was_trained_again(
         monkeypatch.setattr(prune, "origin_of", lambda _, found=found: found)
         prune.prune([], 0, remove=False)
         assert state in capsys.readouterr().out
+
+
+def test_the_best_of_each_data_set_stay(
+    checkout: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    accuracy = {"photos": 0.5, "worse-photos": 0.4, "digits": 0.99, "worse-digits": 0.98}
+    images = dict.fromkeys(("photos", "worse-photos"), "/home/me/photos.zip")
+
+    def params_of(revision: Revision) -> Params | None:
+        if revision.name == "old":
+            return None
+        folder = images.get(revision.name)
+        return changed({"data.name": "folder", "data.folder": folder} if folder else DIGITS)
+
+    accuracy["old"] = 1
+    found = [Revision(name, name, "b") for name in accuracy]
+    monkeypatch.setattr(pipeline, "experiments", lambda: found)
+    monkeypatch.setattr(pipeline, "params_of", params_of)
+    monkeypatch.setattr(prune, "_accuracy", lambda revision: accuracy[revision.name])
+    monkeypatch.setattr(prune, "_registered", list)
+    prune.prune([], 1, remove=False)
+    shown = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()}
+    for name in ("photos", "digits", "old"):
+        assert shown[name].endswith("stays: among the best 1")
+    for name in ("worse-photos", "worse-digits"):
+        assert shown[name].endswith("goes")
+    assert " photos " in shown["worse-photos"]
 
 
 def test_runs_of_another_experiment_of_that_name_stay(

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from cifarlab.errors import UserError, first_line, refuse_conflict, without_secrets
-from cifarlab.params.sections import Params
+from cifarlab.params.sections import DEFAULT_FOLDER, Params
 
 SECTIONS = Params.__annotations__
 KEYS = [f"{name}.{key}" for name, section in SECTIONS.items() for key in section.model_fields]
@@ -52,6 +52,18 @@ def changed(changes: dict[str, Any]) -> Params:
             raise UserError(f"{key} is refused: write whole keys, such as {key}.{min(value)}")
         content.setdefault(section, {})[name] = value
     return _validated(content, "")
+
+
+def data_set(parameters: dict[str, Any]) -> str:
+    """Return the name of the data set of some parameters, which are given by full key.
+
+    Of an archive it is its file name without suffixes.
+    """
+    if parameters["data.name"] in ("cifar10", "digits"):
+        return str(parameters["data.name"])
+    folder, sources = parameters["data.folder"], parameters["data.sources"]
+    name = Path(folder if folder != DEFAULT_FOLDER else sources[0]).name
+    return re.sub(r"(?i)(\.tar)?\.(tar|tgz|tbz2?|txz|zip|gz|bz2|xz)$", "", name)
 
 
 def read_yaml(path: Path, hint: str) -> Any:

@@ -9,7 +9,6 @@ the same bytes.
 import io
 import itertools
 import json
-import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,8 +20,7 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 from cifarlab import files, pipeline
 from cifarlab.digest import json_digest
 from cifarlab.errors import UserError, in_a_sentence
-from cifarlab.params.load import changed
-from cifarlab.params.sections import DEFAULT_FOLDER
+from cifarlab.params.load import changed, data_set
 from cifarlab.pipeline import Revision
 from cifarlab.studies.question import Parameters, Study, faults, slug
 from cifarlab.studies.statistics import seeds_needed
@@ -227,15 +225,6 @@ def chosen(name: str, points: list[Point]) -> Tables:
     results, epochs = by_data(name, points)[""]
     results = results[results.counts]
     return Tables(results, epochs.merge(results[ORIGIN], on=ORIGIN))
-
-
-def data_set(parameters: Parameters) -> str:
-    """Return the name of the data set: of an archive, its name without suffixes."""
-    if parameters["data.name"] in ("cifar10", "digits"):
-        return str(parameters["data.name"])
-    folder, sources = parameters["data.folder"], parameters["data.sources"]
-    name = Path(folder if folder != DEFAULT_FOLDER else sources[0]).name
-    return re.sub(r"(?i)(\.tar)?\.(tar|tgz|tbz2?|txz|zip|gz|bz2|xz)$", "", name)
 
 
 def record(name: str, study: Study, points: list[Point]) -> Tables:

@@ -11,10 +11,10 @@ from pandas import DataFrame
 from cifarlab import files, pipeline
 from cifarlab.digest import json_digest
 from cifarlab.errors import UserError, first_line
-from cifarlab.params.load import changed
+from cifarlab.params.load import changed, data_set
 from cifarlab.studies.executors import run_one
 from cifarlab.studies.page import page_of, rendered
-from cifarlab.studies.points import Point, data_set, finished, key_of
+from cifarlab.studies.points import Point, finished, key_of
 from cifarlab.studies.question import Range, Search, slug
 from cifarlab.tracking.studies import publish
 

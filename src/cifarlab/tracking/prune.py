@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,6 +11,7 @@ import pandas as pd
 
 from cifarlab import files, pipeline
 from cifarlab.errors import UserError, in_a_sentence, without_secrets
+from cifarlab.params.load import data_set
 from cifarlab.pipeline import Revision
 from cifarlab.tracking import client as tracking
 from cifarlab.tracking.sync import origin_of, shows
@@ -24,7 +26,8 @@ def prune(keep: Sequence[str], best: int, *, remove: bool) -> None:
     Parameters
     ----------
     keep : names of experiments
-    best : how many stay because of their accuracy on validation images, or else on test images
+    best : how many of each data set stay because of their accuracy on validation images, or else on
+        test images
 
     Raises
     ------
@@ -38,8 +41,12 @@ def prune(keep: Sequence[str], best: int, *, remove: bool) -> None:
     scores = {revision: _accuracy(revision) for revision in found}
     ranked = sorted(found, key=lambda revision: scores[revision], reverse=True)
     studied, registered, rows, gone = _in_studies(), _registered(), list[Any](), list[Revision]()
-    for place, revision in enumerate(ranked):
-        reasons = {"named": revision.name in keep, f"among the best {best}": place < best}
+    places = Counter[str]()
+    for revision in ranked:
+        params = pipeline.params_of(revision)
+        data = data_set(params.flat()) if params else "unknown"
+        places[data] += 1
+        reasons = {"named": revision.name in keep, f"among the best {best}": places[data] <= best}
         reasons["in a study"] = revision.name in studied
         # The run may show a later training, and the experiment may have another name by now.
         origin = origin_of(revision).items()
@@ -48,8 +55,8 @@ def prune(keep: Sequence[str], best: int, *, remove: bool) -> None:
         reason = ", ".join(text for text, applies in reasons.items() if applies)
         gone += [] if reason else [revision]
         state = f"stays: {reason}" if reason else "goes"
-        rows.append((revision.name, revision.baseline[:10], scores[revision], state))
-    table = pd.DataFrame(rows, columns=["experiment", "of commit", "accuracy", ""])
+        rows.append((revision.name, revision.baseline[:10], data, scores[revision], state))
+    table = pd.DataFrame(rows, columns=["experiment", "of commit", "data", "accuracy", ""])
     print(table.to_string(index=False) if rows else "no experiment")
     if gone and remove:
         _remove(gone)
