@@ -170,7 +170,10 @@ def main() -> None:
     )
     known = timings.read(pipeline.training_key(params)).conditions
     where = timings.MACHINE.format(**known) if known else "unknown"
-    origin = f"commit {pipeline.git_commit()[:7]}, machine: {where}"
+    inputs = [str(files.PARAMS), str(files.DVC_YAML), *pipeline.dependencies()]
+    changed = ", ".join(pipeline.git("diff", "--name-only", "HEAD", "--", *inputs).split())
+    commit = pipeline.git_commit()[:7] + (f" with changes of {changed}" if changed else "")
+    origin = f"commit {commit}, machine: {where}"
     target = page_of("confusion", data.name)
     style.save(draw(table, predictions, data), target.with_name("confusion.png"), dpi=90)
     files.write(target, page(table, title, origin))

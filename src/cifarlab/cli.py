@@ -14,8 +14,9 @@ from cifarlab.errors import UserError, first_line, tolerate_settings
 from cifarlab.params.load import changed, load_params, read_yaml
 
 JOBS = click.option("--jobs", type=click.IntRange(1, 64), default=1, help="Experiments at a time.")
+EMPTY: dict[str, Any] = {"default": "", "show_default": False}
 CLUSTER = "Run on a Ray cluster: ray, or ray://HOST:PORT (docs/scale.md)."
-WORKERS = click.option("--workers", default="", metavar="CLUSTER", help=CLUSTER)
+WORKERS = click.option("--workers", metavar="CLUSTER", help=CLUSTER, **EMPTY)
 HERE = Path(os.environ.get("CIFARLAB_HERE", ""))  # from the top to where it was typed: launcher.py
 
 
@@ -27,6 +28,7 @@ class FromHere(click.Path):
         return super().convert(HERE / value, parameter, ctx)
 
 
+SETTINGS: dict[str, Any] = {"help_option_names": ["-h", "--help"], "show_default": True}
 FILE = FromHere(path_type=Path, dir_okay=False)
 STYLE = """body { font-family: system-ui, sans-serif; margin: 2rem }
 body > div { margin-bottom: 2.5rem; overflow-x: auto } img { max-width: 44vw; height: auto }"""
@@ -48,7 +50,7 @@ class Commands(click.Group):
             sys.exit(f"error: {first_line(error)}")
 
 
-@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=Commands, context_settings=SETTINGS)
 def main() -> None:
     """Ask what a change to a network does. See also `dvc repro` and `dvc exp run`.
 
@@ -72,9 +74,10 @@ def check() -> None:
 @main.command(epilog="Example: cifarlab variant tiny")
 @click.argument("name")
 def variant(name: str) -> None:
-    """Train variant NAME of variants.yaml, as a DVC experiment of that name.
+    """Train variant NAME of variants.yaml.
 
-    It runs in a temporary copy, and replaces an earlier experiment of that name.
+    It becomes a DVC experiment of that name, and replaces an earlier one. It runs in a temporary
+    copy.
     """
     from cifarlab.data.fetch import holds_images
 
@@ -164,7 +167,7 @@ BEST = "How many of the most accurate of each data set stay."
 
 @main.command(epilog="Example: cifarlab prune --keep notebook --best 5 --remove")
 @click.option("--keep", multiple=True, metavar="NAME", help="An experiment that stays.")
-@click.option("--best", type=click.IntRange(0), default=10, show_default=True, help=BEST)
+@click.option("--best", type=click.IntRange(0), default=10, help=BEST)
 @click.option("--remove", is_flag=True, help="Remove them; otherwise they are only listed.")
 def prune(keep: tuple[str, ...], best: int, remove: bool) -> None:
     """List the experiments that nobody needs any more, or remove them.
@@ -180,7 +183,10 @@ def prune(keep: tuple[str, ...], best: int, remove: bool) -> None:
 @main.command(epilog="Examples: cifarlab verify HEAD; cifarlab verify my-experiment")
 @click.argument("revision", default="HEAD")
 def verify(revision: str) -> None:
-    """Train a commit or experiment again, compare every byte."""
+    """Train a commit or experiment again, compare every byte.
+
+    Without REVISION, it is HEAD.
+    """
     from cifarlab import verify as verification
 
     verification.verify(revision)
@@ -188,12 +194,13 @@ def verify(revision: str) -> None:
 
 @main.command(epilog="Examples: cifarlab report; cifarlab report HEAD my-experiment")
 @click.argument("revisions", nargs=-1)
-@click.option("--output", type=FILE, default="report.html", show_default=True, help="The page.")
+@click.option("--output", type=FILE, default="report.html", help="The page.")
 def report(revisions: tuple[str, ...], output: Path) -> None:
-    """Write a page to show: of a run, or comparing the first of several with the others.
+    """Write a page to show, about one run or several.
 
-    REVISIONS are experiments or commits; without one, it is the workspace. The page is one file
-    that opens offline. It is also logged to the MLflow run of the first revision.
+    REVISIONS are experiments or commits; without one, it is the workspace. Several are compared
+    with the first. The page is one file that opens offline. It is also logged to the MLflow run of
+    the first revision.
     """
     from cifarlab.report import page as pages
 
@@ -202,7 +209,7 @@ def report(revisions: tuple[str, ...], output: Path) -> None:
 
 
 MODELS = "An experiment, a commit, a run's id, models:/NAME@ALIAS or a file  [default: models/]"
-MODEL = click.option("--model", default="", metavar="MODEL", help=MODELS)
+MODEL = click.option("--model", metavar="MODEL", help=MODELS, **EMPTY)
 
 
 def _from_here(model: str) -> str:
@@ -275,7 +282,7 @@ def champion() -> None:
 
 
 @main.command(epilog="Example: cifarlab ui --port 5001")
-@click.option("--port", type=click.IntRange(1, 65535), default=5000)
+@click.option("--port", type=click.IntRange(1, 65535), default=5000, help="Port of the page.")
 def ui(port: int) -> None:
     """Compare runs in MLflow, in a browser on this machine."""
     from cifarlab.tracking.client import serve

@@ -115,7 +115,7 @@ def test_effects_on_classes_are_paired_by_seed(monkeypatch: pytest.MonkeyPatch) 
     assert [text.get_text() for text in classes.texts] == ["-10.0"]
 
 
-@pytest.mark.parametrize("far", [0.68, 0.1])
+@pytest.mark.parametrize("far", [0.68, 0.1, 0.74])
 def test_one_large_effect_does_not_hide_the_others(
     far: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -132,8 +132,9 @@ def test_one_large_effect_does_not_hide_the_others(
     draw_study(Path("-"), study, effects(study, results), Tables(results, epochs))
     left, _, classes = drawn[0].axes
     [cells] = classes.collections
-    # Differences of 2, 1 and 2 or 60 points: their median is 2.
-    assert cells.get_clim() == pytest.approx((-8, 8) if far == 0.1 else (-2, 2))
+    # Differences of 2, 1 and 2, 60 or 4 points: their median is 2.
+    full = {0.1: 8, 0.68: 2, 0.74: 4}[far]
+    assert cells.get_clim() == pytest.approx((-full, full))
     assert left.get_xscale() == ("symlog" if far == 0.1 else "linear")
     assert ("logarithmic beyond 5" in left.get_xlabel()) == (far == 0.1)
     # The intervals of the effects on the left keep their places apart.

@@ -284,6 +284,11 @@ def test_the_page_about_confused_classes_says_where_it_comes_from(finished: Proj
     text = (project.folder / page).read_text("utf-8")
     assert f"One run, commit {commit}, machine: " in text
     assert "1 threads" in text
+    project.edit("plot", dpi=40)
+    project.dvc("repro", "--quiet")
+    project.run(*command, PYTHONPATH="src")
+    text = (project.folder / page).read_text("utf-8")
+    assert f"One run, commit {commit} with changes of params.yaml, machine: " in text
     project.edit("train", epochs=4)
     refused = project.run(*command, check=False, PYTHONPATH="src")
     assert refused.returncode == 1

@@ -147,13 +147,13 @@ def training_images(data: Dataset, params: Params) -> Figure:
     chosen = rng.permutation(kept)[: params.plot.samples]
     images = data.images["train"][chosen]
     if draws := draw(len(chosen), train, 1):
-        images = np.stack([moved(*seen) for seen in zip(images, *draws, strict=True)])
+        images = np.stack([moved_image(*seen) for seen in zip(images, *draws, strict=True)])
     captions = [_shorten(data.classes[label], CAPTION) for label in data.labels["train"][chosen]]
     mixed = ", before CutMix" if train.cutmix else ""
     return _gallery(images, captions, f"Training images as fed to the network{mixed}")
 
 
-def moved(image: Pixels, mirrored: bool, shift: npt.NDArray[np.int64]) -> Pixels:
+def moved_image(image: Pixels, mirrored: bool, shift: npt.NDArray[np.int64]) -> Pixels:
     """Mirror and shift one image (height, width, 3) like `augment`, which would import PyTorch."""
     height, width, _ = image.shape
     reach = abs(shift).max()

@@ -159,8 +159,8 @@ def _effects(axes: Axes, effects: DataFrame, palette: list[Any], label: str, mar
         axes.errorbar(row.difference, place, xerr=interval, capsize=3, **look)
     axes.axvline(0, color="0.4", lw=1)
     axes.axvspan(-margin, margin, color="0.5", alpha=0.15, lw=0)
-    note, sizes = f"grey: up to {margin:g}", effects.difference.abs()
-    if sizes.max() > 10 * sizes.median():  # it would squeeze the others together
+    note, sizes = f"grey: up to {margin:g}", effects.difference[1:].abs()
+    if sizes.max() > max(5, 10 * sizes.median()):  # it would squeeze the others together
         axes.set_xscale("symlog", linthresh=5)
         axes.xaxis.set_major_locator(FixedLocator([-50, -20, -10, -5, -2, 0, 2, 5, 10, 20, 50]))
         axes.xaxis.set_major_formatter("{x:g}")
@@ -184,8 +184,8 @@ def _each_class(axes: Axes, results: DataFrame, names: list[str]) -> None:
     full = max(1, min(sizes.max(), 4 * sizes.median()))
     numbers = {"annot": True, "fmt": ".1f", "annot_kws": {"size": 10}, "cbar": False}
     sns.heatmap(chosen, cmap="vlag", vmin=-full, vmax=full, ax=axes, **numbers)
-    which = "" if len(chosen) == len(difference) else f"{ROWS} largest effects; "
-    note = f"({which}full colour from {full:.2g})"
+    which = "" if len(chosen) == len(difference) else f"{ROWS} variants of the largest effect; "
+    note = f"({which}full colour from {full:.3g})"
     title = f"Effect on each class, in points, compared with {names[0]} {note}"
     axes.set(title=title, xlabel="", ylabel="")
     axes.tick_params(axis="x", labelrotation=30)

@@ -75,6 +75,7 @@ class ModelParams(Section):
     """Weight of the newest batch in the running statistics of batch normalisation, as in
     PyTorch."""
     activation: Literal["relu", "leaky_relu", "gelu", "silu", "elu", "tanh", "sigmoid"]
+    """What follows each convolution and each hidden layer of the classifier."""
     pool: Literal["max", "avg", "stride", "none"]
     """How a stage halves the image. max, avg: by 2×2 pooling. stride: by stride 2 in its first
     convolution. none: not at all."""
@@ -91,6 +92,10 @@ class ModelParams(Section):
     head: Annotated[list[Width], Field(max_length=8)]
     """Sizes of the hidden layers of the classifier."""
     init: Literal["default", "kaiming", "xavier", "dirac", "normal", "constant", "zeros"]
+    """The first weights. default: PyTorch's own. kaiming: He et al. 2015. xavier: Glorot & Bengio
+    2010. dirac: the first filters of each convolution pass its input on (Zagoruyko & Komodakis
+    2017), the rest is PyTorch's. normal, constant: with `init_gain` as deviation or value. zeros:
+    all equal. Biases start at zero, except with default."""
     init_gain: Positive
     logit_scale: Positive
     """Factor on the logits. Below 1, the first predictions are close to uniform (Page 2019)."""

@@ -13,7 +13,6 @@ from pathlib import Path
 import psutil
 import torch
 from filelock import FileLock, Timeout
-from torch.optim import Optimizer
 
 from cifarlab.errors import UserError
 from cifarlab.params.sections import TrainParams
@@ -49,11 +48,7 @@ def set_up(params: TrainParams) -> torch.device:
         raise UserError(f"{wrong}: GPUs found: {gpus}; lower it, or set train.device=cpu")
     if processes.started() and os.environ["WORLD_SIZE"] != str(params.processes):
         raise UserError(f"{wrong}: torchrun started others; set it, and type `dvc repro` instead")
-    # The same as use_deterministic_algorithms(True), which also imports the compiler: 2 s.
-    torch.set_deterministic_debug_mode("error")
-    # Making an optimizer would import the compiler, too, only to keep it away from this method.
-    plain = Optimizer.add_param_group.__wrapped__  # type: ignore[attr-defined]
-    plain.__dynamo_disable = plain
+    torch.use_deterministic_algorithms(True)
     # This code never reads memory that it has not written: no need to fill it first.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.backends.cudnn.benchmark = False

@@ -30,10 +30,10 @@ from cifarlab.tracking.upload import read_table
 ORIGIN = ["experiment", "code", "key"]  # what identifies a row
 # A digest, a variant and a folder of images may consist of digits only.
 TEXT = dict.fromkeys([*ORIGIN, "commit", "run", "variant", "data", "machine"], str)
-# Pictures, tracking and the number of images tested at a time decide no result. The data are
+# Pictures, tracking and the number of images tested at a time decide no result. A dot at the end
+# ends a whole key. The data are
 # compared by the name of the data set, because the same images can come from several places.
 DATA_SET = ("data.name.", "data.folder.", "data.sources.", "data.sha256.")
-LIMITS = {"accuracy_views": "evaluate.views", "accuracy_shifted": "evaluate.shifts"}
 IRRELEVANT = ("plot.", "tracking.", "evaluate.batch_size.", *DATA_SET)
 
 
@@ -91,15 +91,24 @@ def load(name: str) -> tuple[Study, list[Point]]:
             held_out = parameters["data.validation"] or parameters["data.name"] == "folder"
             if study.answer_by == "validation" and not held_out:
                 raise UserError("answer_by: validation needs data.validation above 0")
-            for kind, _, count in (measure.rpartition("_") for measure in study.measures):
-                if kind in LIMITS and int(count) > parameters[LIMITS[kind]]:
-                    raise UserError(f"{kind}_{count} needs {LIMITS[kind]} = {count}")
+            if wrong := sorted({*study.measures} - _measures(parameters)):
+                raise UserError(
+                    f"{wrong[0]} is not measured with these parameters; see docs/outputs.md"
+                )
         except UserError as error:
             reason = "; ".join(str(error).splitlines())
             raise UserError(f"{files.QUESTIONS}/{name}.yaml: {variant}: {reason}") from error
         experiment = f"{slug(name)}-{slug(variant)}-{seed}"
         points.append(Point(variant, seed, experiment, changes, parameters))
     return study, points
+
+
+def _measures(parameters: Parameters) -> set[str]:
+    """Return the names that metrics/evaluate.json has with these parameters."""
+    names = {"accuracy", "balanced_accuracy", "top5_accuracy", "loss", "macro_f1", "macro_auroc"}
+    names |= {f"accuracy_views_{n}" for n in (2, 6) if n <= parameters["evaluate.views"]}
+    names |= {f"accuracy_shifted_{n + 1}" for n in range(parameters["evaluate.shifts"])}
+    return names | {"calibration_error"}
 
 
 def needed(study: Study, points: list[Point], results: DataFrame) -> list[Point]:
@@ -242,7 +251,7 @@ def record(name: str, study: Study, points: list[Point]) -> Tables:
         for column in (answer, *(f"test_{measure}" for measure in study.measures)):
             if column not in row:
                 where = f"{files.QUESTIONS}/{name}.yaml: {row['experiment']}"
-                way_out = "set data.validation or the parameter of evaluate that computes it"
+                way_out = "set data.validation; top5_accuracy needs more than five classes"
                 raise UserError(f"{where} has no {column}; {way_out}")
         row["accuracy"] = row[answer]
     if new:

@@ -12,8 +12,6 @@ from cifarlab.errors import UserError, in_a_sentence
 from cifarlab.files import QUESTIONS
 from cifarlab.params.load import read_yaml
 
-MEASURES = r"(balanced_)?accuracy|loss|macro_(f1|auroc)|calibration_error|top5_accuracy"
-MEASURES += r"|accuracy_(views_[26]|shifted_[1-9]\d*)"  # evaluate.views and .shifts ask for them
 Parameters = dict[str, Any]
 """Values by dotted name: {"train.lr": 0.1}."""
 
@@ -117,8 +115,6 @@ class Study(Question):
             raise ValueError("a study needs at least two variants, or a grid, with different names")
         if len(set(self.seeds)) < len(self.seeds):
             raise ValueError("a seed is listed twice")
-        if wrong := [name for name in self.measures if not re.fullmatch(MEASURES, name)]:
-            raise ValueError(f"{wrong[0]} is no measure; docs/outputs.md lists them")
         drawn = ("train.seed", "data.validation_seed")[: 1 + (self.splits == "own")]
         for key in itertools.chain(self.base, *self.variants.values()):
             if key in drawn:

@@ -27,7 +27,7 @@ def prune(keep: Sequence[str], best: int, *, remove: bool) -> None:
     ----------
     keep : names of experiments
     best : how many of each data set stay because of their accuracy on validation images, or else on
-        test images
+        test images; parameters of another version count as one data set
 
     Raises
     ------
