@@ -11,7 +11,7 @@ from torch import Tensor
 
 from cifarlab.data.augment import augment
 from cifarlab.data.draws import Draws, draw
-from cifarlab.figures.run import moved
+from cifarlab.figures.run import moved_image
 from cifarlab.params.sections import TrainParams
 
 HEIGHT, WIDTH = 5, 6  # not square, so that a mix-up of rows and columns is noticed
@@ -162,7 +162,7 @@ def test_every_image_is_mirrored_and_shifted_as_drawn(translate: int) -> None:
     )
     np.testing.assert_array_equal(augment(images, draws).permute(0, 2, 3, 1), expected)
     # The figure of the training images has its own way, one image at a time.
-    one_by_one = [moved(*seen) for seen in zip(*map(np.asarray, (images, *draws)), strict=True)]
+    one_by_one = [moved_image(*seen) for seen in zip(*map(np.asarray, (images, *draws)), strict=True)]
     np.testing.assert_array_equal(one_by_one, expected)
 
 
