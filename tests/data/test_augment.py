@@ -162,7 +162,9 @@ def test_every_image_is_mirrored_and_shifted_as_drawn(translate: int) -> None:
     )
     np.testing.assert_array_equal(augment(images, draws).permute(0, 2, 3, 1), expected)
     # The figure of the training images has its own way, one image at a time.
-    one_by_one = [moved_image(*seen) for seen in zip(*map(np.asarray, (images, *draws)), strict=True)]
+    one_by_one = [
+        moved_image(*seen) for seen in zip(*map(np.asarray, (images, *draws)), strict=True)
+    ]
     np.testing.assert_array_equal(one_by_one, expected)
 
 
