@@ -115,13 +115,13 @@ def test_effects_on_classes_are_paired_by_seed(monkeypatch: pytest.MonkeyPatch) 
     assert [text.get_text() for text in classes.texts] == ["-10.0"]
 
 
-@pytest.mark.parametrize("far", [0.68, 0.1, 0.74])
+@pytest.mark.parametrize(("far", "size"), [(0.68, 1), (0.1, 1), (0.74, 1), (0.704, 0.01)])
 def test_one_large_effect_does_not_hide_the_others(
-    far: float, monkeypatch: pytest.MonkeyPatch
+    far: float, size: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     drawn: list[Figure] = []
     monkeypatch.setattr(style, "save", lambda figure, *_, **__: drawn.append(figure))
-    means = {"one": 0.7, "worse": 0.68, "better": 0.71, "far": far}
+    means = {"one": 0.7, "worse": 0.7 - 0.02 * size, "better": 0.7 + 0.01 * size, "far": far}
     study = Study(question="?", variants={name: {} for name in means}, seeds=[0, 1])
     table = pd.DataFrame(
         [(name, seed, mean + seed / 1e3) for name, mean in means.items() for seed in (0, 1)],
@@ -132,12 +132,12 @@ def test_one_large_effect_does_not_hide_the_others(
     draw_study(Path("-"), study, effects(study, results), Tables(results, epochs))
     left, _, classes = drawn[0].axes
     [cells] = classes.collections
-    # Differences of 2, 1 and 2, 60 or 4 points: their median is 2.
-    full = {0.1: 8, 0.68: 2, 0.74: 4}[far]
+    # Differences of 2, 1 and 2, 60 or 4 points: their median is 2. Smaller ones are pale.
+    full = {0.1: 8, 0.68: 2, 0.74: 4, 0.704: 1}[far]
     assert cells.get_clim() == pytest.approx((-full, full))
     assert left.get_xscale() == ("symlog" if far == 0.1 else "linear")
     assert ("logarithmic beyond 5" in left.get_xlabel()) == (far == 0.1)
     # The intervals of the effects on the left keep their places apart.
     to_pixels = left.transData.transform
-    (worse, _), (better, _) = to_pixels([(-2, 0), (1, 0)])
-    assert better - worse > left.bbox.width / 5
+    (worse, _), (better, _) = to_pixels([(-2 * size, 0), (size, 0)])
+    assert size < 1 or better - worse > left.bbox.width / 5

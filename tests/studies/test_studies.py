@@ -146,12 +146,12 @@ def test_a_grid_is_every_combination(checkout: Path) -> None:
         ),
         (
             "{question: a, seeds: [0, 1], variants: {a: {}, b: {}}, measures: [acuracy]}",
-            "a: acuracy is not measured with these parameters; see docs/outputs.md",
+            "a: no measure acuracy with these parameters (docs/outputs.md)",
         ),
         (
             "{question: a, seeds: [0, 1], measures: [accuracy_shifted_2],"
             " variants: {a: {evaluate.shifts: 3}, b: {evaluate.shifts: 1}}}",
-            "b: accuracy_shifted_2 is not measured with these parameters",
+            "b: no measure accuracy_shifted_2 with these parameters",
         ),
         ("[1, 2]", "Input should be a valid dictionary"),
     ],

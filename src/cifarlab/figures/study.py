@@ -184,7 +184,7 @@ def _each_class(axes: Axes, results: DataFrame, names: list[str]) -> None:
     full = max(1, min(sizes.max(), 4 * sizes.median()))
     numbers = {"annot": True, "fmt": ".1f", "annot_kws": {"size": 10}, "cbar": False}
     sns.heatmap(chosen, cmap="vlag", vmin=-full, vmax=full, ax=axes, **numbers)
-    which = "" if len(chosen) == len(difference) else f"{ROWS} variants of the largest effect; "
+    which = "" if len(chosen) == len(difference) else f"{ROWS} variants with the largest effects; "
     note = f"({which}full colour from {full:.3g})"
     title = f"Effect on each class, in points, compared with {names[0]} {note}"
     axes.set(title=title, xlabel="", ylabel="")

@@ -30,9 +30,9 @@ from cifarlab.tracking.upload import read_table
 ORIGIN = ["experiment", "code", "key"]  # what identifies a row
 # A digest, a variant and a folder of images may consist of digits only.
 TEXT = dict.fromkeys([*ORIGIN, "commit", "run", "variant", "data", "machine"], str)
-# Pictures, tracking and the number of images tested at a time decide no result. A dot at the end
-# ends a whole key. The data are
-# compared by the name of the data set, because the same images can come from several places.
+# Pictures, tracking and the number of images tested at a time decide no result. The data are
+# compared by the name of the data set, because the same images can come from several places. A dot
+# at the end ends a whole key.
 DATA_SET = ("data.name.", "data.folder.", "data.sources.", "data.sha256.")
 IRRELEVANT = ("plot.", "tracking.", "evaluate.batch_size.", *DATA_SET)
 
@@ -92,9 +92,7 @@ def load(name: str) -> tuple[Study, list[Point]]:
             if study.answer_by == "validation" and not held_out:
                 raise UserError("answer_by: validation needs data.validation above 0")
             if wrong := sorted({*study.measures} - _measures(parameters)):
-                raise UserError(
-                    f"{wrong[0]} is not measured with these parameters; see docs/outputs.md"
-                )
+                raise UserError(f"no measure {wrong[0]} with these parameters (docs/outputs.md)")
         except UserError as error:
             reason = "; ".join(str(error).splitlines())
             raise UserError(f"{files.QUESTIONS}/{name}.yaml: {variant}: {reason}") from error
@@ -105,10 +103,10 @@ def load(name: str) -> tuple[Study, list[Point]]:
 
 def _measures(parameters: Parameters) -> set[str]:
     """Return the names that metrics/evaluate.json has with these parameters."""
-    names = {"accuracy", "balanced_accuracy", "top5_accuracy", "loss", "macro_f1", "macro_auroc"}
+    names = {"accuracy", "balanced_accuracy", "top5_accuracy", "macro_f1", "macro_auroc"}
+    names |= {"loss", "calibration_error"}
     names |= {f"accuracy_views_{n}" for n in (2, 6) if n <= parameters["evaluate.views"]}
-    names |= {f"accuracy_shifted_{n + 1}" for n in range(parameters["evaluate.shifts"])}
-    return names | {"calibration_error"}
+    return names | {f"accuracy_shifted_{n + 1}" for n in range(parameters["evaluate.shifts"])}
 
 
 def needed(study: Study, points: list[Point], results: DataFrame) -> list[Point]:
