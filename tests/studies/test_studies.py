@@ -218,14 +218,13 @@ def run(point: points.Point, **metrics: float) -> pipeline.Revision:
     for name, value in point.parameters.items():
         section, key = name.split(".")
         parameters.setdefault(section, {})[key] = value
-    per_class = pd.DataFrame({"class": ["0", "1"], "accuracy": [0.6, 0.7]})
     epochs = pd.DataFrame({"epoch": [1, 2], "train_accuracy": [0.4, 0.5]})
     files = {
         "params.yaml": yaml.safe_dump(parameters),
         "metrics/train.json": json.dumps({"parameters": 1234567, "training_images": 900}),
         "metrics/evaluate.json": json.dumps(metrics | {"loss": 0.5}),
         "plots/history.csv": epochs.to_csv(index=False),
-        "plots/per_class.csv": per_class.to_csv(index=False),
+        "metrics/per_class.json": json.dumps({"0": 0.6, "1": 0.7}),
     }
     before = Path("params.yaml").read_text()
     for name, content in files.items():
@@ -461,8 +460,8 @@ def test_rows_of_an_earlier_version_are_kept_but_need_epochs(checkout: Path) -> 
     (checkout / "studies/demo.yaml").write_text(yaml.safe_dump(DEMO))
     table = checkout / "docs/studies/demo.csv"
     table.parent.mkdir(parents=True)
-    columns = "variant,seed,experiment,accuracy,commit,code,key,data"
-    table.write_text(f"{columns}\nfour,1,demo-four-1,0.5,,,,\n")
+    columns = "variant,seed,experiment,accuracy,commit,code,key,data,machine"
+    table.write_text(f"{columns}\nfour,1,demo-four-1,0.5,,,,digits,\n")
     assert counted() == (0, 1)
     study.report()
     with pytest.raises(UserError, match=r"lack 6 trainings \(demo-four-0"):

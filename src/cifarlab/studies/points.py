@@ -25,11 +25,10 @@ from cifarlab.pipeline import Revision
 from cifarlab.studies.question import Parameters, Study, faults, slug
 from cifarlab.studies.statistics import seeds_needed
 from cifarlab.tracking.studies import timing_of
-from cifarlab.tracking.upload import read_table
 
-ORIGIN = ["experiment", "code", "key"]  # what identifies a row
+ORIGIN = ["experiment", "code", "key", "data"]  # what identifies a row
 # A digest, a variant and a folder of images may consist of digits only.
-TEXT = dict.fromkeys([*ORIGIN, "commit", "run", "variant", "data", "machine"], str)
+TEXT = dict.fromkeys([*ORIGIN, "commit", "run", "variant", "machine"], str)
 # Pictures, tracking and the number of images tested at a time decide no result. The data are
 # compared by the name of the data set, because the same images can come from several places. A dot
 # at the end ends a whole key.
@@ -181,7 +180,7 @@ def choose_rows(
     """
     valid = {name: valid_origins(parameters, code, links) for name, parameters in points.items()}
     rows = rows[rows.experiment.isin(points)]
-    counts = [(code, key) in valid[name] for name, code, key in rows[ORIGIN].to_numpy()]
+    counts = [(row.code, row.key) in valid[row.experiment] for row in rows.itertuples()]
     rows = rows.assign(counts=pd.Series(counts, rows.index, dtype=bool))
     newest = rows.sort_values("counts", kind="stable").drop_duplicates("experiment", keep="last")
     return newest.sort_values("experiment", key=lambda names: names.map(list(points).index))
@@ -197,13 +196,12 @@ def read_tables(name: str) -> Tables:
     """
     tables = []
     for path, identity in zip(paths(name), (ORIGIN, [*ORIGIN, "epoch"]), strict=True):
-        table = DataFrame(columns=[*identity, "commit"])
+        table = DataFrame(columns=[*identity, "commit", "machine"])
         problem = f"{path} is damaged or lacks columns (%s); `git checkout {path}` repairs it"
         with in_a_sentence(problem, ValueError, KeyError):  # such as the marks of a merge conflict
             if path.exists():  # a variant may be called None
                 table = pd.read_csv(path, dtype=TEXT, keep_default_na=False, na_values=[""])
-            table = table.assign(data=table.get("data"))  # old tables of epochs lack it
-            tables.append(table.drop_duplicates([*identity, "data"], keep="last"))
+            tables.append(table.drop_duplicates(identity, keep="last"))
     return Tables(*tables)
 
 
@@ -216,22 +214,18 @@ def by_data(name: str, points: list[Point]) -> dict[str, Tables]:
     labels = {point.experiment: point.variant for point in points}  # tables may have older ones
     rows = tables.results[tables.results.experiment.isin(parameters)]
     present = rows.experiment.map({name: data_set(values) for name, values in parameters.items()})
-    data = rows.data.where(rows.data.fillna(present) != present, "")
+    data = rows.data.where(rows.data != present, "")
     code, links, found = pipeline.stage_code(), read_links(), dict[str, Tables]()
     for one in dict.fromkeys(["", *data[::-1]]):
         results = choose_rows(rows[data == one], parameters, code, links)
-        epochs = tables.epochs.merge(results[[*ORIGIN, "data"]], on=ORIGIN, suffixes=("", "_row"))
-        row = epochs.pop("data_row").fillna("")
-        both = results, epochs[epochs.data.fillna(row) == row]
+        both = results, tables.epochs.merge(results[[*ORIGIN, "counts"]], on=ORIGIN)
         found[one] = Tables(*(table.assign(variant=table.experiment.map(labels)) for table in both))
     return found
 
 
 def chosen(name: str, points: list[Point]) -> Tables:
     """Return the rows that count for the points and their data, at most one for each point."""
-    results, epochs = by_data(name, points)[""]
-    results = results[results.counts]
-    return Tables(results, epochs.merge(results[ORIGIN], on=ORIGIN))
+    return Tables(*(table[table.counts] for table in by_data(name, points)[""]))
 
 
 def record(name: str, study: Study, points: list[Point]) -> Tables:
@@ -276,20 +270,20 @@ def finished(points: list[Point]) -> Iterator[tuple[dict[str, Any], DataFrame]]:
         revision = next((found for found in named if _ran_with(found) == wanted), None)
         if not revision:
             continue
-        written = (files.TRAIN_METRICS, files.EVALUATION, files.PER_CLASS, files.HISTORY)
+        of_classes = files.EVALUATION.with_name("per_class.json")
+        written = (files.TRAIN_METRICS, files.EVALUATION, of_classes, files.HISTORY)
         try:
             content = [pipeline.read(path, revision.commit) for path in written]
         except UserError:  # DVC's cache has lost them, so the experiment runs again
             continue
-        train, evaluation, per_class, history = content
+        train, evaluation, classes, history = content
         identity: dict[str, Any] = {"experiment": point.experiment, "commit": revision.baseline}
         identity |= {"code": code, "key": key, "variant": point.variant, "seed": point.seed}
         identity |= {"data": data}
         row = identity | json.loads(train)
         row["images"] = row.pop("training_images")  # the name of the column in older tables
         row |= {f"test_{name}": value for name, value in json.loads(evaluation).items()}
-        classes = read_table(io.BytesIO(per_class), "class").set_index("class")["accuracy"]
-        row |= {f"accuracy/{label}": share for label, share in classes.items()}
+        row |= {f"accuracy/{label}": share for label, share in json.loads(classes).items()}
         row |= timing_of(revision)
         yield row, pd.read_csv(io.BytesIO(history)).assign(**identity)
 

@@ -62,12 +62,11 @@ def report() -> None:
             continue
         every = [tables.results for tables in by_data(name, points).values()]
         for results in [table for table in every if len(table)] or every[:1]:
-            made = results.reindex(columns=["data", "machine"])
-            seeds = results.variant.value_counts().min() if len(results) else 0
             asked, valid = needed(study, points, results), results.counts.sum()
-            data, machine = (joined(made[column], "; ") for column in made)
+            seeds = results.variant.value_counts().min() if len(results) else 0
+            places = (joined(results[column], "; ") for column in ("data", "machine"))
             counts = (len(asked), f"{valid} of {len(results)}", seeds)
-            rows.append((name, *counts, made_by(results), data, machine))
+            rows.append((name, *counts, made_by(results), *places))
             update_notice(name, results)
     columns = ["study", "trainings", "valid rows", "seeds", "commit", "data", "machine"]
     print(pd.DataFrame(rows, columns=columns).to_string(index=False))
