@@ -20,7 +20,7 @@ from cifarlab.data.readers import prepare
 from cifarlab.errors import UserError
 from cifarlab.params.load import load_params
 from cifarlab.params.sections import DataParams, Params, TrainParams
-from cifarlab.studies.executors import run_one
+from cifarlab.studies import executors
 from tests.support import cpu_seconds
 from tests.support import project as projects
 from tests.support.archives import ArchiveServer
@@ -277,7 +277,7 @@ def small_project(
         run("git", "add", "--all")
         run("git", "commit", "--quiet", "--message=first")
         for n in (2, 3):
-            run_one(f"n-{n}", {"n": n})
+            executors.run({f"n-{n}": {"n": n}}, 1, "", print)
         yield folder
 
 

@@ -15,7 +15,9 @@ import pytest
 import yaml
 from click.testing import CliRunner
 
+from cifarlab import cli
 from cifarlab.cli import main
+from cifarlab.report import page
 from tests.support.pictures import picture, write
 
 REPO = Path(__file__).resolve().parent.parent
@@ -69,9 +71,15 @@ def test_paths_start_where_the_command_is_typed(checkout: Path) -> None:
         name = "src/cifarlab/mine.safetensors" if "export" in command else "no.png"
         assert done.stderr.startswith(f"error: {name}")
     assert launch(checkout, "predict", "no.png").stderr.startswith("error: no.png: ")
-    (below / "docs").mkdir()  # there is no such folder at the top
-    refused = launch(below, "report", "--output", "docs").stderr
-    assert "Invalid value for '--output': File 'src/cifarlab/docs' is a directory." in refused
+
+
+def test_a_page_is_written_where_the_command_is_typed(monkeypatch: pytest.MonkeyPatch) -> None:
+    written: list[Path] = []
+    monkeypatch.setattr(cli, "HERE", Path("below"))
+    monkeypatch.setattr(page, "write", lambda _, output: written.append(output) or [])
+    CliRunner().invoke(main, ["report", "--output", "a.html"])
+    CliRunner().invoke(main, ["report"])
+    assert written == [Path("below/a.html"), Path("below/report.html")]
 
 
 def test_the_command_works_without_activating_its_environment(

@@ -20,16 +20,8 @@ WORKERS = click.option("--workers", metavar="CLUSTER", help=CLUSTER, **EMPTY)
 HERE = Path(os.environ.get("CIFARLAB_HERE", ""))  # from the top to where it was typed: launcher.py
 
 
-class FromHere(click.Path):
-    """A path that starts where the command was typed."""
-
-    def convert(self, value: Any, parameter: Any, ctx: Any) -> Any:
-        """Return the path as the top of the checkout sees it."""
-        return super().convert(HERE / value, parameter, ctx)
-
-
 SETTINGS: dict[str, Any] = {"help_option_names": ["-h", "--help"], "show_default": True}
-FILE = FromHere(path_type=Path, dir_okay=False)
+FILE = click.Path(path_type=Path)
 STYLE = """body { font-family: system-ui, sans-serif; margin: 2rem }
 body > div { margin-bottom: 2.5rem; overflow-x: auto } img { max-width: 44vw; height: auto }"""
 
@@ -112,11 +104,9 @@ def study(name: str, jobs: int, workers: str, page_only: bool) -> None:
 
     Stop it whenever you like: the same command continues. `cifarlab studies` lists the studies.
     """
-    from cifarlab.studies import executors
     from cifarlab.studies import study as studies
 
-    execute = executors.executor(jobs, workers)
-    click.echo(studies.rewrite_page(name) if page_only else studies.run(name, execute))
+    click.echo(studies.rewrite_page(name) if page_only else studies.run(name, jobs, workers))
 
 
 @main.command(epilog="Example: cifarlab studies")
@@ -146,7 +136,7 @@ def queue(jobs: int, workers: str) -> None:
     """Run the queued experiments, and name those that fail."""
     from cifarlab.studies import executors
 
-    executors.run_queue(executors.executor(jobs, workers))
+    executors.run_queue(jobs, workers)
 
 
 @main.command(epilog="Example: cifarlab sync --check")
@@ -204,7 +194,7 @@ def report(revisions: tuple[str, ...], output: Path) -> None:
     """
     from cifarlab.report import page as pages
 
-    for line in pages.write(revisions, output):
+    for line in pages.write(revisions, HERE / output):
         click.echo(line)
 
 
@@ -256,8 +246,8 @@ def export(model: str, onnx: Path | None, torch: Path | None) -> None:
     network = load(_from_here(model))
     for path, write in ((onnx, export_onnx), (torch, export_torch)):
         if path:
-            write(network, path)
-            click.echo(path)
+            write(network, HERE / path)
+            click.echo(HERE / path)
 
 
 @main.command(epilog="Example: cifarlab promote my-experiment")

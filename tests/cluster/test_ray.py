@@ -132,7 +132,7 @@ def test_a_node_and_the_coordinator_are_killed_and_nothing_is_lost_or_done_twice
     name = "demo-four-epochs-0"
     [sent] = [line.split()[0] for line in now.splitlines() if line.endswith(name)]
     shared.dvc("exp", "remove", "--quiet", name)
-    run = "executors.run_one(point.experiment, point.changes)"
+    run = "executors.run({point.experiment: point.changes}, 1, '', print)"
     load = "from cifarlab.studies import executors, points; point = points.load('demo')[1][0]"
     shared.run("rm", "-r", ".dvc/cache/runs")
     shared.run("python", "-c", f"{load}; {run}", OMP_NUM_THREADS="1")

@@ -76,7 +76,7 @@ def test_a_killed_study_continues_and_finds_the_known_answer(project: Project) -
     # Running a point again takes it from DVC's run cache: nothing trains, and it replaces the
     # experiment.
     load = "from cifarlab.studies import points; point = points.load('demo')[1][-1]"
-    run = "executors.run_one(point.experiment, point.changes)"
+    run = "executors.run({point.experiment: point.changes}, 1, '', print)"
     python(project, f"{load}; from cifarlab.studies import executors; {run}")
     assert "epoch" not in (project.folder / f".dvc/tmp/{LAST}.log").read_text()
     assert project.dvc("exp", "list", "--name-only").split().count(LAST) == 1

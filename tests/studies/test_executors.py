@@ -15,7 +15,6 @@ from dvc.config import Config
 from cifarlab import pipeline
 from cifarlab.errors import UserError
 from cifarlab.studies import clone, executors
-from cifarlab.studies.executors import run_one
 from tests.conftest import REPO
 
 
@@ -33,13 +32,17 @@ def value(name: str) -> bytes:
     return pipeline.read(Path("train.txt"), found.commit)
 
 
+def run_one(name: str, changes: dict[str, object]) -> None:
+    executors.run({name: changes}, 1, "", print)
+
+
 def test_several_at_a_time_end_well_and_one_that_fails_is_named(
     project: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     ended: list[str] = []
     changes = {"m-1": {"n": 10}, "broken": {"no-such-key": 1}, "m-2": {"n": 11}}
     with pytest.raises(UserError, match=r"^broken failed: .*broken\.log\)$"):
-        executors.run(changes, executors.executor(2, ""), ended.append)
+        executors.run(changes, 2, "", ended.append)
     assert sorted(ended) == ["m-1", "m-2"]
     assert [value(name) for name in ("m-1", "m-2")] == [b"n: 10\n", b"n: 11\n"]
     lines = capsys.readouterr().out.splitlines()
@@ -63,10 +66,9 @@ def test_the_reason_of_a_failure_shows_no_password(
         raise RuntimeError("https://me:secret@host does not answer")
 
     monkeypatch.setattr(executors.clone, "work", fail)
-    for run in (run_one, lambda *task: executors.run(dict([task]), executors.executor(1, ""), str)):
-        with pytest.raises(UserError, match="host does not answer") as failed:
-            run("n-3", {"n": 1})
-        assert "secret" not in str(failed.value)
+    with pytest.raises(UserError, match="host does not answer") as failed:
+        run_one("n-3", {"n": 1})
+    assert "secret" not in str(failed.value)
 
 
 def test_changes_that_are_not_committed_are_part_of_an_experiment(project: Path) -> None:
@@ -111,7 +113,7 @@ def test_dvc_finds_a_cache_whose_path_has_any_character(tmp_path: Path, path: st
 WORKER = """
 import sys
 from cifarlab.studies import executors
-executors.run({"long": {"n": 40}, "later": {"n": 41}}, executors.executor(1, ""), print)
+executors.run({"long": {"n": 40}, "later": {"n": 41}}, 1, "", print)
 """
 
 
@@ -151,4 +153,4 @@ def wait_until(condition: object) -> None:
 def test_ray_that_is_not_installed_is_named(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(UserError, match=r"^Ray is not installed; `make cluster` installs it$"):
-        executors.run({"a": {"n": 1}}, executors.executor(1, "ray"), print)
+        executors.run({"a": {"n": 1}}, 1, "ray", print)

@@ -30,7 +30,7 @@ def test_a_search_passes_on_a_third_after_every_rung(
     for name in ("params.yaml", "src", "stages", "dvc.yaml"):
         (tmp_path / name).symlink_to(REPO / name)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(search, "run_one", lambda *_: None)
+    monkeypatch.setattr(search.executors, "run", lambda *_: None)
     monkeypatch.setattr(search, "finished", finished)
     monkeypatch.setattr(search.files, "cache", lambda: tmp_path / ".cache")
     content = {"question": "?", "space": {"train.lr": {"low": 0.1, "high": 0.2}}}

@@ -11,7 +11,7 @@ import getpass
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from subprocess import DEVNULL, PIPE, Popen
@@ -31,6 +31,9 @@ from cifarlab.params.load import load_params
 from cifarlab.runtime import timings
 print(timings.path_of(pipeline.training_key(load_params())))"""  # the file of the epoch times
 GIT = ("git", "-c", "core.autocrlf=false", "-c", "gc.auto=0")
+
+Outcomes = Generator[tuple[str, str], None, None]
+"""Whenever an experiment has ended, its name and what went wrong, or ""."""
 
 pipes = set[IO[str]]()  # to the watchers
 

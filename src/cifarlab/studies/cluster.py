@@ -5,7 +5,7 @@ neither this checkout nor an MLflow server: this process fetches the results.
 """
 
 import os
-from collections.abc import Generator, Mapping
+from collections.abc import Mapping
 
 from cifarlab import files, pipeline
 from cifarlab.errors import UserError, in_a_sentence
@@ -20,7 +20,7 @@ RETRIES = 10  # how often an experiment runs again whose worker or machine was l
 PASSED_ON = ("AWS_", "CIFARLAB_", "MLFLOW_")  # variables that workers get from here
 
 
-def run(address: str, changes: Mapping[str, Parameters]) -> Generator[tuple[str, str], None, None]:
+def run(address: str, changes: Mapping[str, Parameters]) -> clone.Outcomes:
     """Run experiments on a Ray cluster. What the Git remote has already is not run again.
 
     Parameters
@@ -30,10 +30,6 @@ def run(address: str, changes: Mapping[str, Parameters]) -> Generator[tuple[str,
     with in_a_sentence("Ray is not installed; `make cluster` installs it", ModuleNotFoundError):
         import ray
     remote, order = _remote()
-    sent = git("ls-remote", remote, clone.reference(order.baseline, "*")).split()
-    there = [name for name in changes if clone.reference(order.baseline, name) in sent]
-    for name in there:
-        yield name, _pull(remote, name, changes[name])
     advice = "`ray start --head` starts one on this machine"
     with in_a_sentence(f"no Ray cluster answers at {address}; {advice}", ConnectionError):
         ray.init("auto" if address == "ray" else address, log_to_driver=False)
@@ -41,13 +37,13 @@ def run(address: str, changes: Mapping[str, Parameters]) -> Generator[tuple[str,
         ray.cloudpickle.register_pickle_by_value(clone)  # workers have no checkout
         gpus = "GPU" in ray.cluster_resources()
         running = {}
-        for name in [name for name in changes if name not in there]:
-            train = changed(changes[name]).train
+        for name, values in changes.items():
+            train = changed(values).train
             cpus = 1 if train.threads == "auto" else train.threads
             gpu = int(train.device == "cuda" or (gpus and train.device == "auto"))
             needs = {"num_cpus": cpus, "num_gpus": gpu, "max_retries": RETRIES}
             task = ray.remote(clone.work).options(name=name, **needs)
-            running[task.remote(order, name, pipeline.set_options(changes[name]))] = name
+            running[task.remote(order, name, pipeline.set_options(values))] = name
         while running:
             [done], _ = ray.wait(list(running), num_returns=1)
             name = running.pop(done)

@@ -1,10 +1,9 @@
 """Ways to run experiments: one after the other, several at a time, or on a cluster."""
 
 import os
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import closing
-from functools import partial
 from pathlib import Path
 
 from cifarlab import files, pipeline
@@ -16,21 +15,15 @@ from cifarlab.studies.question import Parameters
 
 Changes = Mapping[str, Parameters]
 """Changes to params.yaml by the name of the experiment."""
-Outcomes = Generator[tuple[str, str], None, None]
-Executor = Callable[[Changes], Outcomes]
-"""Runs experiments. Whenever one has ended, it yields its name and what went wrong, or ""."""
 
 
-def executor(jobs: int, workers: str) -> Executor:
-    """Return the executor that two options of the command line ask for."""
-    return partial(cluster.run, workers) if workers else partial(_here, jobs)
-
-
-def run(changes: Changes, execute: Executor, on_end: Callable[[str], object]) -> None:
+def run(changes: Changes, jobs: int, workers: str, on_end: Callable[[str], object]) -> None:
     """Run experiments at the present commit; one of the same name is replaced.
 
     Parameters
     ----------
+    jobs : how many at a time, on this machine
+    workers : the address of a Ray cluster, which runs them instead; or empty
     on_end : called with the name of each experiment that has succeeded
 
     Raises
@@ -39,7 +32,7 @@ def run(changes: Changes, execute: Executor, on_end: Callable[[str], object]) ->
         Some failed. The others have been run.
     """
     failed: list[str] = []
-    with closing(execute(changes)) as outcomes:
+    with closing(cluster.run(workers, changes) if workers else _here(jobs, changes)) as outcomes:
         for ended, (name, problem) in enumerate(outcomes, 1):
             if problem:
                 failed.append(f"{name} failed: {without_secrets(problem)}")
@@ -51,7 +44,7 @@ def run(changes: Changes, execute: Executor, on_end: Callable[[str], object]) ->
         raise UserError("; ".join(failed[:5]) + ("; …" if failed[5:] else ""))
 
 
-def run_queue(execute: Executor) -> None:
+def run_queue(jobs: int, workers: str) -> None:
     """Run the experiments in DVC's queue. Each is removed from it when it has succeeded.
 
     Raises
@@ -70,17 +63,12 @@ def run_queue(execute: Executor) -> None:
     changes = {name: pipeline.differences(task) for name, task in tasks.items()}
     print(f"{len(changes)} queued", flush=True)
     if changes:
-        run(changes, execute, lambda name: pipeline.dvc("queue", "remove", tasks[name].commit))
+        run(
+            changes, jobs, workers, lambda name: pipeline.dvc("queue", "remove", tasks[name].commit)
+        )
 
 
-def run_one(name: str, changes: Parameters) -> None:
-    """Run an experiment in a clone of the checkout; UserError if it fails."""
-    for _, problem in _here(1, {name: changes}):
-        if problem:
-            raise UserError(f"{name} failed: {without_secrets(problem)}")
-
-
-def _here(jobs: int, changes: Changes) -> Outcomes:
+def _here(jobs: int, changes: Changes) -> clone.Outcomes:
     """Run experiments on this machine, in clones of the checkout with what is not committed yet."""
     local, head = Path(".dvc/config.local"), pipeline.git_commit()
     if new := git("ls-files", "--others", "--exclude-standard", "src", "stages").splitlines():

@@ -12,7 +12,7 @@ from cifarlab import files, pipeline
 from cifarlab.digest import json_digest
 from cifarlab.errors import UserError, first_line
 from cifarlab.params.load import changed, data_set
-from cifarlab.studies.executors import run_one
+from cifarlab.studies import executors
 from cifarlab.studies.page import page_of, rendered
 from cifarlab.studies.points import Point, finished, key_of
 from cifarlab.studies.question import Range, Search, slug
@@ -72,7 +72,7 @@ def _train(name: str, search: Search, trial: optuna.Trial) -> float:
             trial.set_user_attr("refused", first_line(error))
             raise optuna.TrialPruned from error
         experiment = f"{slug(name)}-{trial.number}-{epochs}"
-        run_one(experiment, changes)
+        executors.run({experiment: changes}, 1, "", lambda _: None)
         point = Point(f"trial {trial.number}", 0, experiment, changes, parameters)
         row = next((row for row, _ in finished([point])), {})
         if row.get("val_accuracy") is None or row.get("seconds") is None:

@@ -13,7 +13,7 @@ from cifarlab.studies.question import names
 from cifarlab.tracking.studies import publish
 
 
-def run(name: str, execute: executors.Executor) -> Path:
+def run(name: str, jobs: int, workers: str) -> Path:
     """Run the missing points of studies/NAME.yaml, write docs/studies/NAME.md and return its path.
 
     Every point is a DVC experiment. It becomes a row of docs/studies/NAME.csv as soon as it has
@@ -30,7 +30,7 @@ def run(name: str, execute: executors.Executor) -> Path:
         if missing == before or not missing:  # the same again: the code is not in Git
             break
         changes = {point.experiment: point.changes for point in missing}
-        executors.run(changes, execute, lambda _: record(name, study, points))
+        executors.run(changes, jobs, workers, lambda _: record(name, study, points))
         before = missing
     page = write_page(name, study, points, tables)
     pictures = [page.with_name(f"{name}{suffix}") for suffix in (".png", "-layers.png")]
