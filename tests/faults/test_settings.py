@@ -22,7 +22,7 @@ DRAW = """
 import importlib.util, sys
 from pathlib import Path
 import pandas as pd
-from cifarlab.figures import run, style, study
+from cifarlab.figures import run, style
 
 def program(name):
     spec = importlib.util.spec_from_file_location(name, f"{sys.argv[1]}/studies/{name}.py")

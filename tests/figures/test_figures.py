@@ -302,7 +302,7 @@ def test_same_run_gives_the_same_bytes(tmp_path: Path, params: Params) -> None:
 def test_importing_the_pictures_changes_no_setting_of_matplotlib(fork_server: ForkServer) -> None:
     code = (
         "import matplotlib; before = matplotlib.rcParams.copy()\n"
-        "import cifarlab.figures.run, cifarlab.figures.study\n"
+        "import cifarlab.figures.run, cifarlab.studies.pictures\n"
         "assert matplotlib.rcParams.copy() == before"
     )
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}

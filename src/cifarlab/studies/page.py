@@ -7,14 +7,14 @@ from typing import Any
 import jinja2
 import pandas as pd
 from pandas import DataFrame
-from scipy import stats
 
 from cifarlab.errors import UserError, in_a_sentence
-from cifarlab.figures.study import draw_layers, draw_study
 from cifarlab.files import ANSWERS, write
+from cifarlab.studies import statistics
+from cifarlab.studies.pictures import draw_layers, draw_study
 from cifarlab.studies.points import Point, Tables, needed
 from cifarlab.studies.question import Study
-from cifarlab.studies.statistics import DIFFERENT, EQUIVALENT, UNDECIDED, effects, one_at_a_time
+from cifarlab.studies.statistics import DIFFERENT, EQUIVALENT, UNDECIDED, interval_margin
 
 NOTICE = "> Not confirmed:"
 
@@ -38,7 +38,8 @@ def write_page(name: str, study: Study, points: list[Point], tables: Tables) -> 
         lacking = f"{name}.csv and {name}-epochs.csv lack {len(missing)} trainings ({missing[0]} …)"
         advice = "runs them; if it just did, `git status` shows code that is not in Git"
         raise UserError(f"{ANSWERS}/{lacking}; `make study NAME={name}` {advice}")
-    comparison, alone = effects(study, results), one_at_a_time(study, results)
+    comparison = statistics.effects(study, results)
+    alone = statistics.one_at_a_time(study, results)
     answer = f"{_filled(study.findings, comparison, alone, results)} {_summary(study, comparison)}"
     page = page_of(name, joined(results.data, " and "))
     draw_study(page.with_name(f"{name}.png"), study, comparison, tables)
@@ -116,20 +117,18 @@ def _filled(findings: str, comparison: DataFrame, alone: DataFrame, results: Dat
         The tables have no such number.
     """
     numbers = results.groupby("variant").mean(numeric_only=True).map("{:.3g}".format)
-    columns = {str(column).removeprefix("test_"): numbers[column] for column in numbers}
+    columns = dict(numbers.rename(columns=lambda column: column.removeprefix("test_")))
     margins = comparison.accuracy_margin.map(" ± {:.1f}".format)
     columns["accuracy"] = comparison.accuracy.map("{:.1f}".format) + margins
     named = alone.set_axis([f"{row.variant} / {row.reference}" for row in alone.itertuples()])
     both = pd.concat([table[["difference", "difference_margin"]] for table in (comparison, named)])
     margins = both.difference_margin.map(" ± {:.1f}".format)
     columns["difference"] = both.difference.map("{:+.1f}".format) + margins
-
-    def number(field: re.Match[str]) -> str:
-        column, _, row = field[1].removesuffix("]").partition("[")
-        return str(columns[column][row])
-
+    texts = {
+        f"{column}[{row}]": text for column in columns for row, text in columns[column].items()
+    }
     with in_a_sentence("findings: {%s} is not a number of the tables", KeyError):
-        return re.sub("{(.*?)}", number, findings)
+        return re.sub("{(.*?)}", lambda field: texts[field[1]], findings)
 
 
 def joined(names: Any, separator: str) -> str:
@@ -142,17 +141,16 @@ def _rows(study: Study, comparison: DataFrame, tables: Tables) -> list[list[str]
     results, epochs = tables
     trained = results.images * results.experiment.map(epochs.groupby("experiment").size())
     groups = results.assign(speed=trained / results.seconds).groupby("variant")
-    means, margins = groups.mean(numeric_only=True), groups.sem(numeric_only=True)
-    margins = margins.mul(stats.t.ppf(0.975, groups.size() - 1), axis=0)
     rows: list[list[str]] = []
     for name in study.variants:
-        effect, mean, margin = comparison.loc[name], means.loc[name], margins.loc[name]
+        effect, own = comparison.loc[name], groups.get_group(name)
         cells = [f"{effect.accuracy:.2f} ± {effect.accuracy_margin:.2f}"]
         cells += _compared(effect) if rows else [""] * 3
-        measured = [f"test_{measure}" for measure in study.measures]
-        cells += [f"{mean[column]:.4g} ± {margin[column]:.2g}" for column in measured]
-        cost = [f"{mean.parameters:,.0f}", f"{mean.seconds:.1f}", f"{mean.speed:,.0f}"]
-        rows.append([name, *cells, *cost, str(len(groups.get_group(name)))])
+        measured = (own[f"test_{measure}"] for measure in study.measures)
+        cells += [f"{values.mean():.4g} ± {interval_margin(values):.2g}" for values in measured]
+        cost = own[["parameters", "seconds", "speed"]].mean()
+        cells += [f"{cost.parameters:,.0f}", f"{cost.seconds:.1f}", f"{cost.speed:,.0f}"]
+        rows.append([name, *cells, str(len(own))])
     return rows
 
 

@@ -180,7 +180,8 @@ def choose_rows(
     """
     valid = {name: valid_origins(parameters, code, links) for name, parameters in points.items()}
     rows = rows[rows.experiment.isin(points)]
-    counts = [(row.code, row.key) in valid[row.experiment] for row in rows.itertuples()]
+    made = rows[["experiment", "code", "key"]].to_numpy()
+    counts = [(code, key) in valid[name] for name, code, key in made]
     rows = rows.assign(counts=pd.Series(counts, rows.index, dtype=bool))
     newest = rows.sort_values("counts", kind="stable").drop_duplicates("experiment", keep="last")
     return newest.sort_values("experiment", key=lambda names: names.map(list(points).index))

@@ -70,9 +70,8 @@ def compare(accuracies: DataFrame, pairs: Pairs, looks: list[int], margin: float
         answers[undecided] = _look(chosen, verdict, level, margin, half)
         claims = [row < SIGNIFICANCE for row in answers[undecided, -2:].T]
         verdict[undecided] = np.select(claims, [DIFFERENT, EQUIVALENT], UNDECIDED)
-    names = {"variant": [a for a, _ in pairs], "reference": [b for _, b in pairs]}
-    measured = dict(zip(MEASURED, answers.T, strict=True))
-    return DataFrame(names | {"verdict": verdict, "needed": needed} | measured)
+    compared, measured = DataFrame(pairs, columns=["variant", "reference"]), DataFrame(answers)
+    return compared.assign(verdict=verdict, needed=needed).join(measured.set_axis(MEASURED, axis=1))
 
 
 def spent(share: float) -> float:
@@ -119,8 +118,12 @@ def effects(study: Study, results: DataFrame) -> DataFrame:
     found = compare(table, pairs, study.looks, study.margin).set_index("variant")
     found = found.reindex([*study.variants])
     found.loc[first, ["difference", "difference_margin", "p"]] = 0, 0, 1
-    margin = stats.t.ppf(0.975, table.count() - 1) * table.sem()
-    return found.assign(accuracy=table.mean(), accuracy_margin=margin)
+    return found.assign(accuracy=table.mean(), accuracy_margin=interval_margin(table))
+
+
+def interval_margin(values: Any) -> Any:
+    """Return half of the 95 % interval of the mean, by Student's t, of a table for each column."""
+    return stats.t.ppf(0.975, values.count() - 1) * values.sem()
 
 
 def one_at_a_time(study: Study, results: DataFrame) -> DataFrame:

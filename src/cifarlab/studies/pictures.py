@@ -3,7 +3,7 @@
 import textwrap
 from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import matplotlib.pyplot as plt
 import seaborn as sns
@@ -11,19 +11,17 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import FixedLocator
 from pandas import DataFrame
 from pandas.api.types import is_numeric_dtype
-from scipy import stats
 
 from cifarlab.figures import style
+from cifarlab.studies.points import Tables
+from cifarlab.studies.question import Study
+from cifarlab.studies.statistics import interval_margin
 
-if TYPE_CHECKING:
-    from cifarlab.studies.question import Study
-
-Tables = tuple[DataFrame, DataFrame]
 BARS: dict[str, Any] = {"err_style": "bars", "err_kws": {"capsize": 3}, "marker": "o"}
 ROWS = 12  # variants for which the effect on each class is drawn: those with the largest ones
 
 
-def draw_study(path: Path, study: "Study", effects: DataFrame, tables: Tables) -> None:
+def draw_study(path: Path, study: Study, effects: DataFrame, tables: Tables) -> None:
     """Draw the effects with intervals, the learning curves with bands, and each class.
 
     Parameters
@@ -33,10 +31,10 @@ def draw_study(path: Path, study: "Study", effects: DataFrame, tables: Tables) -
     """
     style.apply()
     names, label = list(effects.index), f"{study.answer_by} accuracy"
-    results = tables[0].assign(accuracy=100 * tables[0].accuracy)
+    results = tables.results.assign(accuracy=100 * tables.results.accuracy)
     # A row for each variant; without a grid there are no columns.
     grid = DataFrame.from_dict(study.variants, orient="index")[list(study.grid)]
-    epochs, seen = _in_percent(tables[1])
+    epochs, seen = _in_percent(tables.epochs)
     heights = (max(4.2, 1.4 + 0.26 * len(names)), 1.4 + 0.32 * min(len(names) - 1, ROWS))
     figure, panels = plt.subplot_mosaic("ab;cc", figsize=(12, sum(heights)), height_ratios=heights)
     left, middle, right = panels.values()
@@ -118,9 +116,8 @@ def _quantity(axes: Any, quantity: str, values: Any) -> None:
 
 
 def _interval(values: Any) -> tuple[float, float]:
-    """Return the 95 % interval of the mean, by Student's t."""
-    margin = stats.t.ppf(0.975, len(values) - 1) * values.sem()
-    return values.mean() - margin, values.mean() + margin
+    mean, margin = values.mean(), interval_margin(values)
+    return mean - margin, mean + margin
 
 
 def _in_percent(epochs: DataFrame) -> tuple[DataFrame, str]:

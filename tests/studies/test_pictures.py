@@ -1,4 +1,4 @@
-"""The figure of a study."""
+"""The pictures of a study."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from cifarlab.figures import style
-from cifarlab.figures.study import draw_layers, draw_study
+from cifarlab.studies.pictures import draw_layers, draw_study
 from cifarlab.studies.points import Tables
 from cifarlab.studies.question import Study
 from cifarlab.studies.statistics import effects
