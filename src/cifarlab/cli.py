@@ -14,14 +14,12 @@ from cifarlab.errors import UserError, first_line, tolerate_settings
 from cifarlab.params.load import changed, load_params, read_yaml
 
 JOBS = click.option("--jobs", type=click.IntRange(1, 64), default=1, help="Experiments at a time.")
-EMPTY: dict[str, Any] = {"default": "", "show_default": False}
 CLUSTER = "Run on a Ray cluster: ray, or ray://HOST:PORT (docs/scale.md)."
-WORKERS = click.option("--workers", metavar="CLUSTER", help=CLUSTER, **EMPTY)
+WORKERS = click.option("--workers", metavar="CLUSTER", help=CLUSTER, default="", show_default=False)
 HERE = Path(os.environ.get("CIFARLAB_HERE", ""))  # from the top to where it was typed: launcher.py
 
 
 SETTINGS: dict[str, Any] = {"help_option_names": ["-h", "--help"], "show_default": True}
-FILE = click.Path(path_type=Path)
 STYLE = """body { font-family: system-ui, sans-serif; margin: 2rem }
 body > div { margin-bottom: 2.5rem; overflow-x: auto } img { max-width: 44vw; height: auto }"""
 
@@ -77,8 +75,6 @@ def variant(name: str) -> None:
     variants = {str(k): v for k, v in variants.items()} if isinstance(variants, dict) else {}
     if not isinstance(variants.get(name, ""), dict | None):
         raise UserError(f"{files.VARIANTS} has no {name}; it has {', '.join(variants) or 'none'}")
-    if not pipeline.git("check-ref-format", "--branch", name, check=False):
-        raise UserError(f"{name} cannot be the name of an experiment; use letters, digits and -")
     # A wrong value is refused before DVC makes its copy, which lacks images that it does not know.
     changes = {str(key): value for key, value in (variants[name] or {}).items()}
     data = changed(changes).data
@@ -184,7 +180,7 @@ def verify(revision: str) -> None:
 
 @main.command(epilog="Examples: cifarlab report; cifarlab report HEAD my-experiment")
 @click.argument("revisions", nargs=-1)
-@click.option("--output", type=FILE, default="report.html", help="The page.")
+@click.option("--output", type=Path, default="report.html", help="The page.")
 def report(revisions: tuple[str, ...], output: Path) -> None:
     """Write a page to show, about one run or several.
 
@@ -199,7 +195,7 @@ def report(revisions: tuple[str, ...], output: Path) -> None:
 
 
 MODELS = "An experiment, a commit, a run's id, models:/NAME@ALIAS or a file  [default: models/]"
-MODEL = click.option("--model", metavar="MODEL", help=MODELS, **EMPTY)
+MODEL = click.option("--model", metavar="MODEL", help=MODELS, default="", show_default=False)
 
 
 def _from_here(model: str) -> str:
@@ -234,8 +230,8 @@ def predict(images: tuple[str, ...], model: str, top: int, form: str | None) -> 
 
 @main.command(epilog="Example: cifarlab export --onnx network.onnx")
 @MODEL
-@click.option("--onnx", type=FILE, help="Write ONNX: probabilities.")
-@click.option("--torch", type=FILE, help="Write pt2 of PyTorch: logits.")
+@click.option("--onnx", type=Path, help="Write ONNX: probabilities.")
+@click.option("--torch", type=Path, help="Write pt2 of PyTorch: logits.")
 def export(model: str, onnx: Path | None, torch: Path | None) -> None:
     """Write the network for other programs, for any number of images."""
     from cifarlab.nn.weights import export_onnx, export_torch

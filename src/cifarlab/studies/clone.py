@@ -85,7 +85,8 @@ def work(order: Order, name: str, options: Sequence[str]) -> dict[str, str]:
     base.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix=f"{name}-", dir=base))
     log = Path(order.checkout, ".dvc/tmp", f"{name}.log") if order.checkout else folder / "log"
-    env = {**order.env, "CIFARLAB_ROOT": order.checkout}
+    own = {"CIFARLAB_ROOT": order.checkout, "DVC_SITE_CACHE_DIR": str(folder / "site")}
+    env = {**order.env, **own}
     if not order.checkout:
         env = os.environ | env
         env["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{env['PATH']}"
@@ -139,10 +140,8 @@ def configure(project: Path, settings: str, cache: str) -> None:
     """Write .dvc/config.local: the settings, with another cache, which processes may share."""
     config = configparser.RawConfigParser()
     config.read_string(settings)
-    site = str(project / ".dvc/tmp/site")
-    for section, option, path in (("cache", "dir", cache), ("core", "site_cache_dir", site)):
-        mark = "'" if '"' in path else '"'  # a path may hold # or a comma
-        config.read_dict({section: {option: f"{mark}{path}{mark}"}})
+    mark = "'" if '"' in cache else '"'  # a path may hold # or a comma
+    config.read_dict({"cache": {"dir": f"{mark}{cache}{mark}"}})
     with (project / ".dvc/config.local").open("w", encoding="utf-8") as file:
         config.write(file)
 

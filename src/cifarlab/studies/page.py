@@ -68,7 +68,7 @@ def rendered(template: str, **values: Any) -> str:
     environment = jinja2.Environment(  # noqa: S701, the pages are Markdown
         loader=here, undefined=jinja2.StrictUndefined, trim_blocks=True, keep_trailing_newline=True
     )
-    environment.filters |= {"joined": joined, "made_by": made_by}
+    environment.filters["joined"] = joined
     return environment.get_template(template).render(values)
 
 
@@ -96,13 +96,8 @@ def _notice(name: str, results: DataFrame) -> list[str]:
     """Return the paragraph that says that some of the results do not count; none if all do."""
     other = results[~results.counts]
     made = f"{len(other)} of {len(results)} rows were made by other code or parameters"
-    again = f"(commit {made_by(other)}). `make study NAME={name}` trains them again."
+    again = f"(commit {joined(other.commit.str[:7])}). `make study NAME={name}` trains them again."
     return [f"{NOTICE} {made} {again}"] if len(other) else []
-
-
-def made_by(results: DataFrame) -> str:
-    """Return the commits that made the results, seven digits each, or "unknown"."""
-    return ", ".join(sorted(set(results.commit.fillna("unknown").str[:7])))
 
 
 def _filled(findings: str, comparison: DataFrame, alone: DataFrame, results: DataFrame) -> str:
@@ -131,7 +126,7 @@ def _filled(findings: str, comparison: DataFrame, alone: DataFrame, results: Dat
         return re.sub("{(.*?)}", lambda field: texts[field[1]], findings)
 
 
-def joined(names: Any, separator: str) -> str:
+def joined(names: Any, separator: str = ", ") -> str:
     """Return the different names in a column of the results, in alphabetical order."""
     return separator.join(sorted(set(names.astype(object).fillna("unknown"))))
 

@@ -7,7 +7,7 @@ import pandas as pd
 from cifarlab.errors import UserError, first_line
 from cifarlab.params.load import load_params
 from cifarlab.studies import executors
-from cifarlab.studies.page import joined, made_by, update_notice, write_page
+from cifarlab.studies.page import joined, update_notice, write_page
 from cifarlab.studies.points import Point, by_data, load, needed, paths, record
 from cifarlab.studies.question import names
 from cifarlab.tracking.studies import publish
@@ -64,9 +64,9 @@ def report() -> None:
         for results in [table for table in every if len(table)] or every[:1]:
             asked, valid = needed(study, points, results), results.counts.sum()
             seeds = results.variant.value_counts().min() if len(results) else 0
-            places = (joined(results[column], "; ") for column in ("data", "machine"))
             counts = (len(asked), f"{valid} of {len(results)}", seeds)
-            rows.append((name, *counts, made_by(results), *places))
+            data, machine = joined(results.data, "; "), joined(results.machine, "; ")
+            rows.append((name, *counts, joined(results.commit.str[:7]), data, machine))
             update_notice(name, results)
     columns = ["study", "trainings", "valid rows", "seeds", "commit", "data", "machine"]
     print(pd.DataFrame(rows, columns=columns).to_string(index=False))
