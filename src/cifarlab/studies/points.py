@@ -211,16 +211,15 @@ def by_data(name: str, points: list[Point]) -> dict[str, Tables]:
 
     The data that the points are about come first, as "", then others by name, the newest first.
     """
-    tables, parameters = read_tables(name), {point.experiment: point.parameters for point in points}
+    parameters = {point.experiment: point.parameters for point in points}
     labels = {point.experiment: point.variant for point in points}  # tables may have older ones
-    rows = tables.results[tables.results.experiment.isin(parameters)]
+    rows, epochs = (t.assign(variant=t.experiment.map(labels)) for t in read_tables(name))
     present = rows.experiment.map({name: data_set(values) for name, values in parameters.items()})
     data = rows.data.where(rows.data != present, "")
     code, links, found = pipeline.stage_code(), read_links(), dict[str, Tables]()
     for one in dict.fromkeys(["", *data[::-1]]):
         results = choose_rows(rows[data == one], parameters, code, links)
-        both = results, tables.epochs.merge(results[[*ORIGIN, "counts"]], on=ORIGIN)
-        found[one] = Tables(*(table.assign(variant=table.experiment.map(labels)) for table in both))
+        found[one] = Tables(results, epochs.merge(results[[*ORIGIN, "counts"]], on=ORIGIN))
     return found
 
 

@@ -5,7 +5,7 @@ import json
 import re
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, PositiveFloat, PositiveInt, ValidationError, model_validator
 
 from cifarlab.digest import json_digest
 from cifarlab.errors import UserError, in_a_sentence
@@ -14,6 +14,7 @@ from cifarlab.params.load import read_yaml
 
 Parameters = dict[str, Any]
 """Values by dotted name: {"train.lr": 0.1}."""
+Choices = Annotated[list[Any], Field(min_length=1)]
 
 
 def names() -> list[str]:
@@ -81,7 +82,7 @@ class Study(Question):
     and 15 of them."""
     looks: list[int] = []
     """Numbers of seeds. After so many, only variants whose answer is undecided get more."""
-    margin: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1
+    margin: Annotated[PositiveFloat, Field(allow_inf_nan=False)] = 1
     """Differences of less than this, in percentage points of accuracy, count as equivalent."""
     answer_by: Literal["test", "validation"] = "test"
     """The accuracy that is compared. To choose between variants, use validation."""
@@ -115,10 +116,9 @@ class Study(Question):
             raise ValueError("a study needs at least two variants, or a grid, with different names")
         if len(set(self.seeds)) < len(self.seeds):
             raise ValueError("a seed is listed twice")
-        drawn = ("train.seed", "data.validation_seed")[: 1 + (self.splits == "own")]
-        for key in itertools.chain(self.base, *self.variants.values()):
-            if key in drawn:
-                raise ValueError(f"{key} comes from seeds; leave it out")
+        drawn = {"train.seed", "data.validation_seed"} if self.splits == "own" else {"train.seed"}
+        if wrong := sorted(drawn & {*self.base}.union(*self.variants.values())):
+            raise ValueError(f"{wrong[0]} comes from seeds; leave it out")
         self.looks = self.looks or [len(self.seeds)]
         if self.looks != sorted({*self.looks, len(self.seeds)}) or self.looks[0] < 2:
             raise ValueError("looks are growing numbers of seeds; the last one is all seeds")
@@ -148,16 +148,14 @@ class Range(BaseModel, extra="forbid", allow_inf_nan=False):
 class Search(Question):
     """Find the best parameters within a limited training time."""
 
-    space: Annotated[
-        dict[str, Annotated[list[Any], Field(min_length=1)] | Range], Field(min_length=1)
-    ]
+    space: Annotated[dict[str, Choices | Range], Field(min_length=1)]
     """The parameters to choose, each with a list of values or a range."""
-    rungs: Annotated[list[Annotated[int, Field(gt=0)]], Field(min_length=1)]
+    rungs: Annotated[list[PositiveInt], Field(min_length=1)]
     """Growing numbers of epochs: every trial trains for the first of them. The better third is
     trained anew for the next, and so on (successive halving)."""
-    seconds: Annotated[float, Field(gt=0)]
+    seconds: PositiveFloat
     """Longest training time on the last rung; slower trials are dropped."""
-    trials: Annotated[int, Field(gt=0)]
+    trials: PositiveInt
 
     @model_validator(mode="after")
     def _check(self) -> Self:
