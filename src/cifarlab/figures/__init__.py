@@ -1,4 +1,4 @@
-"""Pictures of runs and of studies."""
+"""Pictures of a run, and the look of all pictures."""
 
 import os
 
