@@ -4,7 +4,7 @@ import difflib
 import re
 import reprlib
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, ClassVar
 
 import yaml
 from pydantic import ValidationError
@@ -15,9 +15,6 @@ from cifarlab.params.sections import DEFAULT_FOLDER, Params
 
 SECTIONS = Params.__annotations__
 KEYS = [f"{name}.{key}" for name, section in SECTIONS.items() for key in section.model_fields]
-
-# Far above what anyone writes, and small enough for a second.
-MAX_BYTES, MAX_VALUES = 30_000, 10_000
 
 TAG = "tag:yaml.org,2002:"
 # Shortens long lists and deep nesting. Strings stay whole until their passwords are hidden.
@@ -72,104 +69,65 @@ def read_yaml(path: Path, hint: str) -> Any:
     Raises
     ------
     UserError
-        The file cannot be opened (the message ends with `hint`), it is no ordinary file or too
-        large, or it is not valid YAML.
+        The file cannot be opened (the message ends with `hint`), or it is not valid YAML.
     """
     try:
-        if path.exists() and not path.is_file():  # reading a pipe or a device might never end
-            raise UserError(f"{path} cannot be read: it is not a file; {hint}")
-        with path.open("rb") as file:
-            content = file.read(MAX_BYTES + 1)
-        if len(content) > MAX_BYTES:
-            raise UserError(f"{path} is larger than {MAX_BYTES:,} bytes; {hint}")
-        text = content.decode("utf-8")
+        text = path.read_text("utf-8")
         refuse_conflict(path, text)
-        return yaml.load(text, Loader)  # noqa: S506, it is a safe loader
+        return parse_yaml(text)
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}; {hint}") from error
     except yaml.MarkedYAMLError as error:
         line = f" in line {error.problem_mark.line + 1}" if error.problem_mark else ""
         problem = without_secrets(str(error.problem))
         raise UserError(f"{path} is not valid YAML{line}: {problem}") from error
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        # ValueError: the file is not UTF-8, or holds an impossible date like 2024-99-01.
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: the file is not UTF-8
         raise UserError(f"{path} is not valid YAML: {first_line(error)}") from error
 
 
-def reads_yaml_1_2(loader: Any) -> Any:
-    """Let a class of PyYAML's loaders read plain words as YAML 1.2 does, and with it DVC.
-
-    In YAML 1.1, which PyYAML reads, 010 is eight, no is false, 1:30 is ninety and 1e-3 is text.
-    """
-    kinds = {
-        "bool": "true|True|TRUE|false|False|FALSE",
-        "int": r"[-+]?([0-9][0-9_]*|0o[0-7_]+|0x[0-9a-fA-F_]+|0b[01_]+)",
-        "float": r"[-+]?([0-9][0-9_]*(\.[0-9_]*)?|\.[0-9][0-9_]*)([eE][-+]?[0-9]+)?"
-        r"|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
-        "null": "~|null|Null|NULL|",
-        "merge": "<<",
-    }
-    loader.yaml_implicit_resolvers = {}
-    for kind, pattern in kinds.items():
-        loader.add_implicit_resolver(f"{TAG}{kind}", re.compile(f"(?:{pattern})$"), None)
-    loader.add_constructor(f"{TAG}int", lambda _, node: _whole(node.value))
-    return loader
-
-
-def _whole(text: str) -> int:
-    return int(text.replace("_", ""), 0 if text.lstrip("+-")[1:2] in {*"oxb"} else 10)
-
-
-@reads_yaml_1_2
-class _FastLoader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
-    """The loader in C, if there is one: it is ten times as fast."""
-
-
 def parse_yaml(text: str) -> Any:
-    """Return the content of a YAML file that DVC has read or written."""
-    return yaml.load(text, _FastLoader)  # noqa: S506, it is a safe loader
+    """Return the content of a YAML file as DVC reads it."""
+    return yaml.load(text, _Loader)  # noqa: S506, it is a safe loader
 
 
-@reads_yaml_1_2
-class Loader(yaml.SafeLoader):
-    """PyYAML's safe loader, without three things that DVC refuses or that may take minutes.
+# The loader in C, if there is one, is ten times as fast.
+class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
+    """PyYAML's safe loader for YAML 1.2, which DVC reads. It refuses a key that stands twice.
 
-    PyYAML silently keeps the last of two equal keys. With aliases (`*name`) and merge keys (`<<`),
-    a value may hold itself, or a few lines may stand for billions of values.
+    PyYAML reads YAML 1.1: there 010 is eight, no is false, 1:30 is ninety and 1e-3 is text. Of two
+    equal keys it silently keeps the last.
     """
 
-    def get_single_node(self) -> yaml.Node | None:
-        """Return the root of the file, before aliases and merge keys are followed."""
-        root, sizes = super().get_single_node(), dict[yaml.Node, int]()
-        if root and self._size(root, "", sizes) > MAX_VALUES:
-            # Of equal ones the last: it uses the others.
-            pairs = root.value[::-1] if isinstance(root, yaml.MappingNode) else [(root, root)]
-            key, _ = max(pairs, key=lambda pair: sizes[pair[1]])
-            name = "the file" if key is root else _shown(key.value)
-            self._refuse(f"{name} has over {MAX_VALUES:,} values, its aliases followed", key)
-        return root
+    yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}
 
-    def _size(self, node: yaml.Node, name: str, sizes: dict[yaml.Node, int]) -> int:
-        """Return how many values a node holds, those of an alias as often as it is used."""
-        if node in sizes:
-            if not sizes[node]:
-                self._refuse(f"{_shown(name or 'the file')} holds itself", node)
-            return sizes[node]
-        sizes[node], keys, inner = 0, set(), []
-        for item in node.value if isinstance(node, yaml.CollectionNode) else []:
-            key, value = item if isinstance(node, yaml.MappingNode) else (None, item)
-            path = name
-            if isinstance(key, yaml.ScalarNode):
-                path = f"{name}.{key.value}".lstrip(".")
-                if (key.tag, key.value) in keys:
-                    self._refuse(f"the key {_shown(path)} stands twice; delete one", key)
-                keys.add((key.tag, key.value))
-            inner += [(path, part) for part in (key, value) if part]
-        sizes[node] = 1 + sum(self._size(part, path, sizes) for path, part in inner)
-        return sizes[node]
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """Return a mapping whose keys differ."""
+        earlier = set()
+        for key, _ in node.value:
+            if (name := (key.tag, str(key.value))) in earlier:
+                twice = f"the key {_shown(key.value)} stands twice; delete one"
+                raise yaml.constructor.ConstructorError(None, None, twice, key.start_mark)
+            earlier.add(name)
+        content: dict[Any, Any] = super().construct_mapping(node, deep)
+        return content
 
-    def _refuse(self, problem: str, node: yaml.Node) -> NoReturn:
-        raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
+
+def _whole(_: _Loader, node: yaml.ScalarNode) -> int:
+    text = node.value.replace("_", "")
+    return int(text, 0 if text.lstrip("+-")[1:2] in {*"oxb"} else 10)
+
+
+WORDS = {
+    "bool": "true|True|TRUE|false|False|FALSE",
+    "int": r"[-+]?([0-9][0-9_]*|0o[0-7_]+|0x[0-9a-fA-F_]+|0b[01_]+)",
+    "float": r"[-+]?([0-9][0-9_]*(\.[0-9_]*)?|\.[0-9][0-9_]*)([eE][-+]?[0-9]+)?"
+    r"|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
+    "null": "~|null|Null|NULL|",
+    "merge": "<<",
+}
+for _kind, _pattern in WORDS.items():
+    _Loader.add_implicit_resolver(f"{TAG}{_kind}", re.compile(f"(?:{_pattern})$"), None)
+_Loader.add_constructor(f"{TAG}int", _whole)
 
 
 def _validated(content: dict[str, Any], prefix: str) -> Params:
