@@ -1,6 +1,7 @@
 """Any content of params.yaml either trains or is refused in one sentence that names the key."""
 
 import copy
+import os
 import shutil
 import subprocess
 import sys
@@ -323,15 +324,20 @@ DEEP = "[" * 5000
 LAUGHS = "a0: &a0 [ha]\n" + "".join(
     f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 30)
 )
+MERGES = "a0: &a0 {k: 1}\n" + "".join(
+    f"a{i}: &a{i} {{<<: [{', '.join([f'*a{i - 1}'] * 9)}]}}\n" for i in range(1, 10)
+)
 
 
-@pytest.mark.timeout(60)
+@pytest.mark.timeout(60)  # without limits, some of these take minutes
 @pytest.mark.parametrize(
     ("text", "named"),
     [
         pytest.param(f"model: {DEEP}", "not valid YAML", id="deep"),
-        pytest.param(f"{LAUGHS}model: *a29\n", "model", id="a billion laughs"),
-        pytest.param("model: &m {layers: *m}\n", "model.layers", id="a list that holds itself"),
+        pytest.param(f"{LAUGHS}model: *a29\n", "line 5: it has over", id="a billion laughs"),
+        pytest.param(
+            "model: &m {layers: *m}\n", "line 1: it has over", id="a list that holds itself"
+        ),
         pytest.param(
             "model: {layers: 0x" + "f" * 5000 + "}\n",
             "model.layers",
@@ -342,7 +348,8 @@ LAUGHS = "a0: &a0 [ha]\n" + "".join(
         ),
         pytest.param('model: {layers: "\\ud800"}\n', "not valid YAML", id="half a character"),
         pytest.param("? [a]\n: 1\n", "not valid YAML", id="a list for a key"),
-        pytest.param(f"&a [1, {'*a, ' * 3}]\n", "must hold the sections", id="a file in itself"),
+        pytest.param(f"{MERGES}model: *a9\n", "line 5: it has over 10,000 values", id="merge keys"),
+        pytest.param(f"&a [1, {'*a, ' * 3}]\n", "line 1: it has over", id="a file in itself"),
         pytest.param("a: {k: 1}\na: {k: 2}\n", "line 2: the key 'a' stands twice", id="twice"),
         pytest.param(
             "model:\n  layers: 3\n  norm: batch\n  layers: 4\n",
@@ -379,6 +386,21 @@ def test_aliases_merge_keys_and_the_files_of_other_editors_are_read(
     assert read == {"first": first, "second": {"a": 1, "b": 3}, "third": [first, first]}
 
 
+def test_a_merge_key_may_be_merged_again(path: Path) -> None:
+    path.write_text("a: &a {x: 1}\nb: {c: &c {<<: *a, x: 2}}\nd: {<<: *c, y: 3}\n", "utf-8")
+    inner = {"x": 2}
+    assert read_yaml(path, "") == {"a": {"x": 1}, "b": {"c": inner}, "d": inner | {"y": 3}}
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("make", [Path.mkdir, os.mkfifo, lambda path: path.symlink_to("/dev/zero")])
+def test_what_is_no_file_is_refused(tmp_path: Path, make: Callable[[Path], object]) -> None:
+    path = tmp_path / "params.yaml"
+    make(path)
+    with pytest.raises(UserError, match=r"^\S+params.yaml cannot be read: it is not a file; run "):
+        load_params(path)
+
+
 @pytest.mark.timeout(60)
 @pytest.mark.parametrize("command", [["variant", "tiny"], ["study", "demo"], ["search", "demo"]])
 def test_variants_and_questions_are_read_like_parameters(
@@ -388,11 +410,11 @@ def test_variants_and_questions_are_read_like_parameters(
         shutil.copy(REPO / name, tmp_path)
     (tmp_path / "studies").mkdir()
     for name in ("variants.yaml", "studies/demo.yaml"):
-        (tmp_path / name).write_text("tiny: {}\ntiny: {}\n", "utf-8")
+        (tmp_path / name).write_text(f"{MERGES}tiny: *a9\nspace: {{}}\n", "utf-8")
     monkeypatch.chdir(tmp_path)
     result = CliRunner().invoke(main, command)
     assert result.exit_code == 1
-    assert "is not valid YAML in line 2: the key 'tiny' stands twice" in str(result.exception)
+    assert "is not valid YAML in line 5: it has over 10,000 values" in str(result.exception)
 
 
 def test_a_network_too_large_for_any_memory_is_refused(path: Path) -> None:

@@ -1,10 +1,12 @@
 """Read and validate params.yaml. Every mistake in it becomes one readable sentence."""
 
 import difflib
+import math
 import re
 import reprlib
+from itertools import chain, groupby
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NoReturn
 
 import yaml
 from pydantic import ValidationError
@@ -16,6 +18,7 @@ from cifarlab.params.sections import DEFAULT_FOLDER, Params
 SECTIONS = Params.__annotations__
 KEYS = [f"{name}.{key}" for name, section in SECTIONS.items() for key in section.model_fields]
 
+MAX_VALUES = 10_000  # far above what anyone writes, and read in a second
 TAG = "tag:yaml.org,2002:"
 # Shortens long lists and deep nesting. Strings stay whole until their passwords are hidden.
 SHORT = reprlib.Repr()
@@ -69,9 +72,12 @@ def read_yaml(path: Path, hint: str) -> Any:
     Raises
     ------
     UserError
-        The file cannot be opened (the message ends with `hint`), or it is not valid YAML.
+        The file cannot be opened (the message ends with `hint`), it is no ordinary file, or it is
+        not valid YAML.
     """
     try:
+        if path.exists() and not path.is_file():  # reading a pipe or a device might never end
+            raise UserError(f"{path} cannot be read: it is not a file; {hint}")
         text = path.read_text("utf-8")
         refuse_conflict(path, text)
         return parse_yaml(text)
@@ -81,7 +87,7 @@ def read_yaml(path: Path, hint: str) -> Any:
         line = f" in line {error.problem_mark.line + 1}" if error.problem_mark else ""
         problem = without_secrets(str(error.problem))
         raise UserError(f"{path} is not valid YAML{line}: {problem}") from error
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: the file is not UTF-8
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: it is not UTF-8
         raise UserError(f"{path} is not valid YAML: {first_line(error)}") from error
 
 
@@ -92,24 +98,41 @@ def parse_yaml(text: str) -> Any:
 
 # The loader in C, if there is one, is ten times as fast.
 class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
-    """PyYAML's safe loader for YAML 1.2, which DVC reads. It refuses a key that stands twice.
+    """PyYAML's safe loader for YAML 1.2, which DVC reads, without what DVC refuses.
 
     PyYAML reads YAML 1.1: there 010 is eight, no is false, 1:30 is ninety and 1e-3 is text. Of two
-    equal keys it silently keeps the last.
+    equal keys it silently keeps the last. With aliases (`*name`) and merge keys (`<<`), a value may
+    hold itself, or a few lines may stand for billions of values.
     """
 
     yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """Return a mapping whose keys differ."""
-        earlier = set()
-        for key, _ in node.value:
-            if (name := (key.tag, str(key.value))) in earlier:
-                twice = f"the key {_shown(key.value)} stands twice; delete one"
-                raise yaml.constructor.ConstructorError(None, None, twice, key.start_mark)
-            earlier.add(name)
-        content: dict[Any, Any] = super().construct_mapping(node, deep)
-        return content
+    def get_single_node(self) -> yaml.Node | None:
+        """Return the root of the file, before aliases and merge keys are followed."""
+        root: yaml.Node | None = super().get_single_node()
+        if root:
+            self._count(root, {})
+        return root
+
+    def _count(self, node: yaml.Node, counts: dict[yaml.Node, float]) -> float:
+        """Return how many values a node holds, those of an alias as often as it is used."""
+        if node in counts:
+            return counts[node]
+        counts[node] = math.inf  # if the node holds itself
+        inner, keys = node.value if isinstance(node, yaml.CollectionNode) else [], set()
+        if isinstance(node, yaml.MappingNode):
+            for key, _ in inner:
+                if (name := (key.tag, str(key.value))) in keys:
+                    self._refuse(f"the key {_shown(key.value)} stands twice; delete one", key)
+                keys.add(name)
+            inner = chain.from_iterable(inner)
+        counts[node] = 1 + sum(self._count(part, counts) for part in inner)
+        if counts[node] > MAX_VALUES:
+            self._refuse(f"it has over {MAX_VALUES:,} values, its aliases followed", node)
+        return counts[node]
+
+    def _refuse(self, problem: str, node: yaml.Node) -> NoReturn:
+        raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
 
 
 def _whole(_: _Loader, node: yaml.ScalarNode) -> int:
@@ -134,10 +157,8 @@ def _validated(content: dict[str, Any], prefix: str) -> Params:
     try:
         return Params.model_validate(content)
     except ValidationError as error:
-        faults: dict[Any, list[ErrorDetails]] = {}  # by section and key
-        for fault in error.errors():
-            faults.setdefault(fault["loc"][:2], []).append(fault)
-        lines = [prefix + _sentence(of_key, content) for of_key in faults.values()]
+        by_key = groupby(error.errors(), key=lambda fault: fault["loc"][:2])
+        lines = [prefix + _sentence([*faults], content) for _, faults in by_key]
         raise UserError("\n".join(lines)) from error
 
 
