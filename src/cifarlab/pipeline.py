@@ -24,7 +24,7 @@ from cifarlab import files
 from cifarlab.digest import code_digest, json_digest
 from cifarlab.errors import DAMAGED, UserError, in_a_sentence, refuse_conflict, without_secrets
 from cifarlab.params.load import parse_yaml
-from cifarlab.params.sections import Params
+from cifarlab.params.sections import Params, flat
 
 STAGES = ("train", "evaluate", "plot")  # all but download, in the order in which they run
 RESULT = ("download", "train", "evaluate")  # those that make what a study compares
@@ -414,13 +414,6 @@ def differences(revision: Revision) -> dict[str, Any]:
     texts = (read_text(files.PARAMS, at) for at in (WORKSPACE, revision))
     now, then = (dict(flat(parse_yaml(text))) for text in texts)
     return {key: value for key, value in then.items() if now.get(key) != value}
-
-
-def flat(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield nested values under their full key."""
-    for key, value in tree.items():
-        name = f"{prefix}{key}"
-        yield from flat(value, f"{name}.") if isinstance(value, dict) else [(name, value)]
 
 
 def _outs(stage: str, folder: Path) -> list[Path]:

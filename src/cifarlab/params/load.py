@@ -181,8 +181,8 @@ def _sentence(faults: list[ErrorDetails], content: Any) -> str:
             nearest = same_name or difflib.get_close_matches(key, known, 1, 0)
             return f"unknown key {key} = {shown}; did you mean {nearest[0]}?"
     # One message for each type in a union, and for each kind of wrong item in a list. The end of
-    # some says how pydantic tried to convert the value, or names a class.
-    messages = [re.split(", unable to| or instance of", fault["msg"])[0] for fault in faults]
+    # some names a class.
+    messages = [fault["msg"].partition(" or instance of ")[0] for fault in faults]
     text = " or ".join(dict.fromkeys(messages)).replace(" or Input should be ", " or ")
     value = content[loc[0]][loc[1]] if len(loc) > 1 else content[loc[0]]
     return f"{key} = {_shown(value)} is refused: {text[0].lower()}{text[1:]}"

@@ -20,7 +20,8 @@ from safetensors.numpy import load as load_tensors
 from cifarlab import files, pipeline
 from cifarlab.errors import DAMAGED, UserError, first_line, in_a_sentence
 from cifarlab.params.load import load_params, parse_yaml
-from cifarlab.pipeline import Revision, flat
+from cifarlab.params.sections import flat
+from cifarlab.pipeline import Revision
 from cifarlab.report.statistics import right
 from cifarlab.runtime import timings
 from cifarlab.tracking.sync import tags_of
