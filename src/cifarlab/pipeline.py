@@ -24,7 +24,7 @@ from cifarlab import files
 from cifarlab.digest import code_digest, json_digest
 from cifarlab.errors import DAMAGED, UserError, in_a_sentence, refuse_conflict, without_secrets
 from cifarlab.params.load import parse_yaml
-from cifarlab.params.sections import Params
+from cifarlab.params.sections import Params, flat
 
 STAGES = ("train", "evaluate", "plot")  # all but download, in the order in which they run
 RESULT = ("download", "train", "evaluate")  # those that make what a study compares
@@ -111,28 +111,16 @@ def refuse_shallow_clone() -> None:
 
 
 def experiments() -> list[Revision]:
-    """Return every DVC experiment, the newest first.
+    """Return every DVC experiment of the main checkout, the newest first.
 
-    Raises
-    ------
-    UserError
-        DVC cannot list them, for example because another command has locked the checkout.
+    It asks Git, because DVC needs a second, and is locked while a stage runs.
     """
-    from dvc.exceptions import DvcException
-    from dvc.repo import Repo
-
-    with in_a_sentence("DVC cannot list the experiments: %s", DvcException), Repo() as repo:
-        listed = repo.experiments.ls(all_commits=True)
-    found = [Revision(n, rev, base) for base, pairs in listed.items() for n, rev in pairs]
-    newest = git("rev-list", "--no-walk=sorted", *(r.commit for r in found)) if found else ""
-    ranks = {commit: rank for rank, commit in enumerate(newest.split())}
-    return sorted(found, key=lambda revision: ranks[revision.commit])
-
-
-def experiment_names() -> list[str]:
-    """Return the names of the main checkout's experiments, in a stage, while DVC is locked."""
-    root, form = str(files.root()), "--format=%(refname:lstrip=-1)"  # what follows the last /
-    return git("-C", root, "for-each-ref", form, "refs/exps", check=False).split()
+    # The reference of the experiment NAME of the commit 0123… is refs/exps/01/23…/NAME.
+    form = "--format=%(objectname)/%(refname:lstrip=2)"
+    command = ("for-each-ref", "--sort=-committerdate", form, "refs/exps/??/*/*")
+    lines = git("-C", str(files.root()), *command, check=False).splitlines()
+    parts = [line.split("/") for line in lines]
+    return [Revision(name, commit, start + rest) for commit, start, rest, name in parts]
 
 
 def remove_experiments(revisions: Sequence[Revision]) -> None:
@@ -142,11 +130,7 @@ def remove_experiments(revisions: Sequence[Revision]) -> None:
     does not know what other checkouts need. UserError: DVC cannot do it.
     """
     # By their references: experiments on two commits may have one name, and one commit two names.
-    listed = git("for-each-ref", "--format=%(objectname) %(refname)", "refs/exps").splitlines()
-    gone = {(revision.commit, revision.name) for revision in revisions}
-    pairs = [line.split() for line in listed]
-    refs = [ref for commit, ref in pairs if (commit, ref.rpartition("/")[2]) in gone]
-    if refs:
+    if refs := [f"refs/exps/{r.baseline[:2]}/{r.baseline[2:]}/{r.name}" for r in revisions]:
         dvc("exp", "remove", "--quiet", *refs)
     if Path(dvc("cache", "dir").strip()).resolve().is_relative_to(files.root().resolve()):
         dvc("gc", "--quiet", "--force", "--all-commits", "--all-experiments")
@@ -430,13 +414,6 @@ def differences(revision: Revision) -> dict[str, Any]:
     texts = (read_text(files.PARAMS, at) for at in (WORKSPACE, revision))
     now, then = (dict(flat(parse_yaml(text))) for text in texts)
     return {key: value for key, value in then.items() if now.get(key) != value}
-
-
-def flat(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield nested values under their full key."""
-    for key, value in tree.items():
-        name = f"{prefix}{key}"
-        yield from flat(value, f"{name}.") if isinstance(value, dict) else [(name, value)]
 
 
 def _outs(stage: str, folder: Path) -> list[Path]:

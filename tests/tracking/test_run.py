@@ -150,7 +150,8 @@ def test_a_killed_execution_is_continued_under_the_new_name_of_its_experiment(
     for _ in range(2):
         with track("plot", params, CONDITIONS):
             pass
-    monkeypatch.setattr(pipeline, "experiment_names", lambda: ["second"])  # DVC has recorded it
+    recorded = [pipeline.Revision("second", "", "")]  # by DVC
+    monkeypatch.setattr(pipeline, "experiments", lambda: recorded)
     monkeypatch.setenv("DVC_EXP_NAME", "third")
     with track("train", params, CONDITIONS):
         pass

@@ -1,10 +1,9 @@
 """The geometry of the network family: the list of convolutions that a model section describes."""
 
 from collections.abc import Iterator
-from typing import Annotated, Any, Literal, NamedTuple, get_origin
+from typing import Annotated, Literal, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
-from pydantic_core import PydanticCustomError
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Share = Annotated[float, Field(ge=0, lt=1)]
 Positive = Annotated[float, Field(gt=0, le=1e6)]
@@ -15,20 +14,12 @@ STEM_CHANNELS = 24
 
 
 class Section(BaseModel):
-    """A section of params.yaml. No field has a default: every value stands in the file."""
+    """A section of params.yaml. No field has a default: every value stands in the file.
 
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    Values must have the type of their field: true and "1" are no numbers, 1 is a float.
+    """
 
-    @field_validator("*", mode="before")
-    @classmethod
-    def _refuse_true_as_a_number(cls, value: Any, info: ValidationInfo) -> Any:
-        """Refuse true and false where pydantic would take them for 1 and 0."""
-        kind = cls.model_fields[str(info.field_name)].annotation
-        values = value if isinstance(value, list) else [value]
-        numbers = kind is not bool and get_origin(kind) is not Literal
-        if numbers and any(isinstance(v, bool) for v in values):
-            raise PydanticCustomError("bool", "Input should not be true or false")
-        return value
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, strict=True)
 
 
 class Convolution(NamedTuple):

@@ -1,10 +1,12 @@
 """Read and validate params.yaml. Every mistake in it becomes one readable sentence."""
 
 import difflib
+import math
 import re
 import reprlib
+from itertools import chain, groupby
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, ClassVar, NoReturn
 
 import yaml
 from pydantic import ValidationError
@@ -16,9 +18,7 @@ from cifarlab.params.sections import DEFAULT_FOLDER, Params
 SECTIONS = Params.__annotations__
 KEYS = [f"{name}.{key}" for name, section in SECTIONS.items() for key in section.model_fields]
 
-# Far above what anyone writes, and small enough for a second.
-MAX_BYTES, MAX_VALUES = 30_000, 10_000
-
+MAX_VALUES = 10_000  # far above what anyone writes, and read in a second
 TAG = "tag:yaml.org,2002:"
 # Shortens long lists and deep nesting. Strings stay whole until their passwords are hidden.
 SHORT = reprlib.Repr()
@@ -72,114 +72,93 @@ def read_yaml(path: Path, hint: str) -> Any:
     Raises
     ------
     UserError
-        The file cannot be opened (the message ends with `hint`), it is no ordinary file or too
-        large, or it is not valid YAML.
+        The file cannot be opened (the message ends with `hint`), it is no ordinary file, or it is
+        not valid YAML.
     """
     try:
         if path.exists() and not path.is_file():  # reading a pipe or a device might never end
             raise UserError(f"{path} cannot be read: it is not a file; {hint}")
-        with path.open("rb") as file:
-            content = file.read(MAX_BYTES + 1)
-        if len(content) > MAX_BYTES:
-            raise UserError(f"{path} is larger than {MAX_BYTES:,} bytes; {hint}")
-        text = content.decode("utf-8")
+        text = path.read_text("utf-8")
         refuse_conflict(path, text)
-        return yaml.load(text, Loader)  # noqa: S506, it is a safe loader
+        return parse_yaml(text)
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}; {hint}") from error
     except yaml.MarkedYAMLError as error:
         line = f" in line {error.problem_mark.line + 1}" if error.problem_mark else ""
         problem = without_secrets(str(error.problem))
         raise UserError(f"{path} is not valid YAML{line}: {problem}") from error
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        # ValueError: the file is not UTF-8, or holds an impossible date like 2024-99-01.
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: it is not UTF-8
         raise UserError(f"{path} is not valid YAML: {first_line(error)}") from error
 
 
-def reads_yaml_1_2(loader: Any) -> Any:
-    """Let a class of PyYAML's loaders read plain words as YAML 1.2 does, and with it DVC.
-
-    In YAML 1.1, which PyYAML reads, 010 is eight, no is false, 1:30 is ninety and 1e-3 is text.
-    """
-    kinds = {
-        "bool": "true|True|TRUE|false|False|FALSE",
-        "int": r"[-+]?([0-9][0-9_]*|0o[0-7_]+|0x[0-9a-fA-F_]+|0b[01_]+)",
-        "float": r"[-+]?([0-9][0-9_]*(\.[0-9_]*)?|\.[0-9][0-9_]*)([eE][-+]?[0-9]+)?"
-        r"|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
-        "null": "~|null|Null|NULL|",
-        "merge": "<<",
-    }
-    loader.yaml_implicit_resolvers = {}
-    for kind, pattern in kinds.items():
-        loader.add_implicit_resolver(f"{TAG}{kind}", re.compile(f"(?:{pattern})$"), None)
-    loader.add_constructor(f"{TAG}int", lambda _, node: _whole(node.value))
-    return loader
-
-
-def _whole(text: str) -> int:
-    return int(text.replace("_", ""), 0 if text.lstrip("+-")[1:2] in {*"oxb"} else 10)
-
-
-@reads_yaml_1_2
-class _FastLoader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
-    """The loader in C, if there is one: it is ten times as fast."""
-
-
 def parse_yaml(text: str) -> Any:
-    """Return the content of a YAML file that DVC has read or written."""
-    return yaml.load(text, _FastLoader)  # noqa: S506, it is a safe loader
+    """Return the content of a YAML file as DVC reads it."""
+    return yaml.load(text, _Loader)  # noqa: S506, it is a safe loader
 
 
-@reads_yaml_1_2
-class Loader(yaml.SafeLoader):
-    """PyYAML's safe loader, without three things that DVC refuses or that may take minutes.
+# The loader in C, if there is one, is ten times as fast.
+class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
+    """PyYAML's safe loader for YAML 1.2, which DVC reads, without what DVC refuses.
 
-    PyYAML silently keeps the last of two equal keys. With aliases (`*name`) and merge keys (`<<`),
-    a value may hold itself, or a few lines may stand for billions of values.
+    PyYAML reads YAML 1.1: there 010 is eight, no is false, 1:30 is ninety and 1e-3 is text. Of two
+    equal keys it silently keeps the last. With aliases (`*name`) and merge keys (`<<`), a value may
+    hold itself, or a few lines may stand for billions of values.
     """
+
+    yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}
 
     def get_single_node(self) -> yaml.Node | None:
         """Return the root of the file, before aliases and merge keys are followed."""
-        root, sizes = super().get_single_node(), dict[yaml.Node, int]()
-        if root and self._size(root, "", sizes) > MAX_VALUES:
-            # Of equal ones the last: it uses the others.
-            pairs = root.value[::-1] if isinstance(root, yaml.MappingNode) else [(root, root)]
-            key, _ = max(pairs, key=lambda pair: sizes[pair[1]])
-            name = "the file" if key is root else _shown(key.value)
-            self._refuse(f"{name} has over {MAX_VALUES:,} values, its aliases followed", key)
+        root: yaml.Node | None = super().get_single_node()
+        if root:
+            self._count(root, {})
         return root
 
-    def _size(self, node: yaml.Node, name: str, sizes: dict[yaml.Node, int]) -> int:
+    def _count(self, node: yaml.Node, counts: dict[yaml.Node, float]) -> float:
         """Return how many values a node holds, those of an alias as often as it is used."""
-        if node in sizes:
-            if not sizes[node]:
-                self._refuse(f"{_shown(name or 'the file')} holds itself", node)
-            return sizes[node]
-        sizes[node], keys, inner = 0, set(), []
-        for item in node.value if isinstance(node, yaml.CollectionNode) else []:
-            key, value = item if isinstance(node, yaml.MappingNode) else (None, item)
-            path = name
-            if isinstance(key, yaml.ScalarNode):
-                path = f"{name}.{key.value}".lstrip(".")
-                if (key.tag, key.value) in keys:
-                    self._refuse(f"the key {_shown(path)} stands twice; delete one", key)
-                keys.add((key.tag, key.value))
-            inner += [(path, part) for part in (key, value) if part]
-        sizes[node] = 1 + sum(self._size(part, path, sizes) for path, part in inner)
-        return sizes[node]
+        if node in counts:
+            return counts[node]
+        counts[node] = math.inf  # if the node holds itself
+        inner, keys = node.value if isinstance(node, yaml.CollectionNode) else [], set()
+        if isinstance(node, yaml.MappingNode):
+            for key, _ in inner:
+                if (name := (key.tag, str(key.value))) in keys:
+                    self._refuse(f"the key {_shown(key.value)} stands twice; delete one", key)
+                keys.add(name)
+            inner = chain.from_iterable(inner)
+        counts[node] = 1 + sum(self._count(part, counts) for part in inner)
+        if counts[node] > MAX_VALUES:
+            self._refuse(f"it has over {MAX_VALUES:,} values, its aliases followed", node)
+        return counts[node]
 
     def _refuse(self, problem: str, node: yaml.Node) -> NoReturn:
         raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
+
+
+def _whole(_: _Loader, node: yaml.ScalarNode) -> int:
+    text = node.value.replace("_", "")
+    return int(text, 0 if text.lstrip("+-")[1:2] in {*"oxb"} else 10)
+
+
+WORDS = {
+    "bool": "true|True|TRUE|false|False|FALSE",
+    "int": r"[-+]?([0-9][0-9_]*|0o[0-7_]+|0x[0-9a-fA-F_]+|0b[01_]+)",
+    "float": r"[-+]?([0-9][0-9_]*(\.[0-9_]*)?|\.[0-9][0-9_]*)([eE][-+]?[0-9]+)?"
+    r"|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
+    "null": "~|null|Null|NULL|",
+    "merge": "<<",
+}
+for _kind, _pattern in WORDS.items():
+    _Loader.add_implicit_resolver(f"{TAG}{_kind}", re.compile(f"(?:{_pattern})$"), None)
+_Loader.add_constructor(f"{TAG}int", _whole)
 
 
 def _validated(content: dict[str, Any], prefix: str) -> Params:
     try:
         return Params.model_validate(content)
     except ValidationError as error:
-        faults: dict[Any, list[ErrorDetails]] = {}  # by section and key
-        for fault in error.errors():
-            faults.setdefault(fault["loc"][:2], []).append(fault)
-        lines = [prefix + _sentence(of_key, content) for of_key in faults.values()]
+        by_key = groupby(error.errors(), key=lambda fault: fault["loc"][:2])
+        lines = [prefix + _sentence([*faults], content) for _, faults in by_key]
         raise UserError("\n".join(lines)) from error
 
 
@@ -202,8 +181,8 @@ def _sentence(faults: list[ErrorDetails], content: Any) -> str:
             nearest = same_name or difflib.get_close_matches(key, known, 1, 0)
             return f"unknown key {key} = {shown}; did you mean {nearest[0]}?"
     # One message for each type in a union, and for each kind of wrong item in a list. The end of
-    # some says how pydantic tried to convert the value, or names a class.
-    messages = [re.split(", unable to| or instance of", fault["msg"])[0] for fault in faults]
+    # some names a class.
+    messages = [fault["msg"].partition(" or instance of ")[0] for fault in faults]
     text = " or ".join(dict.fromkeys(messages)).replace(" or Input should be ", " or ")
     value = content[loc[0]][loc[1]] if len(loc) > 1 else content[loc[0]]
     return f"{key} = {_shown(value)} is refused: {text[0].lower()}{text[1:]}"

@@ -1,5 +1,6 @@
 """The sections of params.yaml."""
 
+from collections.abc import Iterator
 from itertools import pairwise
 from typing import Annotated, Any, Literal
 
@@ -184,5 +185,11 @@ class Params(Section):
 
     def flat(self) -> dict[str, Any]:
         """Return every parameter under its full key, as `dvc params diff` and MLflow show it."""
-        groups = self.model_dump().items()
-        return {f"{group}.{key}": value for group, keys in groups for key, value in keys.items()}
+        return dict(flat(self.model_dump()))
+
+
+def flat(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield nested values under their full key."""
+    for key, value in tree.items():
+        name = f"{prefix}{key}"
+        yield from flat(value, f"{name}.") if isinstance(value, dict) else [(name, value)]

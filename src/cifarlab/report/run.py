@@ -19,8 +19,9 @@ from safetensors.numpy import load as load_tensors
 
 from cifarlab import files, pipeline
 from cifarlab.errors import DAMAGED, UserError, first_line, in_a_sentence
-from cifarlab.params.load import Loader, load_params, parse_yaml
-from cifarlab.pipeline import Revision, flat
+from cifarlab.params.load import load_params, parse_yaml
+from cifarlab.params.sections import flat
+from cifarlab.pipeline import Revision
 from cifarlab.report.statistics import right
 from cifarlab.runtime import timings
 from cifarlab.tracking.sync import tags_of
@@ -125,7 +126,7 @@ def parameters(revision: Revision) -> Values:
     problem = f"params.yaml of {revision.label} is damaged; `cifarlab check` says what is wrong"
     with in_a_sentence(problem, yaml.YAMLError, RecursionError, *DAMAGED):
         text = pipeline.read_text(files.PARAMS, revision)
-        return dict(flat(yaml.load(text, Loader) or {}))  # noqa: S506, it is a safe loader
+        return dict(flat(parse_yaml(text) or {}))
 
 
 def _read_lock(run: Run) -> None:

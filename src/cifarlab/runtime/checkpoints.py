@@ -77,10 +77,9 @@ class Checkpoint:
         try:
             buffer = io.BytesIO()
             torch.save({"conditions": self.conditions, "state": state}, buffer)
-            # In a traceback, the view would crash Python 3.12.1 (python/cpython#111049).
-            with buffer.getbuffer() as data:
-                # With a checksum, because torch does not notice a flipped bit in a tensor.
-                files.write(self.path, hashlib.sha256(data).digest() + data)
+            data = buffer.getvalue()
+            # With a checksum, because torch does not notice a flipped bit in a tensor.
+            files.write(self.path, hashlib.sha256(data).digest() + data)
         except OSError as error:
             print(f"warning: {self.path} cannot be written ({first_line(error)}); training goes on")
 

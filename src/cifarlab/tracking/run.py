@@ -162,7 +162,7 @@ class StageRun:
         if tracking.database() != files.mlflow_database().resolve():  # others may use the store
             mine = [run for run in mine if "logged.plot" not in run.data.tags or _is_here(run)]
         left = [run for run in same if _is_left(run)]
-        known = pipeline.experiment_names() if left and not mine else []
+        known = {e.name for e in pipeline.experiments()} if left and not mine else set()
         left = [run for run in left if run.data.tags.get("dvc.exp.name", "") not in known]
         return next(iter([*mine, *left]), None)
 

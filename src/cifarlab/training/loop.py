@@ -96,8 +96,7 @@ def fit(
     ----------
     on_epoch : called after each epoch with the rows so far
     on_batch : called after each batch with the epoch, how many of its images were seen, how many
-        it has, and a function that returns the epoch's loss and accuracy so far. It does not wait
-        for a GPU, so these may be a little older.
+        it has, and a function that returns the epoch's loss and accuracy so far; it waits for a GPU
     dtype : for convolutions and matrix products; the weights stay float32
     ranks : the processes of this training, each of which calls this function; the first one may
         have a checkpoint
@@ -163,12 +162,9 @@ class Trainer:
         After the epoch, the running statistics become the mean over the processes.
         """
         size, steps, own = self.batches.size, self.steps, self.batches.order.shape[1]
-        shown = torch.zeros(3, pin_memory=self.device.type == "cuda")
 
-        def results(wait: bool = False) -> tuple[float, float]:
-            # A GPU copies the sums when it gets there. Without `wait`, older ones are returned.
-            shown.copy_(self.sums, non_blocking=not wait)
-            loss, correct, count = shown.tolist()
+        def results() -> tuple[float, float]:
+            loss, correct, count = self.sums.tolist()
             return loss / max(count, 1), correct / max(count * own, 1)
 
         self.network.train()
@@ -179,7 +175,7 @@ class Trainer:
         for step in range(1, steps + 1):
             self.run_step()
             on_batch(epoch, step * size, steps * size, results)
-        found = torch.tensor(results(wait=True), dtype=torch.float64, device=self.device)
+        found = torch.tensor(results(), dtype=torch.float64, device=self.device)
         self.ranks.average([found], self.share)
         self.ranks.average(self.statistics, 1 / self.ranks.size)
         mean_loss, accuracy = found.tolist()
@@ -294,11 +290,10 @@ def loss_function(name: str, smoothing: float = 0.0, weights: Tensor | None = No
             classes = logits.shape[1]
             target = targets if targets.ndim == 2 else F.one_hot(targets, classes)
             target = target * (1 - smoothing) + smoothing / classes
-            losses = (logits.softmax(1) - target).square().sum(1)
-            losses = (losses.mean() if weights is None else losses) / 2
-        if weights is None:
-            return losses
-        return (losses * (targets @ weights if targets.ndim == 2 else weights[targets])).mean()
+            losses = (logits.softmax(1) - target).square().sum(1) / 2
+        if weights is not None:
+            losses = losses * (targets @ weights if targets.ndim == 2 else weights[targets])
+        return losses.mean()
 
     return loss
 
