@@ -8,7 +8,7 @@ import pooch
 from cifarlab.data.archives import members, readable
 from cifarlab.data.images import is_image
 from cifarlab.data.layout import is_hidden
-from cifarlab.errors import UserError, first_line
+from cifarlab.errors import UserError, first_line, in_a_sentence
 from cifarlab.params.sections import DEFAULT_FOLDER, DataParams, is_remote
 
 ATTEMPTS = 3
@@ -90,18 +90,9 @@ def _local(source: str, sha256: str | None, root: Path) -> Path:
 
 def _download(url: str, sha256: str, cache: Path) -> Path:
     """Download an archive, unless the cache holds it. Its checksum is verified either way."""
-    import requests
-
     pooch.get_logger().setLevel("WARNING")
     # With the checksum in its name, another archive under the same URL gets a file of its own.
     name = f"{sha256[:16]}-{PurePosixPath(urlsplit(url).path).name[-100:]}"
     downloader = pooch.HTTPDownloader(progressbar=True, timeout=TIMEOUT)
-    try:
+    with in_a_sentence(f"the download to {cache} failed, %s"):
         return Path(pooch.retrieve(url, f"sha256:{sha256}", name, cache, downloader=downloader))
-    except requests.RequestException as error:
-        status = "" if error.response is None else f" {error.response.status_code}"
-        raise UserError(f"the download failed, {type(error).__name__}{status}") from error
-    except ValueError as error:
-        raise UserError(f"the server sent another file, SHA-256 is not {sha256}") from error
-    except OSError as error:
-        raise UserError(f"{cache} cannot be written, {error.strerror or error}") from error
