@@ -264,16 +264,15 @@ def test_what_is_no_file_in_a_folder_is_named(
 
 
 @pytest.mark.timeout(60)
-def test_links_are_followed_inside_the_folder_only(
+def test_links_to_files_inside_the_folder_are_followed(
     tmp_path: Path, read: Callable[..., tuple[Dataset, list[Problem]]]
 ) -> None:
     folder = tmp_path / "pets"
     pets(folder)
     before, _ = read("folder", folder)
     (folder / "images").mkdir()
-    (folder / "train/cat").rename(folder / "images/cats")
-    (folder / "train/cat").symlink_to("../images/cats")
-    (folder / "images/0.png").symlink_to("cats/0.png")
+    (folder / "train/cat/0.png").rename(folder / "images/0.png")
+    (folder / "train/cat/0.png").symlink_to("../../images/0.png")
     (folder / "train/dog/again").symlink_to(folder)  # it would never end
     (tmp_path / "else/bird").mkdir(parents=True)
     (folder / "train/bird").symlink_to(tmp_path / "else/bird")
@@ -282,7 +281,7 @@ def test_links_are_followed_inside_the_folder_only(
     assert data.digest() == before.digest()
     found = {problem.file: problem.kind for problem in problems}
     assert found["train/bird"] == found["train/fish"] == "link that leads out of the folder"
-    assert found["train/dog/again"] == "link to a folder that is read already"
+    assert found["train/dog/again"] == "link to a folder"
     assert {kind for file, kind in found.items() if file.startswith("images")} == {
         "outside of test/, train/"
     }
@@ -368,12 +367,13 @@ def test_names_of_classes_are_compared_in_nfc(tmp_path: Path, get: Callable[...,
 
 
 @pytest.mark.parametrize("kind", ["tar.gz", "zip"])
-def test_long_name_is_refused(tmp_path: Path, refused: Callable[..., str], kind: str) -> None:
+def test_long_name_of_a_class_is_cut(
+    tmp_path: Path, get: Callable[..., Dataset], kind: str
+) -> None:
     images = in_class(pets(tmp_path / "pets"), "x" * 5000)
     path = tmp_path / f"pets.{kind}"
-    sentence = refused("folder", (zipped if kind == "zip" else tar)(path, images))
-    assert "over 255 characters" in sentence
-    assert len(sentence) < 600
+    data = get("folder", (zipped if kind == "zip" else tar)(path, images))
+    assert data.classes == ["cat", "x" * 255]
 
 
 def test_name_of_a_damaged_image_is_readable(tmp_path: Path, refused: Callable[..., str]) -> None:
@@ -540,7 +540,7 @@ class Array:
     [
         pytest.param(
             "folder",
-            lambda p: tar_bomb(p / "a.tar.gz", header("train/cat/0.png")),
+            lambda p: tar(p / "a.tar.gz", pets(p / "pets") | {"train/cat/0.png": bytes(80 * MIB)}),
             "more than 64 MiB",
             id="image in tar",
         ),
@@ -577,7 +577,7 @@ class Array:
                 p / "cifar.tar.gz",
                 data_batch_1=pickle.dumps({b"data": Array(), b"labels": [0] * 1000}),
             ),
-            "data_batch_1 must have one label for each image",
+            "cifar.tar.gz is not the archive of CIFAR-10",
             id="array",
         ),
     ],
@@ -665,7 +665,7 @@ def central_directory(path: Path, members: int) -> Path:
             lambda p, i: tar_bomb(p, header("x", X), 2), "header", 20, id="a header of 2 MiB"
         ),
         pytest.param(
-            lambda p, _: large_dictionary(p), "too much memory", 50, id="xz with a large dictionary"
+            lambda p, _: large_dictionary(p), "no zip or tar", 50, id="xz with a large dictionary"
         ),
         pytest.param(
             lambda p, _: central_directory(p, 2_000_000),
