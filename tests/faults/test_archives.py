@@ -234,8 +234,8 @@ def test_more_images_than_allowed_are_refused(
     tmp_path: Path, refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pets(tmp_path / "pets")
-    monkeypatch.setattr(readers, "MAX_PIXELS", 7 * 3 * 32**2)  # there are eight
-    assert "data.image_size" in refused("folder", tmp_path / "pets")
+    monkeypatch.setattr(readers, "MAX_NAMES", 7 * 600)  # there are eight
+    assert "of names; use fewer images" in refused("folder", tmp_path / "pets")
 
 
 # What is no plain file, and names

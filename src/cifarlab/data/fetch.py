@@ -5,8 +5,7 @@ from urllib.parse import unquote, urlsplit
 
 import pooch
 
-from cifarlab.data.archives import members, readable
-from cifarlab.data.images import is_image
+from cifarlab.data.archives import members
 from cifarlab.data.layout import is_hidden
 from cifarlab.errors import UserError, first_line, in_a_sentence
 from cifarlab.params.sections import DEFAULT_FOLDER, DataParams, is_remote
@@ -44,23 +43,18 @@ def fetch(params: DataParams, root: Path, cache: Path) -> Path:
 
 
 def find_images(params: DataParams, root: Path, cache: Path) -> Path:
-    """Return data.folder or, if that is the default and holds no images, what `fetch` finds.
+    """Return data.folder or, if that is the default and as empty as in Git, what `fetch` finds.
 
     UserError: there is no such folder, or the main checkout has the images, but not this copy.
     """
     folder = Path(params.folder).expanduser()
-    if params.folder != DEFAULT_FOLDER or holds_images(folder):
+    if params.folder != DEFAULT_FOLDER or holds_files(folder):
         if not folder.exists():
             raise UserError(f"data.folder = {folder} does not exist")
         return folder
-    if Path.cwd() != root and holds_images(root / folder):
+    if Path.cwd() != root and holds_files(root / folder):
         way_out = f"set data.folder={root / folder}, or leave out --temp and --queue"
         raise UserError(f"DVC's temporary copy of the checkout lacks {folder}/; {way_out}")
-    for member in members(folder) if folder.is_dir() else ():
-        if member.name != "README.md" and not is_hidden(member.name):
-            what = f"{readable(member.name)} ({member.problem or 'not a format of images'})"
-            way_out = "set data.folder to the folder or archive that holds them"
-            raise UserError(f"{folder}/ holds no images, but {what}; {way_out}")
     print(f"{folder}/ holds no images, so data.sources is read")
     found = fetch(params, root, cache)
     if not found.is_relative_to(cache):
@@ -68,9 +62,11 @@ def find_images(params: DataParams, root: Path, cache: Path) -> Path:
     return found
 
 
-def holds_images(folder: Path) -> bool:
-    """Tell whether a path is a folder with an image in it, at any depth."""
-    return folder.is_dir() and any(is_image(member.name) for member in members(folder))
+def holds_files(folder: Path) -> bool:
+    """Tell whether a path is a folder with more in it than README.md and hidden files."""
+    return folder.is_dir() and any(
+        member.name != "README.md" and not is_hidden(member.name) for member in members(folder)
+    )
 
 
 def _local(source: str, sha256: str | None, root: Path) -> Path:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from cifarlab.data.archives import readable
 from cifarlab.data.images import is_image
-from cifarlab.errors import UserError
+from cifarlab.errors import UserError, in_a_sentence
 
 SPLIT_NAMES = {"train": "train", "training": "train", "test": "test", "testing": "test"}
 SPLIT_NAMES |= dict.fromkeys(("val", "valid", "validation"), "validation")
@@ -157,20 +157,15 @@ def checked_classes(places: Places, source: Path) -> Places:
 def summary(problems: Sequence[Problem]) -> str:
     """Describe the problems in a part of a sentence; empty if there are none.
 
-    For example "; skipped 12: 9 .txt, 3 unreadable (cat/a.jpg: image file is truncated, …)".
+    For example "; unused or doubtful: 9 .txt, 3 unreadable (cat/a.jpg: it is truncated, …)".
     """
-    skipped = [problem for problem in problems if problem.kind != TWICE]
     shown = []
-    for kind, count in Counter(problem.kind for problem in skipped).most_common():
-        first = next(problem for problem in skipped if problem.kind == kind)
-        example = readable(first.file) + (f": {first.detail}" if first.detail else "")
+    for kind, count in Counter(problem.kind for problem in problems).most_common():
+        first = next(problem for problem in problems if problem.kind == kind)
+        example = ": ".join(readable(part) for part in (first.file, first.detail) if part)
         example = f" ({example}{', …' if count > 1 else ''})"
         shown.append(f"{count:,} {kind}{'' if kind.startswith('.') else example}")
-    text = f"; skipped {len(skipped):,}: {', '.join(shown)}" if skipped else ""
-    if twice := [problem for problem in problems if problem.kind == TWICE]:
-        example = f"{readable(twice[0].file)} = {readable(twice[0].detail)}"
-        text += f"; {len(twice):,} images are in two splits ({example})"
-    return text
+    return f"; unused or doubtful: {', '.join(shown)}" if shown else ""
 
 
 def is_hidden(name: str) -> bool:
@@ -224,7 +219,7 @@ def _rows(text: str, table: str) -> list[tuple[int, dict[str, str]]]:
     """Return the rows of a table with commas, semicolons or tabs, and their numbers of line."""
     head = text.partition("\n")[0]
     reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=max("\t;,", key=head.count))
-    try:
+    with in_a_sentence(f"{table}: %s", csv.Error):
         names = {name: COLUMNS.get(name.strip().lower(), "") for name in reader.fieldnames or []}
         if not {"file", "label"} <= {*names.values()}:
             columns = readable(", ".join(names)) or "none"
@@ -234,8 +229,6 @@ def _rows(text: str, table: str) -> list[tuple[int, dict[str, str]]]:
             (reader.line_num, {names.get(k, ""): str(v or "").strip() for k, v in row.items()})
             for row in reader
         ]
-    except csv.Error as error:
-        raise UserError(f"{table}, line {reader.line_num}: {error}") from error
 
 
 def _normal(path: str) -> str:

@@ -4,7 +4,6 @@ import hashlib
 import io
 import sys
 import warnings
-from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -24,8 +23,6 @@ from cifarlab.errors import UserError, in_a_sentence
 from cifarlab.files import PROBLEMS
 from cifarlab.params.sections import DataParams
 
-MAX_PIXELS = 2**40
-"""Bytes of the pixels of all images together. They are on disk, and never all in memory."""
 BATCH = 128
 """Images that are decoded at the same time."""
 MAX_NAMES = 2**29
@@ -116,7 +113,7 @@ def write_folder(source: Path, params: DataParams, folder: Path, problems: list[
     """
     from tqdm import tqdm
 
-    names = _list(source, params.image_size, problems)
+    names = _list(source, problems)
     if params.labels:
         places, others = layout.by_table(names, *_table(source, params.labels), source.name)
     else:
@@ -136,20 +133,18 @@ def write_folder(source: Path, params: DataParams, folder: Path, problems: list[
     data.save(folder, ((*rows[name], pixels) for name, pixels in judged))
 
 
-def _list(source: Path, image_size: int, problems: list[Problem]) -> Collection[str]:
+def _list(source: Path, problems: list[Problem]) -> Collection[str]:
     """Return the names of all files; `problems` gets those that cannot be read.
 
     UserError: there are too many, or two images have the same name.
     """
     names: dict[str, None] = {}
-    size = images = 0
+    size = 0
     for member in members(source):
         name, image = member.name, is_image(member.name)
         size += sys.getsizeof(name) + 600  # the tables made of it need more
-        images += image
-        if size > MAX_NAMES or images * 3 * image_size**2 > MAX_PIXELS:
-            most = f"{MAX_PIXELS >> 30} GiB or {MAX_NAMES >> 20} MiB of names"
-            raise UserError(f"{source} holds over {most}; lower data.image_size or use fewer")
+        if size > MAX_NAMES:
+            raise UserError(f"{source} holds over {MAX_NAMES >> 20} MiB of names; use fewer images")
         if member.problem and image:
             problems.append(Problem(name, UNREADABLE, member.problem))
         elif member.problem:
@@ -168,10 +163,9 @@ def _table(source: Path, name: str) -> tuple[str, str]:
     read = partial(archives.read_file, beside[0]) if beside else next(inside, None)
     if not read:
         raise UserError(f"there is no data.labels = {name} in {source} or beside it")
-    with in_a_sentence(f"{name} cannot be read: %s; replace it", words=reason):
-        content = read().getvalue()  # damaged bytes can raise any exception
-    with in_a_sentence(f"{name} is not UTF-8; save it as CSV in UTF-8", UnicodeDecodeError):
-        return content.decode("utf-8-sig"), PurePosixPath(name).name
+    # Damaged bytes can raise any exception.
+    with in_a_sentence(f"{name} cannot be read: %s; save it as CSV in UTF-8", words=reason):
+        return read().getvalue().decode("utf-8-sig"), PurePosixPath(name).name
 
 
 def _with_test(source: Path, names: Collection[str], places: Places, share: float) -> Places:
@@ -199,21 +193,17 @@ def _with_test(source: Path, names: Collection[str], places: Places, share: floa
 
 
 def _check_classes(source: Path, places: Places, problems: list[Problem]) -> None:
-    """Refuse fewer than two classes, one without images in a split, and equal names."""
+    """Refuse fewer than two classes, and one without images in a split."""
     found = {(place.split, place.label) for place in places.values()}
     labels = sorted({label for _, label in found})
-    skipped = layout.summary(problems)
+    unused = layout.summary(problems)
     if len(labels) < 2:
         only = f"one class only, {labels[0]}"
-        raise UserError(f"{source} holds {only}; at least two are needed{skipped}")
+        raise UserError(f"{source} holds {only}; at least two are needed{unused}")
     for split, label in product(SPLITS, labels):
         if (split, label) not in found:
             needed = "each class needs images to train on and to test, so at least two"
-            raise UserError(f"{source} holds no images in {split}/{label}/; {needed}{skipped}")
-    [(place, count)] = Counter(places.values()).most_common(1)
-    if count > 1:
-        twice = readable("/".join(place))
-        raise UserError(f"{source} holds two images called {twice}; remove one")
+            raise UserError(f"{source} holds no images in {split}/{label}/; {needed}{unused}")
 
 
 def _arranged(places: Places, name: str, size: int) -> tuple[Dataset, dict[str, tuple[str, int]]]:
@@ -226,7 +216,7 @@ def _arranged(places: Places, name: str, size: int) -> tuple[Dataset, dict[str, 
     rows: dict[str, tuple[str, int]] = {}
     labels: dict[str, list[int]] = {split: [] for split in SPLITS}
     # A place sorts as split, label and file, so validation comes behind train.
-    for image, place in sorted(places.items(), key=lambda item: item[1]):
+    for image, place in sorted(places.items(), key=lambda item: (item[1], item[0])):
         split = "test" if place.split == "test" else "train"
         rows[image] = split, len(labels[split])
         labels[split].append(number[place.label])
