@@ -49,7 +49,7 @@ class Member(NamedTuple):
     name: str
     """Its path from the top of the source, with / between the parts."""
     read: Callable[[], io.BytesIO]
-    """Reads it. Damaged bytes can raise any exception."""
+    """Reads it. Damaged bytes can raise any exception. What has a problem may be empty."""
     problem: str = ""
     """Why it cannot be read, if that is known."""
 
@@ -246,17 +246,13 @@ def files_in_tar(source: Path) -> Iterator[Member]:
                 yield Member(entry.name, partial(read_bounded, content, entry.size))
             elif not entry.isdir():
                 problem = "link in an archive" if entry.linkname else NO_FILE
-                yield Member(entry.name, _no_file, problem)
+                yield Member(entry.name, io.BytesIO, problem)
         assert tar.fileobj
         tar.fileobj.seek(tar.offset)
         if tar.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
             raise ValueError("it is cut short or damaged")
         while tar.fileobj.read(2**20):
             pass
-
-
-def _no_file() -> NoReturn:
-    raise ValueError(NO_FILE)
 
 
 def read_bounded(file: IO[bytes], size: int) -> io.BytesIO:

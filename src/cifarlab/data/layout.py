@@ -43,22 +43,20 @@ class Place(NamedTuple):
 
 Places = dict[str, Place]
 """The place of each image by its name."""
-Layout = tuple[Places, list[Problem]]
-"""The places of the images, and the files that are no images or have no place."""
 
 
-def by_folders(names: Iterable[str]) -> Layout:
+def by_folders(names: Iterable[str], problems: list[Problem]) -> Places:
     """Place images in train/<class>/, validation/<class>/ and test/<class>/, or in <class>/.
 
     Folders around all of these, and folders inside of a class, make no difference; neither does
-    the case of the names of the splits.
+    the case of the names of the splits. `problems` gets files that are no images or have no place.
 
     Raises
     ------
     UserError
         There is no train/, and the images are all in other splits, or a class is also beside them.
     """
-    images, problems = _images(names)
+    images = _images(names, problems)
     found = {name: _split(PurePosixPath(name).parts) for name in images}
     splits = {split for split, _ in found.values() if split}
     if any(SPLIT_NAMES[split] == "train" for split in splits):
@@ -84,15 +82,17 @@ def by_folders(names: Iterable[str]) -> Layout:
     if len(labels) > 1 and all(label.lower() in SPLIT_NAMES for label in labels):
         advice = "add one for each class, or name a table of labels with data.labels"
         raise UserError(f"{_join(labels)} hold images, but no folders; {advice}")
-    return _same_case(places), problems
+    return places
 
 
-def by_table(names: Iterable[str], text: str, table: str, top: str) -> Layout:
+def by_table(
+    names: Iterable[str], text: str, table: str, top: str, problems: list[Problem]
+) -> Places:
     """Place images as a table says that has the columns file, label and, where it has one, split.
 
     A file is named by its path from the source, from the folder `top` around it, or from inside of
     the folders that hold all images; or by its name alone, with or without suffix, if only one
-    image has that name.
+    image has that name. `problems` gets files and rows that cannot be used.
 
     Raises
     ------
@@ -100,7 +100,7 @@ def by_table(names: Iterable[str], text: str, table: str, top: str) -> Layout:
         The table has no such columns, a wrong split, two labels for a file, or over a tenth of its
         rows cannot be used.
     """
-    images, problems = _images(name for name in names if PurePosixPath(name).name != table)
+    images = _images((name for name in names if PurePosixPath(name).name != table), problems)
     found: dict[str, list[str]] = {}
     for name, parts in _without_top({n: PurePosixPath(n).parts for n in images}).items():
         path = PurePosixPath(name)
@@ -129,7 +129,7 @@ def by_table(names: Iterable[str], text: str, table: str, top: str) -> Layout:
         raise UserError(f"{count}; {readable(unused[0].file)} is {unused[0].kind}")
     missing = f"not in {table}"
     problems += [*unused, *(Problem(name, missing) for name in images if name not in places)]
-    return places, problems
+    return places
 
 
 def checked_classes(places: Places, source: Path) -> Places:
@@ -173,9 +173,9 @@ def is_hidden(name: str) -> bool:
     return any(part.startswith(".") or part in HIDDEN for part in PurePosixPath(name).parts)
 
 
-def _images(names: Iterable[str]) -> tuple[list[str], list[Problem]]:
-    """Return what should be images, and the other files."""
-    images, problems = [], []
+def _images(names: Iterable[str], problems: list[Problem]) -> list[str]:
+    """Return what should be images; `problems` gets the other files."""
+    images = []
     for name in names:
         if is_hidden(name):
             problems.append(Problem(name, "hidden"))
@@ -184,7 +184,7 @@ def _images(names: Iterable[str]) -> tuple[list[str], list[Problem]]:
         else:
             suffix = readable(PurePosixPath(name).suffix.lower()[:20])
             problems.append(Problem(name, suffix if len(suffix) > 1 else "without a suffix"))
-    return images, problems
+    return images
 
 
 def _split(path: tuple[str, ...]) -> tuple[str, tuple[str, ...]]:
@@ -204,15 +204,6 @@ def _without_top(paths: dict[str, tuple[str, ...]]) -> dict[str, tuple[str, ...]
             break
         paths = {name: path[len(path) > 1 :] for name, path in paths.items()}
     return paths
-
-
-def _same_case(places: Places) -> Places:
-    """Give a class in validation/ and test/ the case that its name has in train/."""
-    train = {place.label for place in places.values() if place.split == "train"}
-    known = {label.casefold(): label for label in train}
-    if len(known) < len(train):  # the case distinguishes classes, such as a and A
-        return places
-    return {n: p._replace(label=known.get(p.label.casefold(), p.label)) for n, p in places.items()}
 
 
 def _rows(text: str, table: str) -> list[tuple[int, dict[str, str]]]:

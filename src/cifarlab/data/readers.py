@@ -4,7 +4,7 @@ import hashlib
 import io
 import sys
 import warnings
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import chain, product, repeat
@@ -76,26 +76,19 @@ def read_cifar10(archive: Path) -> Dataset:
                 names = archives.unpickle(member.read())[b"label_names"]
                 classes = [readable(label.decode()) for label in names]
             elif folder == "cifar-10-batches-py" and name in chain(*CIFAR10_FILES.values()):
-                batches[name] = _cifar10_batch(name, member.read)
+                content = archives.unpickle(member.read())
+                pixels, numbers = content[b"data"].array, content[b"labels"]
+                if pixels.shape != (len(numbers), 3072):
+                    raise ValueError(f"{name} needs one label for each image of 3×32×32 bytes")
+                images_of = pixels.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
+                batches[name] = images_of, np.fromiter(numbers, np.int64)
         images, labels = {}, {}
         for split, files in CIFAR10_FILES.items():
-            pixels, numbers = zip(*(batches[name] for name in files), strict=True)
-            images[split], labels[split] = np.concatenate(pixels), np.concatenate(numbers)
+            parts = zip(*(batches[name] for name in files), strict=True)
+            images[split], labels[split] = map(np.concatenate, parts)
         if {*labels["train"], *labels["test"]} - {*range(len(classes))}:
             raise ValueError("a label has no class")
     return Dataset(images, labels, classes, "cifar10")
-
-
-def _cifar10_batch(name: str, read: Callable[[], io.BytesIO]) -> tuple[Pixels, Labels]:
-    """Return images (N, 32, 32, 3) and labels (N,) of one file of the archive."""
-    try:
-        content = archives.unpickle(read())
-        pixels, labels = content[b"data"].array, content[b"labels"]
-    except Exception as error:  # damaged bytes can raise any exception
-        raise ValueError(f"{name}: {reason(error)}") from error
-    if pixels.shape != (len(labels), 3072):
-        raise ValueError(f"{name} must have one label for each image of 3×32×32 bytes")
-    return pixels.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1), np.fromiter(labels, np.int64)
 
 
 def write_folder(source: Path, params: DataParams, folder: Path, problems: list[Problem]) -> None:
@@ -115,10 +108,10 @@ def write_folder(source: Path, params: DataParams, folder: Path, problems: list[
 
     names = _list(source, problems)
     if params.labels:
-        places, others = layout.by_table(names, *_table(source, params.labels), source.name)
+        text, table = _table(source, params.labels)
+        places = layout.by_table(names, text, table, source.name, problems)
     else:
-        places, others = layout.by_folders(names)
-    problems += others
+        places = layout.by_folders(names, problems)
     places = layout.checked_classes(places, source)
     if not places:
         layouts = "train/<class>/ and test/<class>/, or in <class>/"
@@ -313,16 +306,15 @@ def _again(source: Path, names: Collection[str], images: Collection[str]) -> Ite
 
     UserError: other files are there now.
     """
-    left = {*images}
-    changed = f"{source} has changed while it was read; type the same command again"
+    found = set[str]()
     for member in members(source):
-        if member.name not in names and not member.problem:
-            raise UserError(changed)
-        if member.name in left:
-            left.remove(member.name)
+        if member.problem:
+            continue
+        found.add(member.name)
+        if member.name in images:
             yield member
-    if left:
-        raise UserError(changed)
+    if found != {*names}:
+        raise UserError(f"{source} has changed while it was read; type the same command again")
 
 
 def digits() -> Dataset:
