@@ -45,12 +45,10 @@ def fetch(params: DataParams, root: Path, cache: Path) -> Path:
 def find_images(params: DataParams, root: Path, cache: Path) -> Path:
     """Return data.folder or, if that is the default and as empty as in Git, what `fetch` finds.
 
-    UserError: there is no such folder, or the main checkout has the images, but not this copy.
+    UserError: the main checkout has the images, but not this copy.
     """
     folder = Path(params.folder).expanduser()
     if params.folder != DEFAULT_FOLDER or holds_files(folder):
-        if not folder.exists():
-            raise UserError(f"data.folder = {folder} does not exist")
         return folder
     if Path.cwd() != root and holds_files(root / folder):
         way_out = f"set data.folder={root / folder}, or leave out --temp and --queue"

@@ -111,7 +111,7 @@ def by_table(
     unused: list[Problem] = []
     rows = _rows(text, table)
     for line, row in rows:
-        file, label, split = (row.get(column, "") for column in ("file", "label", "split"))
+        file, label, split = (row.get(name, "").strip() for name in ("file", "label", "split"))
         where = f"{table}, line {line}"
         if split and split.lower() not in SPLIT_NAMES:
             known = _join(SPLIT_NAMES)
@@ -208,18 +208,16 @@ def _without_top(paths: dict[str, tuple[str, ...]]) -> dict[str, tuple[str, ...]
 
 def _rows(text: str, table: str) -> list[tuple[int, dict[str, str]]]:
     """Return the rows of a table with commas, semicolons or tabs, and their numbers of line."""
-    head = text.partition("\n")[0]
-    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=max("\t;,", key=head.count))
+    separator = max("\t;,", key=text.partition("\n")[0].count)
+    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=separator, restval="")
     with in_a_sentence(f"{table}: %s", csv.Error):
-        names = {name: COLUMNS.get(name.strip().lower(), "") for name in reader.fieldnames or []}
-        if not {"file", "label"} <= {*names.values()}:
-            columns = readable(", ".join(names)) or "none"
+        head = reader.fieldnames or []
+        reader.fieldnames = [COLUMNS.get(name.strip().lower(), "") for name in head]
+        if not {"file", "label"} <= {*reader.fieldnames}:
+            columns = readable(", ".join(head)) or "none"
             needed = "needs the columns file and label, and may have split"
             raise UserError(f"{table} {needed}; it has {columns}")
-        return [
-            (reader.line_num, {names.get(k, ""): str(v or "").strip() for k, v in row.items()})
-            for row in reader
-        ]
+        return [(reader.line_num, row) for row in reader]
 
 
 def _normal(path: str) -> str:
