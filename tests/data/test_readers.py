@@ -30,7 +30,6 @@ from tests.support.archives import assert_is_cifar10, batch, cifar10, link, pets
     "dump",
     [
         pytest.param(python2, id="python 2"),
-        pytest.param(lambda content: pickle.dumps(content, 2), id="python 3 for python 2"),
         pytest.param(pickle.dumps, id="python 3"),
     ],
 )

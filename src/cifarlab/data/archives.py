@@ -80,23 +80,12 @@ class StandIn:
 class ArrayUnpickler(pickle._Unpickler):
     """Reads plain containers, and arrays as `StandIn`. Refuses everything else."""
 
-    encoded = 0
-
     def find_class(self, module: str, name: str) -> Any:
         """Return the stand-in for a class or function that the pickle names."""
         # Versions of numpy differ in the names of its modules.
         if module.startswith("numpy") and name in ("_reconstruct", "ndarray", "dtype"):
             return StandIn
-        if (module, name) == ("_codecs", "encode"):
-            return self._encode
         raise pickle.UnpicklingError(readable(f"it asks for {module}.{name}"))
-
-    def _encode(self, text: str, _: Any) -> bytes:
-        """Return bytes that Python 3 wrote for Python 2. The pickle cannot choose the codec."""
-        self.encoded += len(text)  # one text can be encoded again and again
-        if self.encoded > MAX_MEMBER:
-            raise pickle.UnpicklingError("it unpacks to too many bytes")
-        return text.encode("latin1")
 
 
 def unpickle(file: io.BytesIO) -> Any:
