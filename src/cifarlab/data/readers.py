@@ -129,23 +129,21 @@ def write_folder(source: Path, params: DataParams, folder: Path, problems: list[
 def _list(source: Path, problems: list[Problem]) -> Collection[str]:
     """Return the names of all files; `problems` gets those that cannot be read.
 
-    UserError: there are too many, or two images have the same name.
+    UserError: there are too many.
     """
     names: dict[str, None] = {}
     size = 0
     for member in members(source):
-        name, image = member.name, is_image(member.name)
+        name = member.name
         size += sys.getsizeof(name) + 600  # the tables made of it need more
         if size > MAX_NAMES:
             raise UserError(f"{source} holds over {MAX_NAMES >> 20} MiB of names; use fewer images")
-        if member.problem and image:
+        if not member.problem:
+            names[name] = None  # an archive can hold a name twice: the last one is used
+        elif is_image(name):
             problems.append(Problem(name, UNREADABLE, member.problem))
-        elif member.problem:
-            problems.append(Problem(name, member.problem))
-        elif name in names and image:
-            raise UserError(f"{source} holds two files called {readable(name)}; remove one")
         else:
-            names[name] = None
+            problems.append(Problem(name, member.problem))
     return names
 
 
