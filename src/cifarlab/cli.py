@@ -69,7 +69,7 @@ def variant(name: str) -> None:
     It becomes a DVC experiment of that name, and replaces an earlier one. It runs in a temporary
     copy.
     """
-    from cifarlab.data.fetch import holds_images
+    from cifarlab.data.fetch import holds_files
 
     variants = read_yaml(files.VARIANTS, f"`git checkout {files.VARIANTS}` restores it")
     variants = {str(k): v for k, v in variants.items()} if isinstance(variants, dict) else {}
@@ -80,7 +80,7 @@ def variant(name: str) -> None:
     data = changed(changes).data
     folder = Path(data.folder).expanduser()
     # Without images there, data.sources is read, or DVC knows them.
-    if data.name == "folder" and (folder.is_file() or holds_images(folder)):
+    if data.name == "folder" and (folder.is_file() or holds_files(folder)):
         changes = {**changes, "data.folder": str(folder.resolve())}
     options = ["--temp", "--force", "--name", name, *pipeline.set_options(changes)]
     # Without --quiet, twelve warnings of DVC hide the sentence of a stage that failed.

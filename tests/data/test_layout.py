@@ -55,12 +55,6 @@ THIRD = {name.replace(".png", "-3.png"): picture(200 + i) for i, name in enumera
             id="folders inside of the classes",
         ),
         pytest.param(CATS | pictures(10, "train"), 24, 6, 0, id="a class that is called train"),
-        pytest.param(
-            under("train", CATS)
-            | {name.replace("cat", "Cat"): data for name, data in under("test", MORE).items()},
-            *(20, 20, 0),
-            id="a class in another case",
-        ),
     ],
 )
 @pytest.mark.parametrize("kind", ["folder", "zip", "backslashes", "tar.gz"])
@@ -204,7 +198,7 @@ def test_nothing_is_dropped_in_silence(tmp_path: Path, read: Read) -> None:
     data, problems = read("folder", zipped(tmp_path / "mine.zip", files))
     assert len(data.labels["train"]) == len(data.images["train"]) == 20
     summary = layout.summary(problems)
-    assert summary.startswith("; skipped 9: ")
+    assert summary.startswith("; unused or doubtful: ")
     for part in (
         "2 .txt",
         "1 without a suffix (photos/train/cat/LICENSE)",
@@ -227,7 +221,7 @@ def test_more_than_a_tenth_of_damaged_images_is_refused(
         (folder / f"train/cat/{i}.png").write_bytes(b"")
     _, problems = read("folder", folder)
     why = "it is no image that Pillow can open"
-    text = f"; skipped 4: 4 unreadable (train/cat/0.png: {why}, …)"
+    text = f"; unused or doubtful: 4 unreadable (train/cat/0.png: {why}, …)"
     assert layout.summary(problems) == text
     (folder / "train/cat/4.png").write_bytes(b"")
     sentence = refused("folder", folder)
@@ -282,7 +276,7 @@ def test_an_image_in_two_splits_is_reported(tmp_path: Path, read: Read) -> None:
         Problem("test/dog/same.bmp", layout.TWICE, "train/dog/4.png"),
     ]
     assert layout.summary(problems) == (
-        "; 2 images are in two splits (test/cat/same.png = train/cat/3.png)"
+        "; unused or doubtful: 2 also in another split (test/cat/same.png: train/cat/3.png, …)"
     )
 
 
@@ -383,7 +377,7 @@ def test_a_table_may_name_the_splits(tmp_path: Path, read: Read) -> None:
             "line 18: img/dog-6.png is without a label",
         ),
         (table([*ROWS, (ROWS[0][0], "dog")]), "line 22: img/cat-0.png has another label above"),
-        (b"\xff\xfe", "t.csv is not UTF-8"),
+        (b"\xff\xfe", "t.csv cannot be read: 'utf-8' codec"),
         (b"", "t.csv needs the columns"),
         (b'file,label\n"' + b"x" * 200_000, "field larger than field limit"),
     ],
@@ -435,12 +429,13 @@ def test_a_folder_of_the_project_without_images_is_not_ignored(
     else:
         write(tmp_path / "images", {"cat/1.cr2": b"raw"})
     kind = {
-        "zip": "mine.zip (not a format of images)",
-        "link": "cat (link that leads out of the folder)",
-        "raw": "cat/1.cr2 (not a format of images)",
+        "zip": "1 .zip",
+        "link": "1 link that leads out of the folder (cat)",
+        "raw": "1 .cr2",
     }[what]
     sentence = refused("folder", zipped(tmp_path / "other.zip", CATS))
-    assert f"images/ holds no images, but {kind}; set data.folder to" in sentence
+    assert sentence.startswith("images holds no images in train/<class>/")
+    assert kind in sentence
 
 
 def test_the_folder_of_the_project_is_read_if_it_holds_images(

@@ -19,7 +19,9 @@ def test_dvc_notices_a_changed_folder(project: Project, tmp_path: Path) -> None:
     (photos / "cat/new.png").write_bytes(picture(99))
     (photos / "notes.txt").write_text("x")
     output = project.dvc("repro", "download")
-    assert "read 21 images of 2 classes (17 to train, 4 to test); skipped 1: 1 .txt" in output
+    assert (
+        "read 21 images of 2 classes (17 to train, 4 to test); unused or doubtful: 1 .txt" in output
+    )
     problems = (project.folder / "plots/image_problems.csv").read_text("utf-8")
     assert problems == "file,kind,detail\nnotes.txt,.txt,\n"
     shutil.rmtree(photos / "dog")

@@ -18,13 +18,12 @@ from _compression import DecompressReader
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from functools import partial
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import IO, Any, NamedTuple, NoReturn, Self
 
 import numpy as np
 import numpy.typing as npt
 
-from cifarlab.data.images import is_image
 from cifarlab.errors import UserError, first_line, in_a_sentence
 
 MAX_HEADER = 2**14
@@ -37,11 +36,9 @@ MAX_DICTIONARY = 2**28
 """Bytes of memory for unpacking .tar.xz; `xz -9` needs a quarter of it."""
 MAX_MEMBER = 2**26
 """Bytes of one file, unpacked."""
-TOO_MANY = f"more than {MAX_MEMBER >> 20} MiB"
 NO_FILE = "no file"
-LEADS_OUTSIDE = "link that leads out of the folder"
 MAX_NAME = 255
-"""Characters of the name of a file or folder; file systems have the same limit."""
+"""Characters of a name that are shown; file systems have the same limit."""
 MAX_OPCODES = 2**18
 """Instructions of a pickle. Each can make an object; a file of CIFAR-10 has up to 90,000."""
 
@@ -52,7 +49,7 @@ class Member(NamedTuple):
     name: str
     """Its path from the top of the source, with / between the parts."""
     read: Callable[[], io.BytesIO]
-    """Reads it. Damaged bytes can raise any exception."""
+    """Reads it. Damaged bytes can raise any exception. What has a problem may be empty."""
     problem: str = ""
     """Why it cannot be read, if that is known."""
 
@@ -65,7 +62,7 @@ class StandIn:
     """
 
     def __init__(self, *arguments: Any) -> None:
-        self.arguments, self.state = arguments, None
+        self.arguments = arguments
 
     def __setstate__(self, state: Any) -> None:
         self.state = state
@@ -73,8 +70,6 @@ class StandIn:
     @property
     def array(self) -> npt.NDArray[np.uint8]:
         """The array. Damaged ones, and those of another type than uint8, raise any exception."""
-        if self.state is None:  # an array without a state is empty
-            return np.empty(0, np.uint8)
         _, shape, dtype, fortran, content = self.state
         if dtype.arguments[0] not in ("u1", b"u1") or not isinstance(content, bytes):
             raise pickle.UnpicklingError("an array that is not of uint8")
@@ -85,23 +80,12 @@ class StandIn:
 class ArrayUnpickler(pickle._Unpickler):
     """Reads plain containers, and arrays as `StandIn`. Refuses everything else."""
 
-    encoded = 0
-
     def find_class(self, module: str, name: str) -> Any:
         """Return the stand-in for a class or function that the pickle names."""
         # Versions of numpy differ in the names of its modules.
         if module.startswith("numpy") and name in ("_reconstruct", "ndarray", "dtype"):
             return StandIn
-        if (module, name) == ("_codecs", "encode"):
-            return self._encode
         raise pickle.UnpicklingError(readable(f"it asks for {module}.{name}"))
-
-    def _encode(self, text: str, _: Any) -> bytes:
-        """Return bytes that Python 3 wrote for Python 2. The pickle cannot choose the codec."""
-        self.encoded += len(text)  # one text can be encoded again and again
-        if self.encoded > MAX_MEMBER:
-            raise pickle.UnpicklingError("it unpacks to too many bytes")
-        return text.encode("latin1")
 
 
 def unpickle(file: io.BytesIO) -> Any:
@@ -124,7 +108,7 @@ def members(source: Path) -> Iterator[Member]:
     Raises
     ------
     UserError
-        The source is damaged or larger than the limits, or a member points outside of it.
+        The source is damaged or larger than the limits.
     """
     # Damaged bytes can raise any exception.
     with in_a_sentence(f"{source} cannot be read: %s; replace it", words=reason):
@@ -135,28 +119,16 @@ def members(source: Path) -> Iterator[Member]:
 
 
 def _files_in_folder(folder: Path) -> Iterator[Member]:
-    top, followed = folder.resolve(), set[Path]()
-    for parent, folders, files in os.walk(folder, onerror=_unlisted, followlinks=True):
-        for path in [Path(parent, name) for name in folders if Path(parent, name).is_symlink()]:
-            target = _target(path)
-            problem = "" if target.is_relative_to(top) else LEADS_OUTSIDE
-            # A link to a folder around it, or two links to each other, would never end.
-            if not problem and (target in followed or path.absolute().is_relative_to(target)):
-                problem = "link to a folder that is read already"
-            if problem:
-                folders.remove(path.name)
-                yield Member(path.relative_to(folder).as_posix(), io.BytesIO, problem)
-            followed.add(target)
+    top = folder.resolve()
+    for parent, folders, files in os.walk(folder, onerror=_unlisted):
         folders.sort()
-        for path in [Path(parent, name) for name in sorted(files)]:
-            problem = "" if path.is_file() else NO_FILE
-            if path.is_symlink() and not _target(path).is_relative_to(top):
-                problem = LEADS_OUTSIDE
+        links = [name for name in folders if Path(parent, name).is_symlink()]
+        for path in [Path(parent, name) for name in [*links, *sorted(files)]]:
+            problem = "" if path.is_file() else "link to a folder" if path.is_dir() else NO_FILE
+            # resolve() refuses a link to itself.
+            if path.is_symlink() and not Path(os.path.realpath(path)).is_relative_to(top):
+                problem = "link that leads out of the folder"
             yield Member(path.relative_to(folder).as_posix(), partial(read_file, path), problem)
-
-
-def _target(link: Path) -> Path:
-    return Path(os.path.realpath(link))  # resolve() refuses a link to itself
 
 
 def read_file(path: Path) -> io.BytesIO:
@@ -181,7 +153,7 @@ def _files_in_zip(source: Path) -> Iterator[Member]:
         raise ValueError(f"the list of its members is larger than {MAX_DIRECTORY >> 20} MiB")
     with zipfile.ZipFile(source) as archive:
         for member in archive.infolist():
-            name = _checked_name(source, _name_in_zip(member))
+            name = _name_in_zip(member)
             # The other compression methods of zip have no bound on the memory that they take.
             if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
                 raise ValueError(f"{name} is not packed with deflate; pack it so")
@@ -194,10 +166,11 @@ def _files_in_zip(source: Path) -> Iterator[Member]:
 
 def _name_in_zip(member: zipfile.ZipInfo) -> str:
     """Return the name of a member. Linux and macOS write UTF-8, and often do not say so."""
+    name = member.filename.replace("\\", "/")  # some programs for Windows write backslashes
     with suppress(UnicodeError):
         if not member.flag_bits & 0x800:
-            return member.filename.encode("cp437").decode("utf-8")
-    return member.filename
+            return name.encode("cp437").decode("utf-8")
+    return name
 
 
 class BoundedTarInfo(tarfile.TarInfo):
@@ -236,8 +209,6 @@ class BoundedTarFile(tarfile.TarFile):
         try:
             return cls.taropen(name, mode, io.BufferedReader(unpacked))
         except (lzma.LZMAError, EOFError) as error:
-            if "limit" in str(error):
-                raise ValueError("it needs too much memory; use xz -9 or lower") from error
             raise tarfile.ReadError("not an xz file") from error
 
     def next(self) -> tarfile.TarInfo | None:
@@ -259,14 +230,12 @@ def files_in_tar(source: Path) -> Iterator[Member]:
     """
     with source.open("rb") as file, BoundedTarFile.open(fileobj=file) as tar:
         while entry := tar.next():
-            name = _checked_name(source, entry.name)
-            _checked_name(source, entry.linkname)  # it is empty unless it is a link
             if entry.isfile():
-                if is_image(name) and entry.size > MAX_MEMBER:  # before unpacking what is behind it
-                    raise ValueError(f"{name} unpacks to {entry.size:,} bytes, {TOO_MANY}")
-                yield Member(name, partial(read_bounded, tar.fileobject(tar, entry), entry.size))
+                content = tar.fileobject(tar, entry)
+                yield Member(entry.name, partial(read_bounded, content, entry.size))
             elif not entry.isdir():
-                yield Member(name, _no_file, "link in an archive" if entry.linkname else NO_FILE)
+                problem = "link in an archive" if entry.linkname else NO_FILE
+                yield Member(entry.name, io.BytesIO, problem)
         assert tar.fileobj
         tar.fileobj.seek(tar.offset)
         if tar.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
@@ -275,17 +244,13 @@ def files_in_tar(source: Path) -> Iterator[Member]:
             pass
 
 
-def _no_file() -> NoReturn:
-    raise ValueError(NO_FILE)
-
-
 def read_bounded(file: IO[bytes], size: int) -> io.BytesIO:
     """Return the content of an open file that should have this size. ValueError: it is too large.
 
     One byte more is read because zip compares its checksum at the end.
     """
     if size > MAX_MEMBER:
-        raise ValueError(f"it unpacks to {size:,} bytes, {TOO_MANY}")
+        raise ValueError(f"it unpacks to {size:,} bytes, more than {MAX_MEMBER >> 20} MiB")
     return io.BytesIO(file.read(size + 1))
 
 
@@ -307,22 +272,9 @@ def reason(error: Exception) -> str:
         return "it is no image that Pillow can open"
     if isinstance(error, KeyError):
         return f"it has no {error}"
-    if isinstance(error, AttributeError | TypeError | IndexError):
-        return "it holds something else"
     if isinstance(error, tarfile.ReadError):
         return "it is no zip or tar archive, or it is damaged"
     return readable(first_line(error))
-
-
-def _checked_name(source: Path, name: str) -> str:
-    """Return the name of a member with / between its parts. UserError: it is refused."""
-    unified = name.replace("\\", "/")  # some programs for Windows write backslashes
-    path, shown = PurePosixPath(unified), readable(name)
-    if path.is_absolute() or ".." in path.parts:
-        raise UserError(f"{source} is refused: its member {shown} points outside the archive")
-    if any(len(part) > MAX_NAME for part in path.parts):
-        raise UserError(f"{source}: the name {shown}… has over {MAX_NAME} characters; shorten it")
-    return unified
 
 
 def _unlisted(error: OSError) -> NoReturn:

@@ -5,10 +5,9 @@ from urllib.parse import unquote, urlsplit
 
 import pooch
 
-from cifarlab.data.archives import members, readable
-from cifarlab.data.images import is_image
+from cifarlab.data.archives import members
 from cifarlab.data.layout import is_hidden
-from cifarlab.errors import UserError, first_line
+from cifarlab.errors import UserError, first_line, in_a_sentence
 from cifarlab.params.sections import DEFAULT_FOLDER, DataParams, is_remote
 
 ATTEMPTS = 3
@@ -44,23 +43,16 @@ def fetch(params: DataParams, root: Path, cache: Path) -> Path:
 
 
 def find_images(params: DataParams, root: Path, cache: Path) -> Path:
-    """Return data.folder or, if that is the default and holds no images, what `fetch` finds.
+    """Return data.folder or, if that is the default and as empty as in Git, what `fetch` finds.
 
-    UserError: there is no such folder, or the main checkout has the images, but not this copy.
+    UserError: the main checkout has the images, but not this copy.
     """
     folder = Path(params.folder).expanduser()
-    if params.folder != DEFAULT_FOLDER or holds_images(folder):
-        if not folder.exists():
-            raise UserError(f"data.folder = {folder} does not exist")
+    if params.folder != DEFAULT_FOLDER or holds_files(folder):
         return folder
-    if Path.cwd() != root and holds_images(root / folder):
+    if Path.cwd() != root and holds_files(root / folder):
         way_out = f"set data.folder={root / folder}, or leave out --temp and --queue"
         raise UserError(f"DVC's temporary copy of the checkout lacks {folder}/; {way_out}")
-    for member in members(folder) if folder.is_dir() else ():
-        if member.name != "README.md" and not is_hidden(member.name):
-            what = f"{readable(member.name)} ({member.problem or 'not a format of images'})"
-            way_out = "set data.folder to the folder or archive that holds them"
-            raise UserError(f"{folder}/ holds no images, but {what}; {way_out}")
     print(f"{folder}/ holds no images, so data.sources is read")
     found = fetch(params, root, cache)
     if not found.is_relative_to(cache):
@@ -68,9 +60,11 @@ def find_images(params: DataParams, root: Path, cache: Path) -> Path:
     return found
 
 
-def holds_images(folder: Path) -> bool:
-    """Tell whether a path is a folder with an image in it, at any depth."""
-    return folder.is_dir() and any(is_image(member.name) for member in members(folder))
+def holds_files(folder: Path) -> bool:
+    """Tell whether a path is a folder with more in it than README.md and hidden files."""
+    return folder.is_dir() and any(
+        member.name != "README.md" and not is_hidden(member.name) for member in members(folder)
+    )
 
 
 def _local(source: str, sha256: str | None, root: Path) -> Path:
@@ -90,18 +84,9 @@ def _local(source: str, sha256: str | None, root: Path) -> Path:
 
 def _download(url: str, sha256: str, cache: Path) -> Path:
     """Download an archive, unless the cache holds it. Its checksum is verified either way."""
-    import requests
-
     pooch.get_logger().setLevel("WARNING")
     # With the checksum in its name, another archive under the same URL gets a file of its own.
     name = f"{sha256[:16]}-{PurePosixPath(urlsplit(url).path).name[-100:]}"
     downloader = pooch.HTTPDownloader(progressbar=True, timeout=TIMEOUT)
-    try:
+    with in_a_sentence(f"the download to {cache} failed, %s"):
         return Path(pooch.retrieve(url, f"sha256:{sha256}", name, cache, downloader=downloader))
-    except requests.RequestException as error:
-        status = "" if error.response is None else f" {error.response.status_code}"
-        raise UserError(f"the download failed, {type(error).__name__}{status}") from error
-    except ValueError as error:
-        raise UserError(f"the server sent another file, SHA-256 is not {sha256}") from error
-    except OSError as error:
-        raise UserError(f"{cache} cannot be written, {error.strerror or error}") from error

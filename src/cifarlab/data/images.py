@@ -6,7 +6,7 @@ from functools import cache
 from pathlib import PurePosixPath
 
 import numpy as np
-from PIL import Image, ImageCms, ImageOps, PngImagePlugin
+from PIL import Image, ImageOps, PngImagePlugin
 
 from cifarlab.data.dataset import Pixels
 
@@ -26,6 +26,7 @@ EXTRA = {".heic": "pillow-heif", ".heif": "pillow-heif", ".avif": "a Pillow with
 def formats() -> dict[str, str]:
     """Return the suffixes of images that can be opened, such as ".jpg", and their formats."""
     PngImagePlugin.MAX_TEXT_MEMORY = MAX_TEXT  # by default 64 MiB
+    Image.MAX_IMAGE_PIXELS = MAX_IMAGE // 2  # Pillow warns above it, and refuses twice as many
     with suppress(ImportError):
         import pillow_heif
 
@@ -43,7 +44,7 @@ def is_image(name: str) -> bool:
 def count_pixels(file: io.BytesIO) -> int:
     """Return width × height of an image, from its header.
 
-    Damaged images raise any exception. ValueError: the image is too large.
+    Damaged images raise any exception, and too large ones do.
     """
     with _open(file) as image:
         return image.width * image.height
@@ -53,7 +54,7 @@ def decode(file: io.BytesIO, size: int) -> Pixels:
     """Return the middle square of an image, turned upright, as uint8 (size, size, 3), RGB.
 
     Of an animation it is the first picture, and what is transparent has the colour that is stored
-    there. Damaged images raise any exception. ValueError: the image is too large.
+    there. Damaged images raise any exception, and too large ones do.
     """
     # It is opened again, because unpacked texts and profiles in its header can take much memory.
     with _open(file) as image:
@@ -68,11 +69,7 @@ def decode(file: io.BytesIO, size: int) -> Pixels:
 
 
 def _open(file: io.BytesIO) -> Image.Image:
-    image = Image.open(file, formats=sorted({*formats().values()}))
-    if image.width * image.height > MAX_IMAGE:
-        limit = f"more than {MAX_IMAGE // 10**6} million pixels"
-        raise ValueError(f"{image.width:,}×{image.height:,} are {limit}")
-    return image
+    return Image.open(file, formats=sorted({*formats().values()}))
 
 
 def _rgb(image: Image.Image) -> Image.Image:
@@ -85,7 +82,4 @@ def _rgb(image: Image.Image) -> Image.Image:
         usual = (255, 65535) if image.mode == "I" else (1, 255, 65535)
         top = next((top for top in usual if values.max() <= top), values.max())
         return Image.fromarray((values * (255 / top)).clip(0, 255).astype(np.uint8)).convert("RGB")
-    if image.mode == "LAB":
-        lab, srgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
-        return ImageCms.profileToProfile(image, lab, srgb, outputMode="RGB") or image
     return image if image.mode == "RGB" else image.convert("RGB")

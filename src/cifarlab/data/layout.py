@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from cifarlab.data.archives import readable
 from cifarlab.data.images import is_image
-from cifarlab.errors import UserError
+from cifarlab.errors import UserError, in_a_sentence
 
 SPLIT_NAMES = {"train": "train", "training": "train", "test": "test", "testing": "test"}
 SPLIT_NAMES |= dict.fromkeys(("val", "valid", "validation"), "validation")
@@ -43,22 +43,20 @@ class Place(NamedTuple):
 
 Places = dict[str, Place]
 """The place of each image by its name."""
-Layout = tuple[Places, list[Problem]]
-"""The places of the images, and the files that are no images or have no place."""
 
 
-def by_folders(names: Iterable[str]) -> Layout:
+def by_folders(names: Iterable[str], problems: list[Problem]) -> Places:
     """Place images in train/<class>/, validation/<class>/ and test/<class>/, or in <class>/.
 
     Folders around all of these, and folders inside of a class, make no difference; neither does
-    the case of the names of the splits.
+    the case of the names of the splits. `problems` gets files that are no images or have no place.
 
     Raises
     ------
     UserError
         There is no train/, and the images are all in other splits, or a class is also beside them.
     """
-    images, problems = _images(names)
+    images = _images(names, problems)
     found = {name: _split(PurePosixPath(name).parts) for name in images}
     splits = {split for split, _ in found.values() if split}
     if any(SPLIT_NAMES[split] == "train" for split in splits):
@@ -84,15 +82,17 @@ def by_folders(names: Iterable[str]) -> Layout:
     if len(labels) > 1 and all(label.lower() in SPLIT_NAMES for label in labels):
         advice = "add one for each class, or name a table of labels with data.labels"
         raise UserError(f"{_join(labels)} hold images, but no folders; {advice}")
-    return _same_case(places), problems
+    return places
 
 
-def by_table(names: Iterable[str], text: str, table: str, top: str) -> Layout:
+def by_table(
+    names: Iterable[str], text: str, table: str, top: str, problems: list[Problem]
+) -> Places:
     """Place images as a table says that has the columns file, label and, where it has one, split.
 
     A file is named by its path from the source, from the folder `top` around it, or from inside of
     the folders that hold all images; or by its name alone, with or without suffix, if only one
-    image has that name.
+    image has that name. `problems` gets files and rows that cannot be used.
 
     Raises
     ------
@@ -100,7 +100,7 @@ def by_table(names: Iterable[str], text: str, table: str, top: str) -> Layout:
         The table has no such columns, a wrong split, two labels for a file, or over a tenth of its
         rows cannot be used.
     """
-    images, problems = _images(name for name in names if PurePosixPath(name).name != table)
+    images = _images((name for name in names if PurePosixPath(name).name != table), problems)
     found: dict[str, list[str]] = {}
     for name, parts in _without_top({n: PurePosixPath(n).parts for n in images}).items():
         path = PurePosixPath(name)
@@ -111,7 +111,7 @@ def by_table(names: Iterable[str], text: str, table: str, top: str) -> Layout:
     unused: list[Problem] = []
     rows = _rows(text, table)
     for line, row in rows:
-        file, label, split = (row.get(column, "") for column in ("file", "label", "split"))
+        file, label, split = (row.get(name, "").strip() for name in ("file", "label", "split"))
         where = f"{table}, line {line}"
         if split and split.lower() not in SPLIT_NAMES:
             known = _join(SPLIT_NAMES)
@@ -129,7 +129,7 @@ def by_table(names: Iterable[str], text: str, table: str, top: str) -> Layout:
         raise UserError(f"{count}; {readable(unused[0].file)} is {unused[0].kind}")
     missing = f"not in {table}"
     problems += [*unused, *(Problem(name, missing) for name in images if name not in places)]
-    return places, problems
+    return places
 
 
 def checked_classes(places: Places, source: Path) -> Places:
@@ -157,20 +157,15 @@ def checked_classes(places: Places, source: Path) -> Places:
 def summary(problems: Sequence[Problem]) -> str:
     """Describe the problems in a part of a sentence; empty if there are none.
 
-    For example "; skipped 12: 9 .txt, 3 unreadable (cat/a.jpg: image file is truncated, …)".
+    For example "; unused or doubtful: 9 .txt, 3 unreadable (cat/a.jpg: it is truncated, …)".
     """
-    skipped = [problem for problem in problems if problem.kind != TWICE]
     shown = []
-    for kind, count in Counter(problem.kind for problem in skipped).most_common():
-        first = next(problem for problem in skipped if problem.kind == kind)
-        example = readable(first.file) + (f": {first.detail}" if first.detail else "")
+    for kind, count in Counter(problem.kind for problem in problems).most_common():
+        first = next(problem for problem in problems if problem.kind == kind)
+        example = ": ".join(readable(part) for part in (first.file, first.detail) if part)
         example = f" ({example}{', …' if count > 1 else ''})"
         shown.append(f"{count:,} {kind}{'' if kind.startswith('.') else example}")
-    text = f"; skipped {len(skipped):,}: {', '.join(shown)}" if skipped else ""
-    if twice := [problem for problem in problems if problem.kind == TWICE]:
-        example = f"{readable(twice[0].file)} = {readable(twice[0].detail)}"
-        text += f"; {len(twice):,} images are in two splits ({example})"
-    return text
+    return f"; unused or doubtful: {', '.join(shown)}" if shown else ""
 
 
 def is_hidden(name: str) -> bool:
@@ -178,9 +173,9 @@ def is_hidden(name: str) -> bool:
     return any(part.startswith(".") or part in HIDDEN for part in PurePosixPath(name).parts)
 
 
-def _images(names: Iterable[str]) -> tuple[list[str], list[Problem]]:
-    """Return what should be images, and the other files."""
-    images, problems = [], []
+def _images(names: Iterable[str], problems: list[Problem]) -> list[str]:
+    """Return what should be images; `problems` gets the other files."""
+    images = []
     for name in names:
         if is_hidden(name):
             problems.append(Problem(name, "hidden"))
@@ -189,7 +184,7 @@ def _images(names: Iterable[str]) -> tuple[list[str], list[Problem]]:
         else:
             suffix = readable(PurePosixPath(name).suffix.lower()[:20])
             problems.append(Problem(name, suffix if len(suffix) > 1 else "without a suffix"))
-    return images, problems
+    return images
 
 
 def _split(path: tuple[str, ...]) -> tuple[str, tuple[str, ...]]:
@@ -211,31 +206,18 @@ def _without_top(paths: dict[str, tuple[str, ...]]) -> dict[str, tuple[str, ...]
     return paths
 
 
-def _same_case(places: Places) -> Places:
-    """Give a class in validation/ and test/ the case that its name has in train/."""
-    train = {place.label for place in places.values() if place.split == "train"}
-    known = {label.casefold(): label for label in train}
-    if len(known) < len(train):  # the case distinguishes classes, such as a and A
-        return places
-    return {n: p._replace(label=known.get(p.label.casefold(), p.label)) for n, p in places.items()}
-
-
 def _rows(text: str, table: str) -> list[tuple[int, dict[str, str]]]:
     """Return the rows of a table with commas, semicolons or tabs, and their numbers of line."""
-    head = text.partition("\n")[0]
-    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=max("\t;,", key=head.count))
-    try:
-        names = {name: COLUMNS.get(name.strip().lower(), "") for name in reader.fieldnames or []}
-        if not {"file", "label"} <= {*names.values()}:
-            columns = readable(", ".join(names)) or "none"
+    separator = max("\t;,", key=text.partition("\n")[0].count)
+    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=separator, restval="")
+    with in_a_sentence(f"{table}: %s", csv.Error):
+        head = reader.fieldnames or []
+        reader.fieldnames = [COLUMNS.get(name.strip().lower(), "") for name in head]
+        if not {"file", "label"} <= {*reader.fieldnames}:
+            columns = readable(", ".join(head)) or "none"
             needed = "needs the columns file and label, and may have split"
             raise UserError(f"{table} {needed}; it has {columns}")
-        return [
-            (reader.line_num, {names.get(k, ""): str(v or "").strip() for k, v in row.items()})
-            for row in reader
-        ]
-    except csv.Error as error:
-        raise UserError(f"{table}, line {reader.line_num}: {error}") from error
+        return [(reader.line_num, row) for row in reader]
 
 
 def _normal(path: str) -> str:

@@ -4,8 +4,7 @@ import hashlib
 import io
 import sys
 import warnings
-from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import chain, product, repeat
@@ -24,8 +23,6 @@ from cifarlab.errors import UserError, in_a_sentence
 from cifarlab.files import PROBLEMS
 from cifarlab.params.sections import DataParams
 
-MAX_PIXELS = 2**40
-"""Bytes of the pixels of all images together. They are on disk, and never all in memory."""
 BATCH = 128
 """Images that are decoded at the same time."""
 MAX_NAMES = 2**29
@@ -79,26 +76,19 @@ def read_cifar10(archive: Path) -> Dataset:
                 names = archives.unpickle(member.read())[b"label_names"]
                 classes = [readable(label.decode()) for label in names]
             elif folder == "cifar-10-batches-py" and name in chain(*CIFAR10_FILES.values()):
-                batches[name] = _cifar10_batch(name, member.read)
+                content = archives.unpickle(member.read())
+                pixels, numbers = content[b"data"].array, content[b"labels"]
+                if pixels.shape != (len(numbers), 3072):
+                    raise ValueError(f"{name} needs one label for each image of 3×32×32 bytes")
+                images_of = pixels.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
+                batches[name] = images_of, np.fromiter(numbers, np.int64)
         images, labels = {}, {}
         for split, files in CIFAR10_FILES.items():
-            pixels, numbers = zip(*(batches[name] for name in files), strict=True)
-            images[split], labels[split] = np.concatenate(pixels), np.concatenate(numbers)
+            parts = zip(*(batches[name] for name in files), strict=True)
+            images[split], labels[split] = map(np.concatenate, parts)
         if {*labels["train"], *labels["test"]} - {*range(len(classes))}:
             raise ValueError("a label has no class")
     return Dataset(images, labels, classes, "cifar10")
-
-
-def _cifar10_batch(name: str, read: Callable[[], io.BytesIO]) -> tuple[Pixels, Labels]:
-    """Return images (N, 32, 32, 3) and labels (N,) of one file of the archive."""
-    try:
-        content = archives.unpickle(read())
-        pixels, labels = content[b"data"].array, content[b"labels"]
-    except Exception as error:  # damaged bytes can raise any exception
-        raise ValueError(f"{name}: {reason(error)}") from error
-    if pixels.shape != (len(labels), 3072):
-        raise ValueError(f"{name} must have one label for each image of 3×32×32 bytes")
-    return pixels.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1), np.fromiter(labels, np.int64)
 
 
 def write_folder(source: Path, params: DataParams, folder: Path, problems: list[Problem]) -> None:
@@ -116,12 +106,12 @@ def write_folder(source: Path, params: DataParams, folder: Path, problems: list[
     """
     from tqdm import tqdm
 
-    names = _list(source, params.image_size, problems)
+    names = _list(source, problems)
     if params.labels:
-        places, others = layout.by_table(names, *_table(source, params.labels), source.name)
+        text, table = _table(source, params.labels)
+        places = layout.by_table(names, text, table, source.name, problems)
     else:
-        places, others = layout.by_folders(names)
-    problems += others
+        places = layout.by_folders(names, problems)
     places = layout.checked_classes(places, source)
     if not places:
         layouts = "train/<class>/ and test/<class>/, or in <class>/"
@@ -136,28 +126,24 @@ def write_folder(source: Path, params: DataParams, folder: Path, problems: list[
     data.save(folder, ((*rows[name], pixels) for name, pixels in judged))
 
 
-def _list(source: Path, image_size: int, problems: list[Problem]) -> Collection[str]:
+def _list(source: Path, problems: list[Problem]) -> Collection[str]:
     """Return the names of all files; `problems` gets those that cannot be read.
 
-    UserError: there are too many, or two images have the same name.
+    UserError: there are too many.
     """
     names: dict[str, None] = {}
-    size = images = 0
+    size = 0
     for member in members(source):
-        name, image = member.name, is_image(member.name)
+        name = member.name
         size += sys.getsizeof(name) + 600  # the tables made of it need more
-        images += image
-        if size > MAX_NAMES or images * 3 * image_size**2 > MAX_PIXELS:
-            most = f"{MAX_PIXELS >> 30} GiB or {MAX_NAMES >> 20} MiB of names"
-            raise UserError(f"{source} holds over {most}; lower data.image_size or use fewer")
-        if member.problem and image:
+        if size > MAX_NAMES:
+            raise UserError(f"{source} holds over {MAX_NAMES >> 20} MiB of names; use fewer images")
+        if not member.problem:
+            names[name] = None  # an archive can hold a name twice: the last one is used
+        elif is_image(name):
             problems.append(Problem(name, UNREADABLE, member.problem))
-        elif member.problem:
-            problems.append(Problem(name, member.problem))
-        elif name in names and image:
-            raise UserError(f"{source} holds two files called {readable(name)}; remove one")
         else:
-            names[name] = None
+            problems.append(Problem(name, member.problem))
     return names
 
 
@@ -168,10 +154,9 @@ def _table(source: Path, name: str) -> tuple[str, str]:
     read = partial(archives.read_file, beside[0]) if beside else next(inside, None)
     if not read:
         raise UserError(f"there is no data.labels = {name} in {source} or beside it")
-    with in_a_sentence(f"{name} cannot be read: %s; replace it", words=reason):
-        content = read().getvalue()  # damaged bytes can raise any exception
-    with in_a_sentence(f"{name} is not UTF-8; save it as CSV in UTF-8", UnicodeDecodeError):
-        return content.decode("utf-8-sig"), PurePosixPath(name).name
+    # Damaged bytes can raise any exception.
+    with in_a_sentence(f"{name} cannot be read: %s; save it as CSV in UTF-8", words=reason):
+        return read().getvalue().decode("utf-8-sig"), PurePosixPath(name).name
 
 
 def _with_test(source: Path, names: Collection[str], places: Places, share: float) -> Places:
@@ -199,21 +184,17 @@ def _with_test(source: Path, names: Collection[str], places: Places, share: floa
 
 
 def _check_classes(source: Path, places: Places, problems: list[Problem]) -> None:
-    """Refuse fewer than two classes, one without images in a split, and equal names."""
+    """Refuse fewer than two classes, and one without images in a split."""
     found = {(place.split, place.label) for place in places.values()}
     labels = sorted({label for _, label in found})
-    skipped = layout.summary(problems)
+    unused = layout.summary(problems)
     if len(labels) < 2:
         only = f"one class only, {labels[0]}"
-        raise UserError(f"{source} holds {only}; at least two are needed{skipped}")
+        raise UserError(f"{source} holds {only}; at least two are needed{unused}")
     for split, label in product(SPLITS, labels):
         if (split, label) not in found:
             needed = "each class needs images to train on and to test, so at least two"
-            raise UserError(f"{source} holds no images in {split}/{label}/; {needed}{skipped}")
-    [(place, count)] = Counter(places.values()).most_common(1)
-    if count > 1:
-        twice = readable("/".join(place))
-        raise UserError(f"{source} holds two images called {twice}; remove one")
+            raise UserError(f"{source} holds no images in {split}/{label}/; {needed}{unused}")
 
 
 def _arranged(places: Places, name: str, size: int) -> tuple[Dataset, dict[str, tuple[str, int]]]:
@@ -226,7 +207,7 @@ def _arranged(places: Places, name: str, size: int) -> tuple[Dataset, dict[str, 
     rows: dict[str, tuple[str, int]] = {}
     labels: dict[str, list[int]] = {split: [] for split in SPLITS}
     # A place sorts as split, label and file, so validation comes behind train.
-    for image, place in sorted(places.items(), key=lambda item: item[1]):
+    for image, place in sorted(places.items(), key=lambda item: (item[1], item[0])):
         split = "test" if place.split == "test" else "train"
         rows[image] = split, len(labels[split])
         labels[split].append(number[place.label])
@@ -323,16 +304,15 @@ def _again(source: Path, names: Collection[str], images: Collection[str]) -> Ite
 
     UserError: other files are there now.
     """
-    left = {*images}
-    changed = f"{source} has changed while it was read; type the same command again"
+    found = set[str]()
     for member in members(source):
-        if member.name not in names and not member.problem:
-            raise UserError(changed)
-        if member.name in left:
-            left.remove(member.name)
+        if member.problem:
+            continue
+        found.add(member.name)
+        if member.name in images:
             yield member
-    if left:
-        raise UserError(changed)
+    if found != {*names}:
+        raise UserError(f"{source} has changed while it was read; type the same command again")
 
 
 def digits() -> Dataset:

@@ -6,34 +6,24 @@ from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_model
 from torch import nn
 
-from cifarlab.errors import UserError, first_line, in_a_sentence
-from cifarlab.files import atomic, write
+from cifarlab.errors import UserError, in_a_sentence
+from cifarlab.files import write
 from cifarlab.nn.network import Network
 from cifarlab.params.geometry import ModelParams
 
 
 def save(network: Network, path: Path) -> None:
-    """Write the weights as safetensors, with a header that says how to build the network.
-
-    Raises
-    ------
-    OSError
-        The file cannot be written: the disk is full.
-    """
+    """Write the weights as safetensors, with a header that says how to build the network."""
     params, size, classes = network.params.model_dump(), network.image_size, network.classes
     header = json.dumps({"params": params, "image_size": size, "classes": classes})
-    with atomic(path) as temporary:
-        try:
-            # A single key: safetensors writes several in random order, so the bytes would differ.
-            save_model(network, temporary, {"network": header})
-        except SafetensorError as error:  # safetensors' error for a full disk
-            raise OSError(first_line(error)) from error
-        temporary.chmod(0o644)  # safetensors makes it readable for its owner only
+    tensors = {name: tensor.contiguous() for name, tensor in network.state_dict().items()}
+    # A single key: safetensors writes several in random order, so the bytes would differ.
+    write(path, safetensors.torch.save(tensors, {"network": header}))
 
 
 def load(path: Path) -> Network:
