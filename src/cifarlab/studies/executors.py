@@ -38,8 +38,8 @@ def run(changes: Changes, jobs: int, workers: str, on_end: Callable[[str], objec
                 failed.append(f"{name} failed: {without_secrets(problem)}")
             else:
                 on_end(name)
-            state = "failed" if problem else "done"
-            print(f"{name} {state}, {len(changes) - ended} left", flush=True)
+            left = f", {len(changes) - ended} left" if len(changes) > 1 else ""
+            print(f"{name} {'failed' if problem else 'done'}{left}", flush=True)
     if failed:
         raise UserError("; ".join(failed[:5]) + ("; …" if failed[5:] else ""))
 
