@@ -8,11 +8,10 @@ import socket
 import sqlite3
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import Future
 from contextlib import closing, suppress
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.request import ProxyHandler, build_opener
@@ -52,26 +51,18 @@ class Deadline:
         TimeoutError
             The time is used up. The action goes on in its own thread, and its result is lost.
         """
-        future: Future[T] = Future()
-
-        def run() -> None:
-            try:
-                future.set_result(action())
-            except BaseException as error:
-                future.set_exception(error)
-
         limit = max(self.seconds, (time.monotonic() - self.started) / 20)
-        thread = threading.Thread(target=run, daemon=True)
-        thread.start()
-        while thread.is_alive():
+        with closing(ThreadPool(1)) as pool:  # no thread of it keeps the program from ending
+            answer = pool.apply_async(action)
+        while not answer.ready():
+            if self.waited >= limit:
+                raise TimeoutError(f"it did not answer within {limit:.0f} s")
             before, processor = time.monotonic(), time.process_time()
-            thread.join(max(0.01, min(0.2, limit - self.waited)))
+            answer.wait(max(0.01, min(0.2, limit - self.waited)))
             took = time.monotonic() - before
             if time.process_time() - processor < 0.02 * took:  # also on a busy machine
                 self.waited += took
-            if thread.is_alive() and self.waited >= limit:
-                raise TimeoutError(f"it did not answer within {limit:.0f} s")
-        return future.result()
+        return answer.get()
 
 
 def connect() -> Any:
