@@ -119,7 +119,7 @@ class Mirror:
         found = {Path(file.path).name: file.file_size for file in listed}
         if not wanted.items() <= found.items() or not found.get("confusion_matrix.json"):
             return False
-        models = (model.model_id for model in tracking.models_of(self.client, run))
+        models = (model.model_id for model in tracking.present_models(self.client, run))
         logged = map(self.client.list_logged_model_artifacts, models)
         return not (params and params.tracking.log_model) or any(logged)
 
