@@ -121,9 +121,7 @@ def database() -> Path | None:
         return None
     from sqlalchemy.engine import make_url
 
-    problem = (
-        f"MLFLOW_TRACKING_URI={without_secrets(given)} names no database on disk and no server"
-    )
+    problem = f"MLFLOW_TRACKING_URI={without_secrets(given)} names neither a server nor a file"
     refusal = f"{problem}; use sqlite:///mlflow.db or the address of a server, or unset it"
     with in_a_sentence(refusal):
         url = make_url(given)
@@ -193,10 +191,8 @@ def models_of(client: Any, run: Any) -> list[Any]:
 
 def present_models(client: Any, run: Any) -> list[Any]:
     """Return the models with the present weights of a run: it may be trained again."""
-    weights = run.data.tags.get(WEIGHTS_DIGEST, "")
-    return [
-        model for model in models_of(client, run) if model.tags.get(WEIGHTS_DIGEST, "") == weights
-    ]
+    weights = run.data.tags.get(WEIGHTS_DIGEST)
+    return [m for m in models_of(client, run) if m.tags.get(WEIGHTS_DIGEST) == weights]
 
 
 def try_to(action: Callable[[], T], otherwise: str) -> T | None:

@@ -106,8 +106,8 @@ class Upload:
     def send_epochs(self) -> None:
         """Log the rows of history.csv with the times when the epochs ended, if they are known.
 
-        MLflow divides them into requests. The loss of a row is logged last: if MLflow has it, it has
-        the whole row.
+        MLflow divides them into requests. The loss of a row is logged last: if MLflow has it, the
+        row is whole.
         """
         from mlflow.entities import Metric
 
@@ -142,10 +142,9 @@ class Upload:
         final = files.read_json(self._path(files.TRAIN_METRICS))
         # The losses and accuracies are those of the last epoch.
         metrics = {k: v for k, v in final.items() if not k.endswith(("loss", "accuracy"))}
-        weights = hashlib.sha256(self._path(files.WEIGHTS).read_bytes()).hexdigest()
-        self._send(
-            {WEIGHTS_DIGEST: weights} | timings.read(self.execution.key).conditions, metrics, {}
-        )
+        digest = hashlib.sha256(self._path(files.WEIGHTS).read_bytes()).hexdigest()
+        tags = timings.read(self.execution.key).conditions | {WEIGHTS_DIGEST: digest}
+        self._send(tags, metrics, {})
 
     def _send_dataset(self) -> None:
         from mlflow.entities import Dataset, DatasetInput, InputTag
@@ -199,14 +198,13 @@ class Upload:
         """Log the network with its test metrics; finish what an earlier try left incomplete."""
         from mlflow.entities import LoggedModelOutput, LoggedModelStatus, Metric
 
-        client, run_id = self.client, self.run_id
-        run = client.get_run(run_id)
+        client, run_id, run = self.client, self.run_id, self.client.get_run(self.run_id)
         model = next(iter(present_models(client, run)), None)
         if not model and pipeline.network_code(self.execution.folder) != pipeline.network_code():
             reason = "it has other code for the network; log it in a checkout of its commit"
             raise UserError(f"the model was not logged: {reason}")
         if not model:
-            tags = {name: run.data.tags.get(name, "") for name in (WEIGHTS_DIGEST, NOTE)}
+            tags = {k: v for k, v in run.data.tags.items() if k in (WEIGHTS_DIGEST, NOTE)}
             new = (model_name(run.info.run_name), run_id, tags, run.data.params)
             model = client.create_logged_model(run.info.experiment_id, *new)
         name = model.model_id
