@@ -57,7 +57,7 @@ class Deadline:
             if self.waited >= limit:
                 raise TimeoutError(f"it did not answer within {limit:.0f} s")
             before, processor = time.monotonic(), time.process_time()
-            answer.wait(max(0.01, min(0.2, limit - self.waited)))
+            answer.wait(0.2)
             took = time.monotonic() - before
             if time.process_time() - processor < 0.02 * took:  # also on a busy machine
                 self.waited += took
@@ -266,10 +266,10 @@ def _sqlite(path: Path) -> str:
     return "sqlite:///" + str(path).replace("%", "%25").replace("?", "%3F").replace("#", "%23")
 
 
-def _execute(path: Path, statement: str, *values: object) -> None:
-    """Execute a statement of SQL. It waits up to 5 s for other processes."""
+def _execute(path: Path, statement: str, *values: object) -> list[Any]:
+    """Execute a statement of SQL and return its rows. It waits up to 5 s for other processes."""
     with closing(sqlite3.connect(path, timeout=5)) as store, store:
-        store.execute(statement, values)
+        return store.execute(statement, values).fetchall()
 
 
 def _move_artifacts(path: Path) -> None:
@@ -280,12 +280,12 @@ def _move_artifacts(path: Path) -> None:
     given by the user are left alone.
     """
     here = (path.parent / ARTIFACTS).as_uri()
-    columns = {"experiments": "artifact_location", "runs": "artifact_uri"}
-    columns |= {"logged_models": "artifact_location", "model_versions": "storage_location"}
-    query = "SELECT DISTINCT artifact_location FROM experiments WHERE artifact_location LIKE"
-    query += f" 'file:%/{ARTIFACTS}' OR artifact_location LIKE 'mlflow-artifacts:%'"
-    with closing(sqlite3.connect(path, timeout=5)) as store, store:
-        for (old,) in store.execute(query).fetchall():
-            for table, column in columns.items() if old != here else ():
-                change = f"{column} = ? || substr({column}, ?) WHERE instr({column}, ?) = 1"
-                store.execute(f"UPDATE {table} SET {change}", [here, len(old) + 1, old])  # noqa: S608, fixed names
+    # The experiments come last, so that a kill in between leaves the old address to be found.
+    columns = {"runs": "artifact_uri", "logged_models": "artifact_location"}
+    columns |= {"model_versions": "storage_location", "experiments": "artifact_location"}
+    query = "SELECT DISTINCT artifact_location FROM experiments WHERE artifact_location != ?1 AND"
+    query += f" (artifact_location LIKE 'file:%/{ARTIFACTS}' OR artifact_location LIKE ?2)"
+    for (old,) in _execute(path, query, here, "mlflow-artifacts:%"):
+        for table, column in columns.items():
+            change = f"{column} = ? || substr({column}, ?) WHERE instr({column}, ?) = 1"
+            _execute(path, f"UPDATE {table} SET {change}", here, len(old) + 1, old)  # noqa: S608, fixed names

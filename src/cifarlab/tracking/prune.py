@@ -84,15 +84,10 @@ def _in_studies() -> set[str]:
 
 
 def _registered() -> list[Any]:
-    """Return the runs, also deleted ones, of which MLflow has registered a model."""
+    """Return the runs of which MLflow has registered a model."""
     with in_a_sentence("MLflow cannot be read (%s)"):
-        versions = tracking.connect().search_model_versions()
-        import mlflow
-
-        chosen = ", ".join(f"'{version.run_id}'" for version in versions) or "''"
-        where = {"search_all_experiments": True, "run_view_type": mlflow.entities.ViewType.ALL}
-        query = f"attributes.run_id IN ({chosen})"
-        return list(mlflow.search_runs(filter_string=query, output_format="list", **where))
+        ids = {version.run_id for version in tracking.connect().search_model_versions()}
+    return [run for run in tracking.all_runs() if run.info.run_id in ids]
 
 
 def _remove(gone: list[Revision]) -> None:
