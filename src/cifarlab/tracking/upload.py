@@ -184,13 +184,14 @@ class Upload:
         best, worst = (f"{name}, {accuracies[name]:.1%}" for name in ends)
         # The commit of an experiment is not known before its end, its name is.
         commit = "" if execution.experiment else execution.baseline
-        restore = pipeline.Revision(execution.experiment, commit, "").restore
+        origin = pipeline.Revision(execution.experiment, commit, "")
         later = "commit its results, then `cifarlab sync` names the command"
+        restore = f"`{origin.restore}`" if origin.restore else later
         lines = [
             f"{title}: test accuracy **{accuracy:.2%}**\n",
             f"- best class: {best}; worst class: {worst}",
             "- confusion matrices, curves and mistakes: the folder `figures` of the artifacts",
-            f"- restore it: {f'`{restore}`' if restore else later}",
+            f"- restore it: {restore}",
         ]
         return {NOTE: "\n".join(lines)}
 
