@@ -224,30 +224,22 @@ def _lock_file(run_id: str) -> Path:
 def _is_left(run: Any) -> bool:
     """Tell whether the execution that started a run may have left it, and no longer continues it.
 
-    The run is not whole, or its experiment was killed before DVC had recorded it. Between two
-    stages no process writes to it. Then its folder tells: DVC runs one pipeline at a time in a
-    folder, and works in it.
+    The run is not whole, or its experiment was killed before DVC had recorded it, and no process
+    writes to it. That may also be so between two stages. An execution whose run was taken over then
+    gets a new one with its next stage, which logs everything again.
     """
-    tags, status, folder = run.data.tags, run.info.status, _folder(run)
+    tags = run.data.tags
     name = tags.get("dvc.exp.name")
     is_whole = "logged.plot" in tags and not (name and _is_here(run))
     if is_whole or name in pipeline.experiment_names():
         return False
-    if status != "FINISHED":
-        return status != "RUNNING" or not is_alive(run.info.run_id)
-    return folder is not None and (folder == Path.cwd() or not pipeline.in_use(folder))
-
-
-def _folder(run: Any) -> Path | None:
-    """Return the folder where a stage of a run ran last; None if that was on another host."""
-    host, _, folder = run.data.tags.get(FOLDER, "").partition(":")
-    return Path(folder) if host == platform.node() else None
+    return run.info.status != "RUNNING" or not is_alive(run.info.run_id)
 
 
 def _is_here(run: Any) -> bool:
     """Tell whether a run was made in this checkout, or in a temporary copy of it."""
-    folder = _folder(run)
-    return folder is not None and folder.is_relative_to(files.root())
+    host, _, folder = run.data.tags.get(FOLDER, "").partition(":")
+    return host == platform.node() and Path(folder).is_relative_to(files.root())
 
 
 def _here() -> str:
