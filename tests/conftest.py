@@ -187,7 +187,8 @@ def reproduced(
 
     def make(folder: Path) -> dict[str, Any]:
         project = projects.check_out(folder, fork_server)
-        output = project.dvc("repro")
+        # A short training needs short intervals to have a sample of the load.
+        output = project.dvc("repro", MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL="0.2")
         status = project.run(
             "git", "status", "--porcelain", "--untracked-files=all"
         ).stdout.split()[1::2]

@@ -62,7 +62,7 @@ def made_up(classes: Sequence[str], seed: int = 0, **more: Any) -> Run:
         "classes": list(classes),
         "params": {"train.seed": seed, "train.lr": 0.1, "data.folder": classes[0]},
         "facts": {"commit": "0123456789" * 4},
-        "tests": {"same"},
+        "test_digest": "same",
         "history": pd.DataFrame(history).set_index("epoch"),
         "predictions": guesses(classes, seed=seed),
         "filters": draw_filters(save({"stem.0.weight": np.ones((24, 3, 2, 2), np.float32)})),
@@ -295,9 +295,9 @@ def matrix_of(text: str) -> str:
 
 @pytest.mark.usefixtures("outside")
 def test_other_test_images_are_not_compared() -> None:
-    first, unlike = made_up(CLASSES), made_up(CLASSES, 1, tests={"other"})
+    first, unlike = made_up(CLASSES), made_up(CLASSES, 1, test_digest="other")
     unknown, fewer = (
-        made_up(CLASSES, tests=set()),
+        made_up(CLASSES, test_digest=""),
         made_up(CLASSES, predictions=guesses(CLASSES, 9)),
     )
     for one, other in ((first, unlike), (first, unknown), (unknown, unknown), (first, fewer)):

@@ -154,8 +154,8 @@ def test_a_deleted_experiment_is_restored(checkout: Path) -> None:
 
 
 def test_an_experiment_that_was_created_in_mlflows_page_can_be_used(checkout: Path) -> None:
+    made = connect().create_experiment("pets", "mlflow-artifacts:/7")
     client = connect()
-    made = client.create_experiment("pets", "mlflow-artifacts:/7")
     assert experiment_id(client, "pets") == made
     run = client.create_run(made)
     client.log_text(run.info.run_id, "text", "file.txt")

@@ -178,18 +178,6 @@ def test_more_metrics_than_fit_into_a_request_are_logged(checkout: Path, params:
     assert {f"per_class/{label}" for label in labels} <= run.data.metrics.keys()
 
 
-def test_an_evaluation_of_an_older_version_is_logged_as_well(
-    checkout: Path, params: Params
-) -> None:
-    """It had the accuracy of each class among its other metrics, too."""
-    old = EVALUATION | {"accuracy_per_class": {"cat": 0.5, "dog (small)": 1.0}}
-    (checkout / "metrics/evaluate.json").write_text(json.dumps(old))
-    log("evaluate", params)
-    [run] = runs_in(checkout)
-    tested = {name for name in run.data.metrics if "test" in name or "per_class" in name}
-    assert tested == {"accuracy/test", "loss/test", "per_class/cat", accuracy_of("dog (small)")}
-
-
 def test_the_logged_model_predicts_what_the_network_predicts(
     checkout: Path, make_params: Make
 ) -> None:

@@ -48,8 +48,8 @@ class Run:
     """Those that it ran with, by full key."""
     facts: dict[str, str]
     """Where it comes from, for the page."""
-    tests: set[str] = field(default_factory=set)
-    """Digests, each of which stands for the test images."""
+    test_digest: str = ""
+    """Stands for the test images; empty if it is not known."""
     classes: list[str] = field(default_factory=list)
     changed: bool = False
     """Whether parameters, code or data are others now than those that ran."""
@@ -85,9 +85,7 @@ def load(revision: Revision, tracked: Sequence[Any]) -> Run:
     advice = "run `dvc repro`, then commit dvc.lock and metrics/"
     with in_a_sentence(f"{revision.label} has no results in metrics/; {advice}", *DAMAGED):
         texts = [pipeline.read_text(p, revision) for p in (files.EVALUATION, files.TRAIN_METRICS)]
-        evaluation, training = map(json.loads, texts)
-        evaluation.pop("accuracy_per_class", None)  # older versions kept it there, too
-        metrics = evaluation | training
+        metrics = json.loads(texts[0]) | json.loads(texts[1])
     facts = {"experiment": revision.name, "commit": revision.commit}
     facts |= {"baseline": revision.baseline} if revision.name else {}
     run = Run(revision, metrics, parameters(revision), facts)
@@ -98,26 +96,27 @@ def load(revision: Revision, tracked: Sequence[Any]) -> Run:
             with open_file(path) as file:
                 return BytesIO(file.read())
 
-        def table(path: Path, columns: dict[str, Any]) -> pd.DataFrame:
-            # A damaged table is refused. A class may be called 7 or NA.
-            file, names = opened(path), list(columns)
-            return pd.read_csv(file, usecols=names, dtype=columns, keep_default_na=False)
+        def history() -> pd.DataFrame:
+            return pd.read_csv(opened(files.HISTORY), dtype=float).set_index("epoch")
 
-        run.history = run.try_to(
-            "history", lambda: pd.read_csv(opened(files.HISTORY), dtype=float).set_index("epoch")
-        )
-        columns = {"actual": str, "predicted": str, "confidence": float}
-        run.predictions = run.try_to("predictions", lambda: table(files.PREDICTIONS, columns))
-        classes = run.try_to("classes", lambda: [*table(files.PER_CLASS, {"class": str})["class"]])
+        def predictions() -> pd.DataFrame:
+            # A damaged table is refused. A class may be called 7 or NA.
+            file = opened(files.PREDICTIONS)
+            types: dict[str, Any] = {"actual": str, "predicted": str, "confidence": float}
+            return pd.read_csv(file, usecols=[*types], dtype=types, keep_default_na=False)
+
+        run.history = run.try_to("history", history)
+        run.predictions = run.try_to("predictions", predictions)
         run.filters = run.try_to("filters", lambda: draw_filters(opened(files.WEIGHTS).read()))
-        data = run.try_to("data", lambda: json.load(opened(files.DATA / "dataset.json")))
-    if (predictions := run.predictions) is not None:
-        run.classes = classes or sorted({*predictions.actual, *predictions.predicted})
-        run.mistakes = run.try_to("mistakes", lambda: _mistakes(run, predictions))
+        data = run.try_to("data", lambda: json.load(opened(files.DATA / "dataset.json"))) or {}
+    run.test_digest = data.get("test_digest", "")
+    if (table := run.predictions) is not None:
+        run.classes = data.get("classes") or sorted({*table.actual, *table.predicted})
+        run.mistakes = run.try_to("mistakes", lambda: _mistakes(run, table))
     wanted = run.try_to("MLflow", lambda: tags_of(revision))
     same = (found for found in tracked if wanted and wanted.items() <= found.data.tags.items())
     run.tracked = next(same, None)
-    run.try_to("origin", lambda: _read_origin(run, data or {}))
+    run.try_to("origin", lambda: _read_origin(run, data))
     return run
 
 
@@ -130,14 +129,13 @@ def parameters(revision: Revision) -> Values:
 
 
 def _read_lock(run: Run) -> None:
-    """Take from dvc.lock the parameters that ran, and the MD5 of the data."""
+    """Take from dvc.lock the parameters that ran."""
     pipeline.locked(run.revision)  # says what is wrong with a damaged one
     lock = parse_yaml(pipeline.read_text(files.DVC_LOCK, run.revision))
     for stage in lock["stages"].values():
         locked = dict(flat(stage.get("params", {}).get(str(files.PARAMS), {})))
         run.changed |= any(run.params.get(key) != value for key, value in locked.items())
         run.params |= locked
-        run.tests |= {out["md5"] for out in stage.get("outs", []) if out["path"] == str(files.DATA)}
     if commit := run.revision.commit:
         ran = pipeline.git("rev-list", "-1", commit, "--", str(files.DVC_LOCK)).strip()
         run.changed |= ran != commit and _code(ran) != _code(commit)
@@ -164,7 +162,6 @@ def _read_origin(run: Run, data: Values) -> None:
     if data:
         counts = "{name}, {train:,} training and {test:,} test images"
         facts |= {"data": counts.format(**data), "digest of the data": data["digest"]}
-        run.tests |= {data["test_digest"]} if "test_digest" in data else set()
     if run.changed or "lock" in run.missing:
         return
     with pipeline.tracked_files(commit) if commit else nullcontext(Path()) as folder:

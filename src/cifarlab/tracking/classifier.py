@@ -38,13 +38,12 @@ class ImageClassifier(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
         if images.ndim != 4 or images.shape[3] != 3:
             raise ValueError(f"images must be (N, height, width, 3), not {images.shape}")
         # An image that has the size already stays as it is.
-        squares = [np.asarray(ImageOps.fit(Image.fromarray(i), (size, size))) for i in images]
-        found = np.empty((0, len(classes)))
-        for start in range(0, len(squares), BATCH):
-            batch = torch.from_numpy(np.stack(squares[start : start + BATCH])).permute(0, 3, 1, 2)
-            with torch.no_grad():
-                logits = self.network(batch.contiguous())
-            found = np.concatenate([found, logits.double().softmax(1).numpy()])
+        squares = [ImageOps.fit(Image.fromarray(image), (size, size)) for image in images]
+        pixels = torch.from_numpy(np.array(squares, np.uint8).reshape(-1, size, size, 3))
+        with torch.no_grad():
+            batches = torch.split(pixels.permute(0, 3, 1, 2), BATCH)
+            logits = torch.cat([self.network(batch.contiguous()) for batch in batches])
+        found = logits.double().softmax(1).numpy()
         table = pd.DataFrame(found, columns=[f"probability/{name}" for name in classes])
         table.insert(0, "class", [classes[number] for number in found.argmax(1)])
         table.insert(1, "probability", found.max(1))

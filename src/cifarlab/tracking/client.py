@@ -8,14 +8,12 @@ import socket
 import sqlite3
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import Future
 from contextlib import closing, suppress
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any, TypeVar
-from urllib.request import ProxyHandler, build_opener
 
 from filelock import FileLock
 
@@ -23,13 +21,13 @@ from cifarlab import files
 from cifarlab.errors import UserError, first_line, in_a_sentence, without_secrets
 
 KEY = "cifarlab.key"  # the tag that every run of this project has: its training key
+WEIGHTS_DIGEST = "weights.sha256"  # the tag of a run, and of its models
 # The columns of the table of runs that `cifarlab ui` opens. MLflow keeps such a view in a tag of
 # the experiment, for links that people share; by default its table has no metrics.
 COLUMNS = [f"metrics.`{name}`" for name in ("accuracy/test", "loss/test", "accuracy/val")]
 COLUMNS += [f"params.`{name}`" for name in ("model.layers", "train.epochs")]
 VIEW = "cifarlab"
 ARTIFACTS = "mlartifacts"  # the folder beside an SQLite store that holds its artifacts
-START = 120  # seconds that the server of `cifarlab ui` may take to answer
 T = TypeVar("T")
 
 
@@ -52,26 +50,18 @@ class Deadline:
         TimeoutError
             The time is used up. The action goes on in its own thread, and its result is lost.
         """
-        future: Future[T] = Future()
-
-        def run() -> None:
-            try:
-                future.set_result(action())
-            except BaseException as error:
-                future.set_exception(error)
-
         limit = max(self.seconds, (time.monotonic() - self.started) / 20)
-        thread = threading.Thread(target=run, daemon=True)
-        thread.start()
-        while thread.is_alive():
+        with closing(ThreadPool(1)) as pool:  # no thread of it keeps the program from ending
+            answer = pool.apply_async(action)
+        while not answer.ready():
+            if self.waited >= limit:
+                raise TimeoutError(f"it did not answer within {limit:.0f} s")
             before, processor = time.monotonic(), time.process_time()
-            thread.join(max(0.01, min(0.2, limit - self.waited)))
+            answer.wait(0.2)
             took = time.monotonic() - before
             if time.process_time() - processor < 0.02 * took:  # also on a busy machine
                 self.waited += took
-            if thread.is_alive() and self.waited >= limit:
-                raise TimeoutError(f"it did not answer within {limit:.0f} s")
-        return future.result()
+        return answer.get()
 
 
 def connect() -> Any:
@@ -126,20 +116,18 @@ def database() -> Path | None:
     given = _given_uri()
     if not given:
         return files.mlflow_database().resolve()
-    shown = f"MLFLOW_TRACKING_URI={without_secrets(given)}"
-    advice = "use sqlite:///mlflow.db or the address of a server, or unset it"
     scheme, colon, _ = given.lower().partition(":")
-    if scheme == "file" or not (colon or scheme.startswith("databricks")):
-        raise UserError(f"{shown} is refused: MLflow no longer keeps runs in folders; {advice}")
-    if not scheme.startswith("sqlite"):
+    if scheme.startswith("databricks") or (colon and not scheme.startswith(("sqlite", "file"))):
         return None
     from sqlalchemy.engine import make_url
 
-    with in_a_sentence(f"{shown} is not a valid address; {advice}"):
+    problem = f"MLFLOW_TRACKING_URI={without_secrets(given)} names neither a server nor a file"
+    refusal = f"{problem}; use sqlite:///mlflow.db or the address of a server, or unset it"
+    with in_a_sentence(refusal):
         url = make_url(given)
     name = url.database or ""
-    if name in ("", ":memory:") or url.query.get("mode") == "memory":
-        raise UserError(f"{shown} is refused: it keeps nothing on disk; {advice}")
+    if scheme == "file" or name in ("", ":memory:") or url.query.get("mode") == "memory":
+        raise UserError(refusal)
     # Relative paths start at the main checkout: a temporary copy of it is deleted with its files.
     return (files.root() / name.removeprefix("file:")).resolve()
 
@@ -153,10 +141,6 @@ def experiment_id(client: Any, name: str) -> str:
         if found := client.get_experiment_by_name(name):
             if found.lifecycle_stage == "deleted":  # MLflow does not free the name
                 client.restore_experiment(found.experiment_id)
-            if path and found.artifact_location.startswith("mlflow-artifacts:"):
-                # It was created in MLflow's page. Only a server can write there.
-                change = "UPDATE experiments SET artifact_location = ? WHERE experiment_id = ?"
-                _execute(path, change, artifacts, found.experiment_id)
             return str(found.experiment_id)
         if path:  # with a write-ahead log, MLflow's pages can read while a stage writes
             _execute(path, "PRAGMA journal_mode=WAL")
@@ -190,7 +174,7 @@ def all_runs(name: str = "") -> list[Any]:
         connect()
         import mlflow
 
-        named = f" AND tags.`dvc.exp.name` = '{name}'" if name and "'" not in name else ""
+        named = f' AND tags.`dvc.exp.name` = "{name}"' if name else ""
         ours = {"filter_string": f"tags.`{KEY}` LIKE '%'{named}", "search_all_experiments": True}
         return list(mlflow.search_runs(**ours, output_format="list"))
 
@@ -200,9 +184,15 @@ def all_runs(name: str = "") -> list[Any]:
 
 
 def models_of(client: Any, run: Any) -> list[Any]:
-    """Return the models of a run that nobody has deleted."""
+    """Return the models of a run that nobody has deleted, also of earlier trainings."""
     query = f"source_run_id = '{run.info.run_id}'"
     return list(client.search_logged_models([run.info.experiment_id], query))
+
+
+def present_models(client: Any, run: Any) -> list[Any]:
+    """Return the models with the present weights of a run: it may be trained again."""
+    weights = run.data.tags.get(WEIGHTS_DIGEST)
+    return [m for m in models_of(client, run) if m.tags.get(WEIGHTS_DIGEST) == weights]
 
 
 def try_to(action: Callable[[], T], otherwise: str) -> T | None:
@@ -229,9 +219,8 @@ def serve(port: int, experiment: str) -> None:
     """
     if not (path := database()):
         raise UserError(f"the runs are on {without_secrets(_given_uri())}; open it in a browser")
-    with socket.socket() as test:
-        if test.connect_ex(("127.0.0.1", port)) == 0:
-            raise UserError(f"port {port} is taken; choose another: make ui PORT={port + 1}")
+    if _answers(port):
+        raise UserError(f"port {port} is taken; choose another: make ui PORT={port + 1}")
     view = json.dumps({"selectedColumns": COLUMNS})
     with in_a_sentence(f"MLflow cannot be read (%s); repair {path} or move it away"):
         number = experiment_id(client := connect(), experiment)
@@ -243,7 +232,10 @@ def serve(port: int, experiment: str) -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     with subprocess.Popen(command) as server, suppress(KeyboardInterrupt):
         try:
-            _wait_until_healthy(server, port)
+            while not _answers(port):
+                if server.poll() is not None:
+                    raise UserError("MLflow's server has ended; what it said is above")
+                time.sleep(0.2)
             # Without the type, MLflow opens its pages for language models.
             options = f"workflowType=machine_learning&viewStateShareKey={VIEW}"
             page = f"http://127.0.0.1:{port}/#/experiments/{number}/runs?{options}"
@@ -253,15 +245,10 @@ def serve(port: int, experiment: str) -> None:
             server.terminate()
 
 
-def _wait_until_healthy(server: Any, port: int) -> None:
-    """Wait until a server answers. UserError: it has ended, or does not answer for START s."""
-    direct, end = build_opener(ProxyHandler({})), time.monotonic() + START
-    while server.poll() is None and time.monotonic() < end:
-        with suppress(OSError), direct.open(f"http://127.0.0.1:{port}/health", timeout=2):
-            return
-        time.sleep(0.2)
-    how = "does not answer" if server.poll() is None else f"ended with {server.poll()}"
-    raise UserError(f"MLflow's server {how}; what it said is above")
+def _answers(port: int) -> bool:
+    """Tell whether a server on this machine accepts connections."""
+    with socket.socket() as test:
+        return test.connect_ex(("127.0.0.1", port)) == 0
 
 
 def store_lock() -> FileLock:
@@ -279,23 +266,26 @@ def _sqlite(path: Path) -> str:
     return "sqlite:///" + str(path).replace("%", "%25").replace("?", "%3F").replace("#", "%23")
 
 
-def _execute(path: Path, statement: str, *values: object) -> None:
-    """Execute a statement of SQL. It waits up to 5 s for other processes."""
+def _execute(path: Path, statement: str, *values: object) -> list[Any]:
+    """Execute a statement of SQL and return its rows. It waits up to 5 s for other processes."""
     with closing(sqlite3.connect(path, timeout=5)) as store, store:
-        store.execute(statement, values)
+        return store.execute(statement, values).fetchall()
 
 
 def _move_artifacts(path: Path) -> None:
-    """Make the artifacts of an SQLite store those beside it, if it was copied or moved.
+    """Make the artifacts of an SQLite store those beside it.
 
-    MLflow keeps absolute addresses. Those that were given by the user are left alone.
+    They are not if it was copied or moved, because MLflow keeps absolute addresses, or if the
+    experiment was created in MLflow's page: then only a server can write there. Addresses that were
+    given by the user are left alone.
     """
     here = (path.parent / ARTIFACTS).as_uri()
-    columns = {"experiments": "artifact_location", "runs": "artifact_uri"}
-    columns |= {"logged_models": "artifact_location", "model_versions": "storage_location"}
-    query = "SELECT DISTINCT artifact_location FROM experiments WHERE artifact_location LIKE ?"
-    with closing(sqlite3.connect(path, timeout=5)) as store, store:
-        for (old,) in store.execute(query, [f"file:%/{ARTIFACTS}"]).fetchall():
-            for table, column in columns.items() if old != here else ():
-                change = f"{column} = ? || substr({column}, ?) WHERE instr({column}, ?) = 1"
-                store.execute(f"UPDATE {table} SET {change}", [here, len(old) + 1, old])  # noqa: S608, fixed names
+    # The experiments come last, so that a kill in between leaves the old address to be found.
+    columns = {"runs": "artifact_uri", "logged_models": "artifact_location"}
+    columns |= {"model_versions": "storage_location", "experiments": "artifact_location"}
+    query = "SELECT DISTINCT artifact_location FROM experiments WHERE artifact_location != ?1 AND"
+    query += f" (artifact_location LIKE 'file:%/{ARTIFACTS}' OR artifact_location LIKE ?2)"
+    for (old,) in _execute(path, query, here, "mlflow-artifacts:%"):
+        for table, column in columns.items():
+            change = f"{column} = ? || substr({column}, ?) WHERE instr({column}, ?) = 1"
+            _execute(path, f"UPDATE {table} SET {change}", here, len(old) + 1, old)  # noqa: S608, fixed names

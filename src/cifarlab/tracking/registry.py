@@ -13,7 +13,7 @@ from scipy.stats import binomtest
 from cifarlab import files, pipeline
 from cifarlab.errors import UserError, first_line, in_a_sentence
 from cifarlab.params.load import load_params
-from cifarlab.tracking.client import connect, models_of
+from cifarlab.tracking.client import all_runs, connect, present_models
 from cifarlab.tracking.sync import shows
 from cifarlab.tracking.upload import NOTE, TEST_DIGEST, model_name
 
@@ -117,35 +117,28 @@ def _find_run(client: Any, name: str) -> Any:
         raise UserError("name an experiment, or the id of a run")
     if re.fullmatch(r"[0-9a-f]{32}", name):
         return client.get_run(name)
-    experiment = client.get_experiment_by_name(load_params().tracking.experiment)
-    named = f'tags.`dvc.exp.name` = "{name}"'  # the newest run comes first
-    runs = client.search_runs([experiment.experiment_id], named) if experiment else []
-    runs = sorted(runs, key=lambda run: run.info.status != "FINISHED")
+    runs = all_runs(name)  # the newest run comes first
+    runs.sort(key=lambda run: run.info.status != "FINISHED")
     with suppress(UserError):  # there is no such experiment here
         own = pipeline.find(name)
-        runs = sorted(runs, key=lambda run: not shows(run, own))
+        runs.sort(key=lambda run: not shows(run, own))
     for run in runs:
         return run
     raise UserError(f"MLflow has no run or experiment {name}; `cifarlab sync` logs what it misses")
 
 
-def _models_of(client: Any, run: Any) -> list[str]:
-    """Return the ids of the models with the present weights of a run."""
-    weights = run.data.tags.get("weights.sha256")
-    return [m.model_id for m in models_of(client, run) if m.tags.get("weights.sha256") == weights]
-
-
 def _model_of(client: Any, run: Any) -> str:
     """Return the id of the model with the weights of a run. UserError: it has none."""
-    for model in _models_of(client, run):
-        return model
+    for model in present_models(client, run):
+        return str(model.model_id)
     way_out = "set tracking.log_model: true and run `dvc repro -f evaluate`"
     raise UserError(f"the run {run.info.run_name} ({run.info.run_id}) has no model; {way_out}")
 
 
 def _shows_model(client: Any, run: Any, version: Any) -> bool:
     """Tell whether a run still shows the training of a registered model: it may be repeated."""
-    return version.source.rpartition("/")[2] in _models_of(client, run)
+    shown = [model.model_id for model in present_models(client, run)]
+    return version.source.rpartition("/")[2] in shown
 
 
 def _compare(client: Any, champion: Any, new: Any) -> tuple[bool, str]:

@@ -13,7 +13,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from cifarlab import files, pipeline
-from cifarlab.errors import UserError, first_line, in_a_sentence
+from cifarlab.errors import first_line, in_a_sentence
 from cifarlab.params.sections import Params
 from cifarlab.runtime import timings
 from cifarlab.tracking import client as tracking
@@ -41,8 +41,6 @@ def track(stage: str, params: Params, conditions: dict[str, str] | None = None) 
     UserError
         The data or the code is missing or damaged, or MLFLOW_TRACKING_URI names no store.
     """
-    if stage not in pipeline.STAGES:
-        raise UserError(f"pipeline.STAGES lacks {stage}, so MLflow would not get its files; add it")
     tracking.database()
     execution = Execution(params, pipeline.training_key(params), *pipeline.current_experiment())
     return StageRun(stage, execution, conditions or {})
@@ -124,10 +122,6 @@ class StageRun:
             self.monitor.finish()
         upload = self.upload or self.open()  # MLflow may have come back
         tracking.wait_for_database()
-        if self.monitor:  # a training shorter than the sampling interval needs a sample, too
-            self.monitor.collect_metrics()
-            self.monitor.publish_metrics(self.monitor.aggregate_metrics())
-            self.monitor.mlflow_logger.flush()
         if status == "FINISHED":
             upload.send_stage(self.stage)
         # The time between two stages does not count: a figure drawn a day later adds seconds.
@@ -136,8 +130,8 @@ class StageRun:
         if self.lock:
             Path(self.lock.lock_file).unlink(missing_ok=True)
             self.lock.release()
-        wanted = self.stage != "train" and self.execution.params.tracking.log_model
-        if wanted and status == "FINISHED":
+        wanted = self.execution.params.tracking.log_model and self.stage != "train"
+        if status == "FINISHED" and wanted:
             # At the end: a proxy may refuse a file of this size, and a run is worth having without.
             problem = "the model was not logged: %s; tracking.log_model: false leaves it out"
             with in_a_sentence(problem):
@@ -161,10 +155,7 @@ class StageRun:
         mine = [run for run in same if execution.identity.items() <= run.data.tags.items()]
         if tracking.database() != files.mlflow_database().resolve():  # others may use the store
             mine = [run for run in mine if "logged.plot" not in run.data.tags or _is_here(run)]
-        left = [run for run in same if _is_left(run)]
-        known = {e.name for e in pipeline.experiments()} if left and not mine else set()
-        left = [run for run in left if run.data.tags.get("dvc.exp.name", "") not in known]
-        return next(iter([*mine, *left]), None)
+        return next(iter(mine), None) or next(filter(_is_left, same), None)
 
     def _create(self, client: Any, experiment: str) -> Any:
         execution = self.execution
@@ -233,29 +224,22 @@ def _lock_file(run_id: str) -> Path:
 def _is_left(run: Any) -> bool:
     """Tell whether the execution that started a run may have left it, and no longer continues it.
 
-    The run is not whole, or its experiment was killed before DVC had recorded it. Between two
-    stages no process writes to it. Then its folder tells: DVC runs one pipeline at a time in a
-    folder, and works in it.
+    The run is not whole, or its experiment was killed before DVC had recorded it, and no process
+    writes to it. That may also be so between two stages. An execution whose run was taken over then
+    gets a new one with its next stage, which logs everything again.
     """
-    tags, status, folder = run.data.tags, run.info.status, _folder(run)
-    unrecorded = _is_here(run) and tags.get("dvc.exp.name")
-    if "logged.plot" in tags and not unrecorded:
+    tags = run.data.tags
+    name = tags.get("dvc.exp.name")
+    is_whole = "logged.plot" in tags and not (name and _is_here(run))
+    if is_whole or name in [experiment.name for experiment in pipeline.experiments()]:
         return False
-    if status != "FINISHED":
-        return status != "RUNNING" or not is_alive(run.info.run_id)
-    return folder is not None and (folder == Path.cwd() or not pipeline.in_use(folder))
-
-
-def _folder(run: Any) -> Path | None:
-    """Return the folder where a stage of a run ran last; None if that was on another host."""
-    host, _, folder = run.data.tags.get(FOLDER, "").partition(":")
-    return Path(folder) if host == platform.node() else None
+    return run.info.status != "RUNNING" or not is_alive(run.info.run_id)
 
 
 def _is_here(run: Any) -> bool:
     """Tell whether a run was made in this checkout, or in a temporary copy of it."""
-    folder = _folder(run)
-    return folder is not None and folder.is_relative_to(files.root())
+    host, _, folder = run.data.tags.get(FOLDER, "").partition(":")
+    return host == platform.node() and Path(folder).is_relative_to(files.root())
 
 
 def _here() -> str:

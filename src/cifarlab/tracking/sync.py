@@ -1,7 +1,6 @@
 """Logging to MLflow, from the files, what it lacks of experiments, commits and the workspace."""
 
 from contextlib import nullcontext, suppress
-from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -84,8 +83,7 @@ class Mirror:
         for run in same:
             if run.info.status == "RUNNING" and is_alive(run.info.run_id):
                 return run.info.run_id, "is running"
-            has_artifacts = partial(self._has_artifacts, run, revision)
-            if run.info.status == "FINISHED" and tracking.Deadline(60).wait(has_artifacts):
+            if run.info.status == "FINISHED" and self._has_artifacts(run, revision):
                 return run.info.run_id, "was there"
         if revision.commit and not pipeline.params_of(revision):
             return "", "has the parameters of another version, and can be logged there"
@@ -119,7 +117,7 @@ class Mirror:
         found = {Path(file.path).name: file.file_size for file in listed}
         if not wanted.items() <= found.items() or not found.get("confusion_matrix.json"):
             return False
-        models = (model.model_id for model in tracking.models_of(self.client, run))
+        models = (model.model_id for model in tracking.present_models(self.client, run))
         logged = map(self.client.list_logged_model_artifacts, models)
         return not (params and params.tracking.log_model) or any(logged)
 
@@ -144,7 +142,7 @@ class Mirror:
                 known, tags = self.client.get_run(known.info.run_id), known.data.tags
                 origin = (tags.get("dvc.exp.name", ""), tags.get("dvc.exp.baseline", ""))
             run = StageRun("plot", Execution(params, key, *origin, folder), run=known)
-            return tracking.Deadline(600).wait(lambda: self.client.get_run(run.close("FINISHED")))
+            return self.client.get_run(run.close("FINISHED"))
 
 
 def tags_of(revision: Revision) -> Tags:

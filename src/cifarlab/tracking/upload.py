@@ -6,7 +6,6 @@ import posixpath
 import re
 import tempfile
 import time
-from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -19,7 +18,7 @@ from cifarlab.digest import json_digest
 from cifarlab.errors import UserError
 from cifarlab.params.sections import Params
 from cifarlab.runtime import timings
-from cifarlab.tracking.client import KEY, models_of, wait_for_database
+from cifarlab.tracking.client import KEY, WEIGHTS_DIGEST, present_models, wait_for_database
 
 ARTIFACTS = {".csv": "tables", ".png": "figures"}  # MLflow's folder for each kind of file
 PARAMS, CODE = "cifarlab.params", "cifarlab.code"  # tags with digests of what decides the outputs
@@ -28,7 +27,6 @@ NOTE = "mlflow.note.content"  # the tag that MLflow shows as the description, in
 # MLflow draws the metrics with the same word before the / together, in alphabetical order, and
 # those without a group last. So the groups are accuracy, loss, then this one.
 GROUP = "per_class"
-MAX_BATCH = 1000  # metrics in one request
 Values = dict[str, Any]
 
 
@@ -108,45 +106,35 @@ class Upload:
     def send_epochs(self) -> None:
         """Log the rows of history.csv with the times when the epochs ended, if they are known.
 
-        Many rows go into one request, and a row is logged as a whole or not at all.
+        MLflow divides them into requests. The loss of a row is logged last: if MLflow has it, the
+        row is whole.
         """
         from mlflow.entities import Metric
 
         wait_for_database()
-
         known = self.client.get_metric_history(self.run_id, "loss/train")
         logged = {(point.step, point.value) for point in known}  # perhaps of an older training
         data = pd.read_csv(self._path(files.HISTORY), index_col="epoch").rename(columns=metric_name)
         times, now = timings.read(self.execution.key).epochs, int(1000 * time.time())
-        rows = []
+        points = []
         for epoch, row in data.iterrows():
-            if (epoch, row["loss/train"]) in logged:
-                continue
             ended, seconds = times.get(str(epoch), (now, None))
-            values = row.to_dict() | {"epoch_seconds": seconds}
-            rows.append([Metric(k, v, ended, epoch) for k, v in values.items() if pd.notna(v)])
-        self._send_metrics(rows)
+            if (epoch, loss := row.pop("loss/train")) not in logged:
+                values = {"epoch_seconds": seconds, **row, "loss/train": loss}
+                points += [Metric(k, v, ended, epoch) for k, v in values.items() if pd.notna(v)]
+        self.client.log_batch(self.run_id, points)
 
     def _path(self, path: Path) -> Path:
         return self.execution.folder / path
 
     def _send(self, tags: Values, metrics: Values, params: Values) -> None:
-        """Log final metrics, then tags and parameters in one request."""
+        """Log tags, final metrics and parameters."""
         from mlflow.entities import Metric, Param, RunTag
 
         known, now = self.run.data.metrics, int(1000 * time.time())
-        self._send_metrics([Metric(k, v, now, 0)] for k, v in metrics.items() if known.get(k) != v)
+        changed = [Metric(k, v, now, 0) for k, v in metrics.items() if known.get(k) != v]
         new = [Param(k, str(v)) for k, v in params.items()]
-        self.client.log_batch(self.run_id, (), new, [RunTag(k, v) for k, v in tags.items()])
-
-    def _send_metrics(self, groups: Iterable[list[Any]]) -> None:
-        """Log metrics in few requests, and each group in one."""
-        batch: list[Any] = []
-        for group in [*groups, []]:
-            if batch and (not group or len(batch) + len(group) > MAX_BATCH):
-                self.client.log_batch(self.run_id, batch)
-                batch = []
-            batch += group
+        self.client.log_batch(self.run_id, changed, new, [RunTag(k, v) for k, v in tags.items()])
 
     def _send_training(self) -> None:
         self.send_epochs()
@@ -154,8 +142,9 @@ class Upload:
         final = files.read_json(self._path(files.TRAIN_METRICS))
         # The losses and accuracies are those of the last epoch.
         metrics = {k: v for k, v in final.items() if not k.endswith(("loss", "accuracy"))}
-        weights = {"weights.sha256": _sha256(self._path(files.WEIGHTS))}
-        self._send(weights | timings.read(self.execution.key).conditions, metrics, {})
+        digest = hashlib.sha256(self._path(files.WEIGHTS).read_bytes()).hexdigest()
+        tags = timings.read(self.execution.key).conditions | {WEIGHTS_DIGEST: digest}
+        self._send(tags, metrics, {})
 
     def _send_dataset(self) -> None:
         from mlflow.entities import Dataset, DatasetInput, InputTag
@@ -178,15 +167,12 @@ class Upload:
             self.client.log_text(self.run_id, table.to_json(orient="split", index=False), name)
         shown = json.dumps([{"path": name, "type": "table"} for name in tables])
         found = files.read_json(self._path(files.EVALUATION))
-        found.pop("accuracy_per_class", None)  # older versions kept them in this file, too
         metrics = {metric_name(f"test_{name}"): value for name, value in found.items()}
         accuracies = dict(zip(per_class["class"], per_class.accuracy, strict=True))
         metrics |= {accuracy_of(label): share for label, share in accuracies.items()}
-        data = files.read_json(self._path(files.DATA / "dataset.json"))
-        # Data of an older version has no such digest.
-        tested = {TEST_DIGEST: data["test_digest"]} if "test_digest" in data else {}
-        note = self._describe(found["accuracy"], accuracies)
-        self._send({"mlflow.loggedArtifacts": shown, **note, **tested}, metrics, {})
+        tested = files.read_json(self._path(files.DATA / "dataset.json"))["test_digest"]
+        tags = {"mlflow.loggedArtifacts": shown, TEST_DIGEST: tested}
+        self._send(tags | self._describe(found["accuracy"], accuracies), metrics, {})
 
     def _describe(self, accuracy: float, accuracies: dict[str, float]) -> dict[str, str]:
         """Return the description of the run as a tag; empty if a person has written one."""
@@ -214,14 +200,14 @@ class Upload:
         from mlflow.entities import LoggedModelOutput, LoggedModelStatus, Metric
 
         client, run_id, run = self.client, self.run_id, self.client.get_run(self.run_id)
-        weights = _sha256(self._path(files.WEIGHTS))
-        found = [m for m in models_of(client, run) if m.tags.get("weights.sha256") == weights]
-        if not found and pipeline.network_code(self.execution.folder) != pipeline.network_code():
+        model = next(iter(present_models(client, run)), None)
+        if not model and pipeline.network_code(self.execution.folder) != pipeline.network_code():
             reason = "it has other code for the network; log it in a checkout of its commit"
             raise UserError(f"the model was not logged: {reason}")
-        tags = {"weights.sha256": weights, NOTE: run.data.tags.get(NOTE, "")}
-        new = (run.info.experiment_id, model_name(run.info.run_name), run_id, tags, run.data.params)
-        model = found[0] if found else client.create_logged_model(*new)
+        if not model:
+            tags = {k: v for k, v in run.data.tags.items() if k in (WEIGHTS_DIGEST, NOTE)}
+            new = (model_name(run.info.run_name), run_id, tags, run.data.params)
+            model = client.create_logged_model(run.info.experiment_id, *new)
         name = model.model_id
         if model.status != LoggedModelStatus.READY or not client.list_logged_model_artifacts(name):
             self._export(name)
@@ -233,8 +219,8 @@ class Upload:
             points = [client.get_metric_history(run_id, k)[-1] for k in names]
             data = run.inputs.dataset_inputs[0].dataset
             of = (name, data.name, data.digest)
-            again = ([Metric(p.key, p.value, p.timestamp, p.step, *of)] for p in points)
-            self._send_metrics(again)
+            again = [Metric(p.key, p.value, p.timestamp, p.step, *of) for p in points]
+            client.log_batch(run_id, again)
             client.log_outputs(run_id, [LoggedModelOutput(name, 0)])
 
     def _export(self, model_id: str) -> None:
@@ -287,7 +273,3 @@ def accuracy_of(label: str) -> str:
     digest = hashlib.sha256(label.encode("utf-8", "surrogateescape")).hexdigest()
     readable = re.sub(r"[^\w.: -]", "_", label)
     return f"{GROUP}/{readable[:150]}-{digest[:8]}"
-
-
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
