@@ -5,6 +5,7 @@ always uses the CPU: compare the two only on machines without a GPU.
 """
 
 import json
+import os
 import resource
 import sys
 import time
@@ -22,6 +23,7 @@ from cifarlab.nn.network import Network, predict
 from cifarlab.params.load import changed
 from cifarlab.params.sections import Params
 from cifarlab.runtime.device import precision, set_up
+from cifarlab.runtime.processes import spare_cores
 from cifarlab.training.batches import Images
 from cifarlab.training.loop import fit, prepare
 
@@ -202,5 +204,8 @@ if __name__ == "__main__":
         "matmul": matmul,
     }
     kind, *arguments = sys.argv[1:]
+    if kind != "reference" and "GOMP_SPINCOUNT" not in os.environ:  # as the stages do
+        spare_cores()
+        os.execv(sys.executable, [sys.executable, "-m", "bench.measure", *sys.argv[1:]])
     measure: Any = MEASUREMENTS[kind]
     print(json.dumps(measure(*(int(a) if a.isdigit() else a for a in arguments))))

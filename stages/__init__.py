@@ -33,6 +33,7 @@ def run(stage: Callable[[Params], None]) -> None:
     """Run a stage with validated parameters. Errors that a user can correct end in one sentence."""
     os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # deterministic matrix products
     tolerate_settings()
+    processes.spare_cores()
     for number in (*SIGNALS, signal.SIGALRM):
         if number == signal.SIGINT or signal.getsignal(number) != signal.SIG_IGN:  # nohup
             signal.signal(number, _interrupt)

@@ -8,6 +8,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import venv
 from pathlib import Path
 from typing import Any
@@ -315,3 +316,20 @@ def test_ctrl_c_is_repeated_if_python_drops_the_exception(folder: Path) -> None:
 
 def test_ctrl_c_is_not_repeated_while_the_run_is_closed(folder: Path) -> None:
     interrupt(folder, CLOSING)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="GCC's OpenMP prints its settings")
+@pytest.mark.parametrize("given", [None, "7"])
+def test_a_thread_of_a_stage_that_waits_leaves_its_core_to_others(given: str | None) -> None:
+    program = "import stages; stages.run(lambda params: __import__('torch'))"
+    env = {k: v for k, v in os.environ.items() if k != "GOMP_SPINCOUNT"}
+    env |= {"OMP_DISPLAY_ENV": "VERBOSE"} | ({"GOMP_SPINCOUNT": given} if given else {})
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=REPO,
+        env=env,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert f"GOMP_SPINCOUNT = '{given or 1000}'" in done.stderr

@@ -12,6 +12,7 @@ import click
 from cifarlab import files, pipeline
 from cifarlab.errors import UserError, first_line, tolerate_settings
 from cifarlab.params.load import changed, load_params, read_yaml
+from cifarlab.runtime.processes import spare_cores
 
 JOBS = click.option("--jobs", type=click.IntRange(1, 64), default=1, help="Experiments at a time.")
 CLUSTER = "Run on a Ray cluster: ray, or ray://HOST:PORT (docs/scale.md)."
@@ -30,6 +31,7 @@ class Commands(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command; exit code 1 and one line on standard error if it cannot be done."""
         tolerate_settings()
+        spare_cores()
         try:
             return super().invoke(ctx)
         except UserError as error:

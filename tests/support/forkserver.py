@@ -131,6 +131,7 @@ class ForkServer:
         }
         # The threads of OpenBLAS and of PyArrow's allocator would not survive a fork.
         env |= {"OPENBLAS_NUM_THREADS": "1", "JE_ARROW_MALLOC_CONF": "background_thread:false"}
+        env |= {"GOMP_SPINCOUNT": "1000"}  # as a stage sets it, but torch is loaded before
         env |= {"MPLCONFIGDIR": mpl.get_cachedir()}  # for its list of fonts
         env |= {"DVC_NO_ANALYTICS": "1", "MLFLOW_DISABLE_TELEMETRY": "true"}
         command = [sys.executable, __file__, str(self.socket), self.python, ",".join(self.modules)]
