@@ -29,7 +29,7 @@ DEMO := -S data.name=digits -S 'model.widths=[16,32,64]' -S train.epochs=8 \
 	-S train.batch_size=32 -S train.flip=none
 PYTEST := python -m pytest --numprocesses auto --dist worksteal --max-worker-restart 0
 
-.PHONY: help setup demo repro notebook tiny strong photos bench bench-quick bench-scaling gpu-check same-bytes experiments test \
+.PHONY: help setup demo repro notebook tiny strong gpu gpu-strong photos bench bench-quick bench-scaling gpu-check same-bytes experiments test \
 	test-all cluster cluster-test lint audit format ui study studies confusion search backprop queue sync verify \
 	report results reference lock lock-check screenshots
 .DEFAULT_GOAL := help
@@ -83,7 +83,7 @@ demo: setup  ## offline, minutes: two variants on handwritten digits, compared
 repro: setup  ## run what params.yaml asks for (dvc repro)
 	dvc repro
 
-notebook tiny strong photos: setup  ## a variant of variants.yaml, as an experiment beside the workspace
+notebook tiny strong gpu gpu-strong photos: setup  ## a variant of variants.yaml, as an experiment beside the workspace
 	cifarlab variant $@
 
 # Not shown: hashes of outputs, times, and the metrics with _ in their names, for which there is no room.
