@@ -34,8 +34,7 @@ def test_wrong_checksum_is_refused_before_the_archive_is_opened(
     archive_server.give(path.read_bytes())
     opened: list[Any] = []
     monkeypatch.setattr(tarfile.TarFile, "open", lambda *args: opened.append(args))
-    sentence = refused("cifar10", archive_server.url if remote else path, sha256="0" * 64)
-    assert checksum(path) in sentence
+    assert "SHA-256" in refused("cifar10", archive_server.url if remote else path, sha256="0" * 64)
     assert opened == []
 
 
@@ -107,7 +106,7 @@ def test_without_network_one_sentence_says_what_to_do(
     sentence = refused("cifar10", "http://127.0.0.1:1/x", sha256="0" * 64)
     assert "make demo" in sentence
     assert "data.sources" in sentence
-    assert sentence.count("http://127.0.0.1:1/x: ") == 1  # once, though it was tried several times
+    assert sentence.count("127.0.0.1") == 1  # once, though it was tried several times
 
 
 @pytest.mark.parametrize("source", ["http://[::1/x", "~nobody-has-this-name/x"])

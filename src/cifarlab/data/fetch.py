@@ -7,7 +7,7 @@ import pooch
 
 from cifarlab.data.archives import members
 from cifarlab.data.layout import is_hidden
-from cifarlab.errors import UserError, first_line, in_a_sentence
+from cifarlab.errors import UserError, first_line
 from cifarlab.params.sections import DEFAULT_FOLDER, DataParams, is_remote
 
 ATTEMPTS = 3
@@ -45,10 +45,12 @@ def fetch(params: DataParams, root: Path, cache: Path) -> Path:
 def find_images(params: DataParams, root: Path, cache: Path) -> Path:
     """Return data.folder or, if that is the default and as empty as in Git, what `fetch` finds.
 
-    UserError: the main checkout has the images, but not this copy.
+    UserError: there is no such folder, or the main checkout has the images, but not this copy.
     """
     folder = Path(params.folder).expanduser()
     if params.folder != DEFAULT_FOLDER or holds_files(folder):
+        if not folder.exists():
+            raise UserError(f"data.folder = {folder} does not exist")
         return folder
     if Path.cwd() != root and holds_files(root / folder):
         way_out = f"set data.folder={root / folder}, or leave out --temp and --queue"
@@ -84,9 +86,18 @@ def _local(source: str, sha256: str | None, root: Path) -> Path:
 
 def _download(url: str, sha256: str, cache: Path) -> Path:
     """Download an archive, unless the cache holds it. Its checksum is verified either way."""
+    import requests
+
     pooch.get_logger().setLevel("WARNING")
     # With the checksum in its name, another archive under the same URL gets a file of its own.
     name = f"{sha256[:16]}-{PurePosixPath(urlsplit(url).path).name[-100:]}"
     downloader = pooch.HTTPDownloader(progressbar=True, timeout=TIMEOUT)
-    with in_a_sentence(f"the download to {cache} failed, %s"):
+    try:
         return Path(pooch.retrieve(url, f"sha256:{sha256}", name, cache, downloader=downloader))
+    except requests.RequestException as error:
+        status = "" if error.response is None else f" {error.response.status_code}"
+        raise UserError(f"the download failed, {type(error).__name__}{status}") from error
+    except ValueError as error:
+        raise UserError(f"the server sent another file, SHA-256 is not {sha256}") from error
+    except OSError as error:
+        raise UserError(f"{cache} cannot be written, {error.strerror or error}") from error
