@@ -1,11 +1,11 @@
 """`make gpu-check`: what a GPU gives, in at most six minutes, without a network.
 
 Runs the tests that need CUDA, then trains the default parameters and the notebook's network, with
-each step as a CUDA graph and without, and the variants for a GPU. Writes bench/results/gpu.json and gpu.md, which name the
-card. Of other packages it needs torch, numpy, pydantic, PyYAML, safetensors, tqdm, filelock and
-pytest; the notebook's own way needs torchvision as well. Without data/ it trains on random images,
-and accuracies mean nothing. On a machine without CUDA it does what it can, on fewer images, for fewer
-epochs.
+each step as a CUDA graph and without, and the variants for a GPU. Writes bench/results/gpu.json and
+gpu.md, which name the card. Of other packages it needs torch, numpy, pydantic, PyYAML, safetensors,
+tqdm, filelock and pytest; the notebook's own way needs torchvision as well. Without data/ it trains
+on random images, and accuracies mean nothing. On a machine without CUDA it does what it can, on
+fewer images, for fewer epochs.
 """
 
 import hashlib
