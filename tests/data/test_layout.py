@@ -55,6 +55,12 @@ THIRD = {name.replace(".png", "-3.png"): picture(200 + i) for i, name in enumera
             id="folders inside of the classes",
         ),
         pytest.param(CATS | pictures(10, "train"), 24, 6, 0, id="a class that is called train"),
+        pytest.param(
+            under("train", CATS)
+            | {name.replace("cat", "Cat"): data for name, data in under("test", MORE).items()},
+            *(20, 20, 0),
+            id="a class in another case",
+        ),
     ],
 )
 @pytest.mark.parametrize("kind", ["folder", "zip", "backslashes", "tar.gz"])

@@ -82,7 +82,7 @@ def by_folders(names: Iterable[str], problems: list[Problem]) -> Places:
     if len(labels) > 1 and all(label.lower() in SPLIT_NAMES for label in labels):
         advice = "add one for each class, or name a table of labels with data.labels"
         raise UserError(f"{_join(labels)} hold images, but no folders; {advice}")
-    return places
+    return _same_case(places)
 
 
 def by_table(
@@ -204,6 +204,15 @@ def _without_top(paths: dict[str, tuple[str, ...]]) -> dict[str, tuple[str, ...]
             break
         paths = {name: path[len(path) > 1 :] for name, path in paths.items()}
     return paths
+
+
+def _same_case(places: Places) -> Places:
+    """Give a class in validation/ and test/ the case that its name has in train/."""
+    train = {place.label for place in places.values() if place.split == "train"}
+    known = {label.casefold(): label for label in train}
+    if len(known) < len(train):  # the case distinguishes classes, such as a and A
+        return places
+    return {n: p._replace(label=known.get(p.label.casefold(), p.label)) for n, p in places.items()}
 
 
 def _rows(text: str, table: str) -> list[tuple[int, dict[str, str]]]:
