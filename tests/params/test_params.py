@@ -432,5 +432,6 @@ def test_the_notebook_variant_has_the_settings_of_the_notebook(make_params: Make
 
 def test_every_variant_is_a_target_of_make() -> None:
     makefile = (REPO / "Makefile").read_text("utf-8")
-    (targets,) = re.findall(r"^([a-z -]+): setup.*\n\tcifarlab variant \$@$", makefile, re.MULTILINE)
+    rule = r"^([a-z -]+): setup.*\n\tcifarlab variant \$@$"
+    (targets,) = re.findall(rule, makefile, re.MULTILINE)
     assert targets.split() == list(VARIANTS)
