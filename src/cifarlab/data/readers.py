@@ -129,7 +129,7 @@ def write_folder(source: Path, params: DataParams, folder: Path, problems: list[
 def _list(source: Path, problems: list[Problem]) -> Collection[str]:
     """Return the names of all files; `problems` gets those that cannot be read.
 
-    UserError: there are too many.
+    UserError: there are too many, or two images have the same name.
     """
     names: dict[str, None] = {}
     size = 0
@@ -139,7 +139,9 @@ def _list(source: Path, problems: list[Problem]) -> Collection[str]:
         if size > MAX_NAMES:
             raise UserError(f"{source} holds over {MAX_NAMES >> 20} MiB of names; use fewer images")
         if not member.problem:
-            names[name] = None  # an archive can hold a name twice: the last one is used
+            if name in names and is_image(name):
+                raise UserError(f"{source} holds two files called {readable(name)}; remove one")
+            names[name] = None
         elif is_image(name):
             problems.append(Problem(name, UNREADABLE, member.problem))
         else:

@@ -67,7 +67,7 @@ def spare_cores() -> None:
     """Let threads that wait for each other sleep soon. It counts before PyTorch is imported only.
 
     By default they spin for milliseconds (GCC's OpenMP), on cores that other programs may need.
-    Beside two busy programs, two threads then took up to 20 times as long for a step.
+    Beside two busy programs, a step then takes several times as long (docs/performance.md).
     """
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # enough for threads that arrive together
 
