@@ -37,7 +37,8 @@ def run(stage: Callable[[Params], None]) -> None:
     for number in (*SIGNALS, signal.SIGALRM):
         if number == signal.SIGINT or signal.getsignal(number) != signal.SIG_IGN:  # nohup
             signal.signal(number, _interrupt)
-    processes.follow()
+    if processes.started():
+        processes.follow()
     try:
         with interrupted_once():
             pipeline.refuse_shallow_clone()
@@ -88,7 +89,7 @@ def interrupted_once() -> Iterator[None]:
     """Stop repeating the KeyboardInterrupt as soon as one leaves this block.
 
     Whatever is closed after this block, such as the MLflow run, is then not interrupted again. So
-    this block must be the innermost: `with track("train", …) as run, interrupted_once():`.
+    this block must be the innermost: `with logger.run(), interrupted_once():`.
     """
     try:
         yield

@@ -5,6 +5,9 @@ from stages import Params, interrupted_once, run
 
 def evaluate(params: Params) -> None:
     """Write accuracy, F1, calibration, the confusion matrix and every prediction."""
+    from cifarlab.tracking.logger import Logger
+
+    logger = Logger("evaluate", params)
     import numpy as np
     import torch
 
@@ -14,7 +17,6 @@ def evaluate(params: Params) -> None:
     from cifarlab.evaluation import metrics
     from cifarlab.nn import network, weights
     from cifarlab.runtime import checkpoints, device
-    from cifarlab.tracking.run import track
 
     # Not in the train stage: if that is killed at its very end, DVC has not stored its outputs yet.
     # `dvc repro -s evaluate` may come between: an interrupted training keeps its checkpoint.
@@ -26,7 +28,7 @@ def evaluate(params: Params) -> None:
     on_gpu = torch.cuda.is_available() and params.train.device != "cpu"
     gpu_or_cpu = torch.device("cuda" if on_gpu else "cpu")
     trained = weights.load(files.WEIGHTS).to(gpu_or_cpu)
-    with track("evaluate", params), interrupted_once():
+    with logger.run(), interrupted_once():
         pixels = data.images["test"]
         images = Mapped(pixels, np.arange(len(pixels)), gpu_or_cpu)
         labels = torch.from_numpy(data.labels["test"]).to(gpu_or_cpu)

@@ -5,11 +5,13 @@ from stages import Params, interrupted_once, run
 
 def plot(params: Params) -> None:
     """Draw every figure. Titles name the data set, the variant and its accuracy."""
+    from cifarlab.tracking.logger import Logger
+
+    logger = Logger("plot", params)
     from cifarlab import files
     from cifarlab.figures.run import draw_all
-    from cifarlab.tracking.run import track
 
-    with track("plot", params), interrupted_once():
+    with logger.run(), interrupted_once():
         for path in draw_all(params, files.DATA, files.PLOTS):
             print(path)
 

@@ -8,13 +8,15 @@ def train(params: Params) -> None:
     if params.train.processes > 1 and not processes.started():
         processes.launch(params.train.processes)
         return
+    from cifarlab.tracking.logger import Logger
+
+    logger = Logger("train", params) if processes.is_first() else None
     import torch
 
     from cifarlab import files, pipeline
     from cifarlab.data.dataset import Dataset
     from cifarlab.nn import weights
     from cifarlab.runtime import checkpoints, device, timings
-    from cifarlab.tracking.run import track
     from cifarlab.training import loop
     from cifarlab.training.ranks import Ranks
 
@@ -27,7 +29,7 @@ def train(params: Params) -> None:
     stream = data.images["train"].nbytes > device.free_memory(there, ranks.size) / 2
     network, images, validation = loop.prepare(params, data, there, stream=stream)
     dtype = device.precision(params.train, there)
-    if ranks.rank:  # the first process writes, logs and validates
+    if not logger:  # the first process writes, logs and validates
         loop.fit(network, params.train, images, dtype=dtype, ranks=ranks)
         return
     key, conditions = pipeline.training_key(params), device.conditions(params.train, there)
@@ -37,13 +39,13 @@ def train(params: Params) -> None:
     place = conditions["device"] + "; images that do not fit into memory stay on disk" * stream
     place += "; no image is held out" * (validation is None and params.data.validation > 0)
     print(f"{data.name}: {variant}, {size:,} parameters, on {place}", flush=True)
-    with track("train", params, conditions) as tracked, interrupted_once():
+    with logger.run(conditions), interrupted_once():
         progress = timings.Progress(key, conditions, params.train.epochs)
 
         def on_epoch(history: list[loop.Row]) -> None:
+            progress.epoch(history[-1])  # first: the logger reads both at any time
             files.write_csv(files.HISTORY, history)
-            progress.epoch(history[-1])
-            tracked.log_epochs()
+            logger.log_epochs()
 
         inputs, see = (network, params.train, images, validation, on_epoch), progress.batch
         history = loop.fit(*inputs, on_batch=see, dtype=dtype, checkpoint=kept, ranks=ranks)

@@ -63,6 +63,11 @@ def started() -> bool:
     return ERRORS in os.environ
 
 
+def is_first() -> bool:
+    """Tell whether this is the only process of a training, or the one that writes for all."""
+    return not started() or os.environ["RANK"] == "0"
+
+
 def spare_cores() -> None:
     """Let threads that wait for each other sleep soon. It counts before PyTorch is imported only.
 
@@ -73,8 +78,8 @@ def spare_cores() -> None:
 
 
 def follow() -> None:
-    """End this process, if it is one of several, when the one that started it is killed."""
-    if started() and sys.platform == "linux":
+    """End this process when the one that started it is killed."""
+    if sys.platform == "linux":
         parent_death_signal = 1  # PR_SET_PDEATHSIG of prctl(2)
         ctypes.CDLL(None).prctl(parent_death_signal, signal.SIGKILL)
 

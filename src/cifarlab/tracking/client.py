@@ -207,6 +207,13 @@ def try_to(action: Callable[[], T], otherwise: str) -> T | None:
         return None
 
 
+def warn(stage: str, reason: str) -> None:
+    """Print that MLflow lacks something of a stage."""
+    text = f"MLflow did not receive everything from the {stage} stage ({reason})"
+    advice = "The files are complete; `make sync` logs what is missing."
+    print(f"warning: {text}. {advice}", file=sys.stderr, flush=True)
+
+
 def serve(port: int, experiment: str) -> None:
     """Run MLflow's server on 127.0.0.1 for the store of this checkout, until Ctrl-C.
 

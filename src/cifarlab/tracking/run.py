@@ -1,7 +1,6 @@
 """The MLflow run of a pipeline execution, while one of its stages writes to it."""
 
 import platform
-import sys
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -178,10 +177,7 @@ class StageRun:
         except Exception as error:  # MLflow, requests, SQLAlchemy and the disk raise their own
             self.upload = None
             if not self.warned:
-                reason = f"{type(error).__name__}: {first_line(error)}"
-                text = f"MLflow did not receive everything from the {self.stage} stage ({reason})"
-                advice = "The files are complete; `make sync` logs what is missing."
-                print(f"warning: {text}. {advice}", file=sys.stderr, flush=True)
+                tracking.warn(self.stage, f"{type(error).__name__}: {first_line(error)}")
             self.warned = True
 
 
