@@ -43,6 +43,8 @@ def evaluate(params: Params) -> None:
         files.write_json(files.EVALUATION.with_name("per_class.json"), of_classes)
         for path in (files.PREDICTIONS, files.PER_CLASS, files.CONFUSION):
             files.write_csv(path, tables[path.stem])
+        if params.tracking.log_model:
+            logger.log_model(trained.cpu())
     print("test accuracy {accuracy:.2%}, loss {loss:.4f}, macro F1 {macro_f1:.4f}".format(**found))
 
 

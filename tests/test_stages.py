@@ -45,6 +45,9 @@ class Logger:
         [clock] = Path(".cache/trainings").iterdir()
         print("logged", rows, *json.loads(clock.read_text())["epochs"])
 
+    def log_model(self, network):
+        print("model", network.classes)
+
     @contextmanager
     def run(self, conditions=None):
         print("track", self.stage, bool(conditions))

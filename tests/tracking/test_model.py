@@ -30,7 +30,8 @@ def written(network: Network, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("model")
     weights.save(network, folder / "network.safetensors")
     known = mlflow.models.Model(metadata={"training_key": "abc"})
-    model.write(folder / "model", folder / "network.safetensors", known)
+    path, graph = folder / "network.safetensors", model.exported(network)
+    model.write(folder / "model", path, graph, CLASSES, 32, known)
     return folder / "model"
 
 
@@ -72,7 +73,8 @@ def test_pypi_has_the_required_packages(
 ) -> None:
     monkeypatch.setattr(model, "version", lambda name: "2.14.1+cpu")
     weights.save(network, tmp_path / "network.safetensors")
-    model.write(tmp_path / "model", tmp_path / "network.safetensors", mlflow.models.Model())
+    path = tmp_path / "network.safetensors"
+    model.write(tmp_path / "model", path, b"", CLASSES, 32, mlflow.models.Model())
     required = (tmp_path / "model/requirements.txt").read_text().split()
     assert required == [f"{name}==2.14.1" for name in model.PACKAGES]
 

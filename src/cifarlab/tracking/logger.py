@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psutil
 
@@ -18,6 +18,10 @@ from cifarlab.errors import first_line
 from cifarlab.params.sections import Params
 from cifarlab.runtime import processes
 from cifarlab.tracking.client import database, warn
+from cifarlab.tracking.model import exported
+
+if TYPE_CHECKING:
+    from cifarlab.nn.network import Network
 
 EPOCHS = "epochs"  # the command to log them
 SECONDS = 900  # that the process may take at the end; it has shorter limits of its own
@@ -60,6 +64,11 @@ class Logger:
         """Log the epochs of history.csv that the run lacks."""
         self._tell(EPOCHS)
 
+    def log_model(self, network: "Network") -> None:
+        """Export the network for the end of the run: the process that logs lacks PyTorch."""
+        with suppress(Exception):  # then that process tries it, and warns
+            self._tell(exported(network))
+
     def _tell(self, command: object) -> None:
         with suppress(OSError):  # `_end` warns if the process has died
             self.pipe.send(command)
@@ -82,23 +91,21 @@ def _log(stage: str, params: Params, commands: Connection) -> None:
         signal.signal(number, signal.SIG_IGN)  # a terminal sends them to the stage as well
     processes.follow()
 
-    def command() -> Any:
-        newest = commands.recv()
-        while commands.poll():
-            newest = commands.recv()
-        return newest
-
     try:
         import mlflow  # noqa: F401, takes the longest
 
         from cifarlab.tracking.run import track
 
         run = track(stage, params, commands.recv()).__enter__()
-        if stage == "evaluate" and params.tracking.log_model:
-            import torch.export  # noqa: F401, for the model at the end
-        while (newest := command()) == EPOCHS:
-            run.log_epochs()
-        run.__exit__(newest)
+        given = list[Any]()
+        while not given or given[-1] == EPOCHS or isinstance(given[-1], bytes):
+            given = [commands.recv()]
+            while commands.poll():  # several epochs may have ended meanwhile
+                given.append(commands.recv())
+            if EPOCHS in given:
+                run.log_epochs()
+            run.graph = next((part for part in given if isinstance(part, bytes)), run.graph)
+        run.__exit__(given[-1])
     except EOFError:  # the stage has ended otherwise
         pass
     except Exception as error:

@@ -2,19 +2,30 @@
 
 import platform
 import shutil
+import tempfile
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from cifarlab.nn import weights
-
 CLASSIFIER = Path(__file__).with_name("classifier.py")
 PACKAGES = ("mlflow", "numpy", "pandas", "pillow", "torch")
 
 
-def write(folder: Path, network_file: Path, model: Any) -> None:
+def exported(network: Any) -> bytes:
+    """Return the file that `weights.export_torch` writes of a network on the CPU."""
+    from cifarlab.nn.weights import export_torch
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "model.pt2")
+        export_torch(network, path)
+        return path.read_bytes()
+
+
+def write(
+    folder: Path, network_file: Path, graph: bytes, classes: list[str], image_size: int, model: Any
+) -> None:
     """Write an MLflow model into a new folder.
 
     mlflow.pyfunc takes uint8 (N, height, width, 3) of any size and returns names of classes and
@@ -23,16 +34,16 @@ def write(folder: Path, network_file: Path, model: Any) -> None:
 
     Parameters
     ----------
+    graph : what `exported` returned for this network
     model : mlflow.models.Model with its ids; it gets the description of what was written
     """
     import mlflow
-    import torch
     import yaml
     from mlflow.types import ColSpec, Schema, TensorSpec
 
-    network = weights.load(network_file)
-    (folder / "artifacts").mkdir(parents=True)
-    weights.export_torch(network, folder / "pytorch/model.pt2")  # MLflow's loader wants a folder
+    for part in ("artifacts", "pytorch"):
+        (folder / part).mkdir(parents=True)
+    (folder / "pytorch/model.pt2").write_bytes(graph)  # MLflow's loader wants a folder
     shutil.copy(network_file, folder / "artifacts")
     shutil.copy(CLASSIFIER, folder)
     # PyPI does not have what follows a +, such as "2.14.1+cpu".
@@ -41,7 +52,7 @@ def write(folder: Path, network_file: Path, model: Any) -> None:
     python = {"python": platform.python_version(), "dependencies": ["-r requirements.txt"]}
     (folder / "python_env.yaml").write_text(yaml.safe_dump(python), "utf-8")
 
-    names = ["probability", *(f"probability/{name}" for name in network.classes)]
+    names = ["probability", *(f"probability/{name}" for name in classes)]
     columns = [ColSpec("string", "class"), *(ColSpec("double", name) for name in names)]
     images = Schema([TensorSpec(np.dtype(np.uint8), (-1, -1, -1, 3))])
     model.signature = mlflow.models.ModelSignature(images, Schema(columns))
@@ -51,12 +62,11 @@ def write(folder: Path, network_file: Path, model: Any) -> None:
         model,
         "mlflow.pyfunc.loaders.code_model",
         python_env="python_env.yaml",
-        model_config={"classes": network.classes, "image_size": network.image_size},
+        model_config={"classes": classes, "image_size": image_size},
         model_code_path=CLASSIFIER.name,
         artifacts={name: {"path": path, "uri": path} for name, path in paths.items()},
         streamable=False,
     )
-    torch_version = str(torch.__version__)
-    model.add_flavor("pytorch", model_data="pytorch", pytorch_version=torch_version, code=None)
+    model.add_flavor("pytorch", model_data="pytorch", pytorch_version=version("torch"), code=None)
     model.model_size_bytes = sum(f.stat().st_size for f in folder.rglob("*") if f.is_file())
     model.save(folder / "MLmodel")

@@ -66,6 +66,8 @@ class StageRun:
     """Held while this process writes to the run, so that others know that it is alive."""
     warned: bool = False
     monitor: Any = None
+    graph: bytes = b""
+    """The network for MLflow, from `model.exported`, if the stage has exported it."""
     started: float = field(default_factory=time.time)
     idle_since: int = 0
     """When the previous stage of this run ended, in milliseconds since 1970."""
@@ -134,7 +136,7 @@ class StageRun:
             # At the end: a proxy may refuse a file of this size, and a run is worth having without.
             problem = "the model was not logged: %s; tracking.log_model: false leaves it out"
             with in_a_sentence(problem):
-                upload.send_model()
+                upload.send_model(self.graph)
         return upload.run_id
 
     def _origin(self) -> dict[str, str]:

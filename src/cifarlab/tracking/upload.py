@@ -195,8 +195,13 @@ class Upload:
         ]
         return {NOTE: "\n".join(lines)}
 
-    def send_model(self) -> None:
-        """Log the network with its test metrics; finish what an earlier try left incomplete."""
+    def send_model(self, graph: bytes) -> None:
+        """Log the network with its test metrics; finish what an earlier try left incomplete.
+
+        Parameters
+        ----------
+        graph : the network, from `model.exported`; empty: it is exported here
+        """
         from mlflow.entities import LoggedModelOutput, LoggedModelStatus, Metric
 
         client, run_id, run = self.client, self.run_id, self.client.get_run(self.run_id)
@@ -210,7 +215,7 @@ class Upload:
             model = client.create_logged_model(run.info.experiment_id, *new)
         name = model.model_id
         if model.status != LoggedModelStatus.READY or not client.list_logged_model_artifacts(name):
-            self._export(name)
+            self._write_model(name, graph)
         outputs = run.outputs.model_outputs if run.outputs else []
         if name not in [output.model_id for output in outputs]:
             # MLflow stores a point once, so the same points again, now with the id of the model,
@@ -223,20 +228,25 @@ class Upload:
             client.log_batch(run_id, again)
             client.log_outputs(run_id, [LoggedModelOutput(name, 0)])
 
-    def _export(self, model_id: str) -> None:
-        """Write the network as an MLflow model, which contains no pickle."""
+    def _write_model(self, model_id: str, graph: bytes) -> None:
         from mlflow.entities import LoggedModelStatus
         from mlflow.models import Model
 
-        from cifarlab.tracking.model import write
+        from cifarlab.tracking.model import exported, write
 
+        path = self._path(files.WEIGHTS)
+        if not graph:
+            from cifarlab.nn.weights import load  # imports PyTorch
+
+            graph = exported(load(path))
         data = files.read_json(self._path(files.DATA / "dataset.json"))
         known = {"classes": data["classes"], "dataset_digest": data["digest"]}
         known["training_key"] = self.execution.key
         ids = {"run_id": self.run_id, "model_id": model_id, "model_uuid": model_id}
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name) / "model"
-            write(folder, self._path(files.WEIGHTS), Model(**ids, metadata=known))
+            size, model = self.execution.params.data.image_size, Model(**ids, metadata=known)
+            write(folder, path, graph, data["classes"], size, model)
             self.client.log_model_artifacts(model_id, str(folder))
         self.client.finalize_logged_model(model_id, LoggedModelStatus.READY)
 
