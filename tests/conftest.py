@@ -188,7 +188,7 @@ def reproduced(
     def make(folder: Path) -> dict[str, Any]:
         project = projects.check_out(folder, fork_server)
         # A short training needs short intervals to have a sample of the load.
-        output = project.dvc("repro", MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL="0.2")
+        output = project.dvc("repro")
         status = project.run(
             "git", "status", "--porcelain", "--untracked-files=all"
         ).stdout.split()[1::2]

@@ -67,7 +67,6 @@ def test_the_run_is_in_mlflow(reproduced: Template) -> None:
         )
         assert [p.step for p in points] == [1, 2, 3]
         assert [p.value for p in points] == pytest.approx(history[column].tolist(), abs=1e-6)
-    assert any(name.startswith("system/cpu") for name in run.data.metrics)
     assert project.artifacts(run.info.run_id) == SHARED_ARTIFACTS
     assert run.info.artifact_uri.startswith((project.folder / "mlartifacts").as_uri())
 

@@ -16,6 +16,7 @@ from cifarlab.tracking import model
 from tests.support.networks import small_params
 
 CLASSES = ["NA", "C+", "C#"]
+CONFIG = {"classes": CLASSES, "image_size": 32}
 RNG = np.random.default_rng(0)
 
 
@@ -31,7 +32,7 @@ def written(network: Network, tmp_path_factory: pytest.TempPathFactory) -> Path:
     weights.save(network, folder / "network.safetensors")
     known = mlflow.models.Model(metadata={"training_key": "abc"})
     path, graph = folder / "network.safetensors", model.exported(network)
-    model.write(folder / "model", path, graph, CLASSES, 32, known)
+    model.write(folder / "model", path, graph, CONFIG, known)
     return folder / "model"
 
 
@@ -74,7 +75,7 @@ def test_pypi_has_the_required_packages(
     monkeypatch.setattr(model, "version", lambda name: "2.14.1+cpu")
     weights.save(network, tmp_path / "network.safetensors")
     path = tmp_path / "network.safetensors"
-    model.write(tmp_path / "model", path, b"", CLASSES, 32, mlflow.models.Model())
+    model.write(tmp_path / "model", path, b"", CONFIG, mlflow.models.Model())
     required = (tmp_path / "model/requirements.txt").read_text().split()
     assert required == [f"{name}==2.14.1" for name in model.PACKAGES]
 

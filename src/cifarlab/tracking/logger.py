@@ -87,11 +87,10 @@ class Logger:
 
 def _log(stage: str, params: Params, commands: Connection) -> None:
     """Follow the commands, and end this process."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.SIG_IGN)  # a terminal sends them to the stage as well
-    processes.follow()
-
     try:
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, signal.SIG_IGN)  # a terminal sends them to the stage as well
+        processes.follow()
         import mlflow  # noqa: F401, takes the longest
 
         from cifarlab.tracking.run import track

@@ -24,7 +24,7 @@ def exported(network: Any) -> bytes:
 
 
 def write(
-    folder: Path, network_file: Path, graph: bytes, classes: list[str], image_size: int, model: Any
+    folder: Path, network_file: Path, graph: bytes, config: dict[str, Any], model: Any
 ) -> None:
     """Write an MLflow model into a new folder.
 
@@ -35,6 +35,7 @@ def write(
     Parameters
     ----------
     graph : what `exported` returned for this network
+    config : the "classes" and the "image_size" of the network
     model : mlflow.models.Model with its ids; it gets the description of what was written
     """
     import mlflow
@@ -52,7 +53,7 @@ def write(
     python = {"python": platform.python_version(), "dependencies": ["-r requirements.txt"]}
     (folder / "python_env.yaml").write_text(yaml.safe_dump(python), "utf-8")
 
-    names = ["probability", *(f"probability/{name}" for name in classes)]
+    names = ["probability", *(f"probability/{name}" for name in config["classes"])]
     columns = [ColSpec("string", "class"), *(ColSpec("double", name) for name in names)]
     images = Schema([TensorSpec(np.dtype(np.uint8), (-1, -1, -1, 3))])
     model.signature = mlflow.models.ModelSignature(images, Schema(columns))
@@ -62,7 +63,7 @@ def write(
         model,
         "mlflow.pyfunc.loaders.code_model",
         python_env="python_env.yaml",
-        model_config={"classes": classes, "image_size": image_size},
+        model_config=config,
         model_code_path=CLASSIFIER.name,
         artifacts={name: {"path": path, "uri": path} for name, path in paths.items()},
         streamable=False,

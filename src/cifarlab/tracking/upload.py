@@ -245,8 +245,9 @@ class Upload:
         ids = {"run_id": self.run_id, "model_id": model_id, "model_uuid": model_id}
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name) / "model"
-            size, model = self.execution.params.data.image_size, Model(**ids, metadata=known)
-            write(folder, path, graph, data["classes"], size, model)
+            size = self.execution.params.data.image_size
+            config = {"classes": data["classes"], "image_size": size}
+            write(folder, path, graph, config, Model(**ids, metadata=known))
             self.client.log_model_artifacts(model_id, str(folder))
         self.client.finalize_logged_model(model_id, LoggedModelStatus.READY)
 
