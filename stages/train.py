@@ -4,10 +4,15 @@ from stages import Params, interrupted_once, processes, run
 
 
 def train(params: Params) -> None:
-    """Train, and write history.csv after every epoch. A training that was killed resumes."""
+    """Train in this process, or start as many as train.processes."""
     if params.train.processes > 1 and not processes.started():
         processes.launch(params.train.processes)
-        return
+    else:
+        train_here(params)
+
+
+def train_here(params: Params) -> None:
+    """Train, and write history.csv after every epoch. A training that was killed resumes."""
     from cifarlab.tracking.logger import Logger
 
     logger = Logger("train", params) if processes.is_first() else None
@@ -51,10 +56,10 @@ def train(params: Params) -> None:
         history = loop.fit(*inputs, on_batch=see, dtype=dtype, checkpoint=kept, ranks=ranks)
         files.write_csv(files.HISTORY, history)  # also if the checkpoint had all epochs
         weights.save(network, files.WEIGHTS)
-        last = {k: v for k, v in history[-1].items() if k.endswith(("loss", "accuracy"))}
         counts = {"parameters": size, "training_images": len(images.labels)}
-        final = counts | {k: v for k, v in last.items() if v is not None}
-        files.write_json(files.TRAIN_METRICS, final)
+        known = {k: v for k, v in history[-1].items() if v is not None}
+        last = {k: v for k, v in known.items() if k.endswith(("loss", "accuracy"))}
+        files.write_json(files.TRAIN_METRICS, counts | last)
 
 
 if __name__ == "__main__":

@@ -129,7 +129,7 @@ def _log(runs: Sequence[Run], page: str) -> str:
     name = f"report/comparison-{digest}.html" if len(runs) > 1 else "report/report.html"
     run_id = runs[0].tracked.info.run_id
     try:
-        tracking.Deadline(60).wait(lambda: tracking.connect().log_text(run_id, page, name))
+        tracking.within(60, lambda: tracking.connect().log_text(run_id, page, name))
     except Exception as error:  # MLflow, SQLAlchemy, requests and the disk raise their own
         return f"not logged to MLflow: {first_line(error)}"
     return f"logged to MLflow as {name} of run {run_id}"

@@ -31,37 +31,22 @@ ARTIFACTS = "mlartifacts"  # the folder beside an SQLite store that holds its ar
 T = TypeVar("T")
 
 
-class Deadline:
-    """Limits the time that a process waits for MLflow in all.
+def within(seconds: float, action: Callable[[], T]) -> T:
+    """Do something in a thread and return its result.
 
-    Only waiting counts, not the time in which this process computes. A call's own timeout is not
-    enough: a server may send a byte every few seconds. A long stage may wait for a twentieth of its
-    time.
+    A call's own timeout is not enough: a server may send a byte every few seconds.
+
+    Raises
+    ------
+    TimeoutError
+        It takes longer. The action goes on in its thread, and its result is lost.
     """
-
-    def __init__(self, seconds: float = 20) -> None:
-        self.seconds, self.waited, self.started = seconds, 0.0, time.monotonic()
-
-    def wait(self, action: Callable[[], T]) -> T:
-        """Do something and return its result.
-
-        Raises
-        ------
-        TimeoutError
-            The time is used up. The action goes on in its own thread, and its result is lost.
-        """
-        limit = max(self.seconds, (time.monotonic() - self.started) / 20)
-        with closing(ThreadPool(1)) as pool:  # no thread of it keeps the program from ending
-            answer = pool.apply_async(action)
-        while not answer.ready():
-            if self.waited >= limit:
-                raise TimeoutError(f"it did not answer within {limit:.0f} s")
-            before, processor = time.monotonic(), time.process_time()
-            answer.wait(0.2)
-            took = time.monotonic() - before
-            if time.process_time() - processor < 0.02 * took:  # also on a busy machine
-                self.waited += took
-        return answer.get()
+    with closing(ThreadPool(1)) as pool:  # no thread of it keeps the program from ending
+        answer = pool.apply_async(action)
+    answer.wait(seconds)
+    if not answer.ready():
+        raise TimeoutError(f"it did not answer within {seconds:.0f} s")
+    return answer.get()
 
 
 def connect() -> Any:
@@ -180,7 +165,7 @@ def all_runs(name: str = "") -> list[Any]:
 
     hint = "If mlflow.db is damaged, move it away: `make sync` fills a new one, without a champion"
     with in_a_sentence(f"MLflow cannot be read (%s); check MLFLOW_TRACKING_URI. {hint}"):
-        return Deadline(60).wait(search)
+        return within(60, search)
 
 
 def models_of(client: Any, run: Any) -> list[Any]:
@@ -201,7 +186,7 @@ def try_to(action: Callable[[], T], otherwise: str) -> T | None:
     The files are the results, MLflow only shows them.
     """
     try:
-        return Deadline(600).wait(action)
+        return within(600, action)
     except Exception as error:  # MLflow, requests, SQLAlchemy and the disk each raise their own
         print(f"warning: {otherwise}: {first_line(error)}", file=sys.stderr)
         return None

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from cifarlab.nn.network import Network
 
 EPOCHS = "epochs"  # the command to log them
-SECONDS = 900  # that the process may take at the end; it has shorter limits of its own
+SECONDS = 30  # that a stage waits at its end
 SECONDS_IF_KILLED = 5
 
 
@@ -75,14 +75,16 @@ class Logger:
 
     def _end(self, error: type[BaseException] | None) -> None:
         self._tell(error)
-        process = psutil.Process(self.process)
+        process, killed = psutil.Process(self.process), error is KeyboardInterrupt
         try:
-            code = process.wait(SECONDS_IF_KILLED if error is KeyboardInterrupt else SECONDS)
+            code = process.wait(SECONDS_IF_KILLED if killed else SECONDS)
+            reason = f"the process that logs has ended with code {code}" if code else ""
         except psutil.TimeoutExpired:
             process.kill()
-            code = process.wait()
-        if code and error is not KeyboardInterrupt:
-            warn(self.stage, f"the process that logs has ended with code {code}")
+            process.wait()
+            reason = f"it did not answer within {SECONDS} s"
+        if reason and not killed:
+            warn(self.stage, reason)
 
 
 def _log(stage: str, params: Params, commands: Connection) -> None:

@@ -16,7 +16,7 @@ from cifarlab.errors import first_line, in_a_sentence
 from cifarlab.params.sections import Params
 from cifarlab.runtime import timings
 from cifarlab.tracking import client as tracking
-from cifarlab.tracking.client import KEY, Deadline
+from cifarlab.tracking.client import KEY
 from cifarlab.tracking.upload import Execution, Upload
 
 VERSIONS = ("torch", "numpy", "dvc", "mlflow")  # the packages whose versions are logged
@@ -27,9 +27,9 @@ FOLDER = "cifarlab.folder"  # the tag that says on which host and in which folde
 def track(stage: str, params: Params, conditions: dict[str, str] | None = None) -> "StageRun":
     """Return a context manager that logs to MLflow what its block writes as one stage.
 
-    A failure of MLflow costs one warning, and at most 30 s or a twentieth of the stage's time. When
-    the block ends, everything is tried once more. The run is KILLED by a KeyboardInterrupt, within
-    about a second, and FAILED after any other exception.
+    A failure of MLflow costs one warning. When the block ends, everything is tried once more. The
+    run is KILLED by a KeyboardInterrupt, and FAILED after any other exception. Stages call this in
+    a process of its own (`logger`), so that they do not wait.
 
     Parameters
     ----------
@@ -59,7 +59,6 @@ class StageRun:
     conditions: dict[str, str] = field(default_factory=dict)
     run: Any = None
     """The run to continue, if it is known."""
-    deadline: Deadline = field(default_factory=Deadline)
     upload: Upload | None = None
     """None while MLflow cannot be used."""
     lock: FileLock | None = None
@@ -75,7 +74,7 @@ class StageRun:
     def __enter__(self) -> "StageRun":
         """Open the run and start to measure the load of the machine; warn if MLflow fails."""
         with self._warn_once():
-            self.upload = self.deadline.wait(self.open)
+            self.upload = self.open()
             if self.stage == "train" and self.execution.params.tracking.system_metrics:
                 from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
@@ -89,13 +88,13 @@ class StageRun:
         status = "KILLED" if killed else "FAILED" if error else "FINISHED"
         if self.upload or not killed:
             with self._warn_once():
-                Deadline(1 if killed else 10).wait(lambda: self.close(status))
+                self.close(status)
 
     def log_epochs(self) -> None:
         """Log the epochs of history.csv that the run lacks; warn if MLflow fails."""
         if upload := self.upload:
             with self._warn_once():
-                self.deadline.wait(upload.send_epochs)
+                upload.send_epochs()
 
     def open(self) -> Upload:
         """Find or create the run, and log what it lacks of the stages before this one."""
