@@ -20,15 +20,15 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from bench.measure import Measurement, variant
+from bench.measure import Measurement, pflop, variant
 from cifarlab import files
 from cifarlab.runtime.device import processor
 
 RESULTS = Path("bench/results")
 VARIANTS = ("notebook", "tiny", "default")
 HEADER = """\
-| | goal | the notebook's way | cifarlab | ratio |
-|---|---|---|---|---|"""
+| | goal | the notebook's way | cifarlab | ratio | PFLOP of each training |
+|---|---|---|---|---|---|"""
 EXPLANATION = "Median (lowest–highest) of several runs, or the value of a single run. Measured on:"
 
 
@@ -127,9 +127,20 @@ def label(measurement: list[str] | tuple[str, ...]) -> str:
 
 
 def row(
-    text: str, goal: str, ours: list[Any], reference: list[Any] | None = None, form: str = ".0f"
+    text: str,
+    goal: str,
+    ours: list[Any],
+    reference: list[Any] | None = None,
+    form: str = ".0f",
+    *,
+    trained: str = "",
 ) -> str:
-    """Return a row of the table: medians, with the extremes in brackets, and their ratio."""
+    """Return a row of the table: medians, with the extremes in brackets, and their ratio.
+
+    Parameters
+    ----------
+    trained : the arithmetic of the trainings that the row is about
+    """
     columns = [
         f"{median(values):{form}}"
         + (f" ({min(values):{form}}–{max(values):{form}})" if len(values) > 1 else "")
@@ -138,7 +149,7 @@ def row(
         for values in (reference, ours)
     ]
     ratio = f"{median(ours) / median(reference):.2f}" if reference else ""
-    return "| " + " | ".join([text, goal, *columns, ratio]) + " |"
+    return "| " + " | ".join([text, goal, *columns, ratio, trained]) + " |"
 
 
 def table(runs: dict[str, list[Measurement]]) -> str:
@@ -158,20 +169,27 @@ def table(runs: dict[str, list[Measurement]]) -> str:
     full = reference["accuracy"][0] is not None  # a quick benchmark trains on a part of the images
     accuracy = reference["accuracy"] if full else None
     speed, testing, memory = "images_per_second", "evaluation_seconds", "memory_mb"
+
+    def arithmetic(ours: dict[str, list[float]]) -> str:
+        total = ours["gflop_per_second"][0] * ours["seconds"][0] / 1e6
+        return f"{pflop('reference'):.3f} and {total:.3f}"
+
     rows = [
-        row("test accuracy of `tiny`", "ratio ≥ 1", tiny["accuracy"], accuracy, ".2%"),
-        row("training time of `tiny`, s", "ratio ≤ 0.083", tiny["seconds"], reference["seconds"]),
-    ]
+        row("test accuracy of `tiny`", "ratio ≥ 1", tiny["accuracy"], accuracy, ".2%",
+            trained=arithmetic(tiny)),
+        row("training time of `tiny`, s", "ratio ≤ 0.083", tiny["seconds"], reference["seconds"],
+            trained=arithmetic(tiny)),
+    ]  # fmt: skip
     if full:
         rows += [
             row("test accuracy of the default parameters", "≥ 91 %", default["accuracy"], accuracy,
-                ".2%"),
+                ".2%", trained=arithmetic(default)),
             row("training time of the default parameters, s", "ratio ≤ 1", default["seconds"],
-                reference["seconds"]),
+                reference["seconds"], trained=arithmetic(default)),
         ]  # fmt: skip
     rows += [
         row("training speed with the notebook's network and batch size, images/s", "ratio ≥ 1.8",
-            notebook[speed], reference[speed]),
+            notebook[speed], reference[speed], trained=f"{pflop('reference'):.3f} for both"),
         row("time to classify the test images with the notebook's network, s", "ratio ≤ 0.5",
             notebook[testing], reference[testing], ".1f"),
         row("default network in training, GFLOP/s (compared with a 4096³ float32 product)",

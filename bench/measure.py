@@ -28,6 +28,7 @@ from cifarlab.training.batches import Images
 from cifarlab.training.loop import fit, prepare
 
 Measurement = dict[str, Any]
+IMAGES = 50_000  # to train on, in CIFAR-10
 
 
 def variant(name: str, changes: dict[str, Any] | None = None) -> Params:
@@ -173,12 +174,24 @@ def matmul(size: int = 4096, repeats: int = 7) -> Measurement:
     return {"gflop_per_second": 2 * size**3 / min(seconds) / 1e9}
 
 
-def operations(network: Network, size: int) -> float:
+def pflop(name: str) -> float:
+    """Count the operations of a whole training on CIFAR-10, in 10^15.
+
+    `name` is a variant, or "reference" for the notebook's way.
+    """
+    if name == "reference":
+        return operations(notebook.network(), 32) * notebook.EPOCHS * IMAGES / 1e15
+    params = variant(name)
+    network, batch = Network(params.model, 32, [*"0123456789"]), params.train.batch_size
+    return operations(network, 32) * params.train.epochs * (IMAGES // batch * batch) / 1e15
+
+
+def operations(network: torch.nn.Module, size: int) -> float:
     """Count the floating-point operations that training takes for one image of `size` pixels.
 
     The forward and the backward pass are counted, the optimizer is not.
     """
-    images = torch.zeros(2, 3, size, size, device=network.normalize.mean.device)
+    images = torch.zeros(2, 3, size, size, device=next(network.parameters()).device)
     with FlopCounterMode(display=False) as counter:
         network.train()(images).sum().backward()
     return float(counter.get_total_flops() / 2)
