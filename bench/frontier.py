@@ -5,6 +5,7 @@ The arithmetic of this project's variants is counted here, and written into the 
 """
 
 from pathlib import Path
+from typing import Any
 
 import matplotlib.pyplot as plt
 import pandas as pd
@@ -15,7 +16,7 @@ from bench.measure import pflop
 from cifarlab.figures import style
 
 TABLE, PICTURE = Path("docs/frontier.csv"), Path("docs/frontier.png")
-LOOKS = {
+LOOKS: dict[str, tuple[str, dict[str, Any]]] = {
     "ours": ("cifarlab, JPEG copy", {"marker": "o", "s": 60, "color": "C0"}),
     "notebook": ("the notebook's way, JPEG copy", {"marker": "s", "s": 60, "color": "C1"}),
     "published": (
@@ -32,11 +33,10 @@ def draw(table: pd.DataFrame) -> Figure:
     for kind, (label, look) in LOOKS.items():
         part = table[table.kind == kind]
         axes.scatter(part.pflop, part.accuracy, label=label, zorder=3, **look)
-    for row in table.itertuples():
-        views = f", {row.views} views" if row.kind == "ours" and row.views > 1 else ""
-        axes.annotate(
-            f"{row.name}{views}", (row.pflop, row.accuracy), (7, -4), textcoords="offset points"
-        )
+    for row in table.to_dict("records"):
+        views = f", {row['views']} views" if row["kind"] == "ours" and row["views"] > 1 else ""
+        place = row["pflop"], row["accuracy"]
+        axes.annotate(f"{row['name']}{views}", place, (7, -4), textcoords="offset points")
     axes.set(xscale="log", xlabel="arithmetic of a training, PFLOP", ylabel="test accuracy")
     axes.xaxis.set_major_formatter("{x:g}")
     axes.yaxis.set_major_formatter(PercentFormatter(decimals=0))
