@@ -34,14 +34,13 @@ def draw(table: pd.DataFrame) -> Figure:
         part = table[table.kind == kind]
         axes.scatter(part.pflop, part.accuracy, label=label, zorder=3, **look)
     for row in table.to_dict("records"):
-        views = f", {row['views']} views" if row["kind"] == "ours" and row["views"] > 1 else ""
         place = row["pflop"], row["accuracy"]
-        axes.annotate(f"{row['name']}{views}", place, (7, -4), textcoords="offset points")
+        axes.annotate(row["name"], place, (7, -4), textcoords="offset points")
     axes.set(xscale="log", xlabel="arithmetic of a training, PFLOP", ylabel="test accuracy")
     axes.xaxis.set_major_formatter("{x:g}")
     axes.yaxis.set_major_formatter(PercentFormatter(decimals=0))
     axes.yaxis.set_major_locator(MultipleLocator(5))
-    axes.margins(x=0.2)
+    axes.margins(x=0.2, y=0.1)
     axes.legend(loc="lower right")
     return figure
 
