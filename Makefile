@@ -96,13 +96,13 @@ ui: setup  ## compare runs in MLflow; prints the address (PORT=…)
 study: setup  ## ask studies/NAME.yaml; the answer is docs/studies/NAME.md (NAME=…, JOBS=…, WORKERS=…)
 	cifarlab study --jobs "$${JOBS:-1}" --workers "$$WORKERS" -- "$$NAME"
 
-studies: setup  ## list the studies, and which of their results the present code confirms
+studies: setup  ## list the studies, and how many of their results are valid for the present code
 	cifarlab studies
 
 confusion: setup  ## which classes the network in the workspace confuses: docs/studies/confusion.md
 	python studies/confusion.py
 
-search: setup  ## the best variant in a budget of time, as studies/NAME.yaml says (NAME=search)
+search: setup  ## look for the best variant within a time limit: studies/NAME.yaml (NAME=…)
 	cifarlab search -- "$$NAME"
 
 queue: setup  ## run the queued experiments (JOBS=…, WORKERS=…)
@@ -128,7 +128,7 @@ bench: setup  ## compare with the notebook's way, three seeds, an hour: bench/re
 	dvc repro --quiet download
 	python -m bench
 
-bench-quick: setup  ## the speeds only, in five minutes: bench/results/quick.md
+bench-quick: setup  ## speeds, and the accuracy of tiny, in five minutes: bench/results/quick.md
 	dvc repro --quiet download
 	python -m bench --quick
 

@@ -187,7 +187,6 @@ def reproduced(
 
     def make(folder: Path) -> dict[str, Any]:
         project = projects.check_out(folder, fork_server)
-        # A short training needs short intervals to have a sample of the load.
         output = project.dvc("repro")
         status = project.run(
             "git", "status", "--porcelain", "--untracked-files=all"

@@ -4,6 +4,8 @@ import os
 import subprocess
 import sys
 
+import pytest
+
 from tests.conftest import REPO
 
 SCRIPT = """
@@ -19,13 +21,23 @@ assert "cifarlab.runtime" not in sys.modules
 """
 
 
-def test_the_figures_do_not_need_pytorch() -> None:
-    """Importing it takes seconds, in every run of the pipeline."""
-    script = """
+FIGURES = """
 import sys
 import cifarlab.figures.run, cifarlab.tracking.run, stages.plot
 assert "torch" not in sys.modules
 """
+LOGGER = """
+import sys
+import stages, cifarlab.tracking.logger
+from pathlib import Path
+assert not {"numpy", "torch", "mlflow", "pandas"} & {*sys.modules}
+assert len([*Path("/proc/self/task").iterdir()]) == 1
+"""
+
+
+@pytest.mark.parametrize("script", [FIGURES, LOGGER])
+def test_a_stage_imports_no_more_than_it_needs(script: str) -> None:
+    """Importing PyTorch takes seconds. A process with several threads should not fork a logger."""
     env = os.environ | {"PYTHONPATH": f"{REPO / 'src'}:{REPO}"}
     command = [sys.executable, "-c", script]
     done = subprocess.run(

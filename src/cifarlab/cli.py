@@ -109,7 +109,7 @@ def study(name: str, jobs: int, workers: str, page_only: bool) -> None:
 
 @main.command(epilog="Example: cifarlab studies")
 def studies() -> None:
-    """List the studies, and how many of their rows are valid."""
+    """List the studies, and how many of their results are valid for the present code."""
     from cifarlab.studies import study as asking
 
     asking.report()
@@ -142,15 +142,15 @@ def queue(jobs: int, workers: str) -> None:
 def sync(check: bool) -> None:
     """Log to MLflow, from files, what it misses.
 
-    Of experiments, commits and the workspace. Prints which run belongs to what, and the command
-    that restores it.
+    These are results of experiments, commits and the workspace. Nothing is trained. Prints which run
+    belongs to what, and the command that restores it.
     """
     from cifarlab.tracking import sync as syncing
 
     syncing.sync(check=check)
 
 
-BEST = "How many of the most accurate of each data set stay."
+BEST = "Keep so many of the most accurate of each data set."
 
 
 @main.command(epilog="Example: cifarlab prune --keep notebook --best 5 --remove")
@@ -232,8 +232,8 @@ def predict(images: tuple[str, ...], model: str, top: int, form: str | None) -> 
 
 @main.command(epilog="Example: cifarlab export --onnx network.onnx")
 @MODEL
-@click.option("--onnx", type=Path, help="Write ONNX: probabilities.")
-@click.option("--torch", type=Path, help="Write pt2 of PyTorch: logits.")
+@click.option("--onnx", type=Path, help="Write ONNX, which returns probabilities.")
+@click.option("--torch", type=Path, help="Write PyTorch's .pt2, which returns logits.")
 def export(model: str, onnx: Path | None, torch: Path | None) -> None:
     """Write the network for other programs, for any number of images."""
     from cifarlab.nn.weights import export_onnx, export_torch

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import yaml
 
@@ -80,7 +81,6 @@ def test_our_measurement_counts_images_and_operations() -> None:
     assert run["gflop_per_second"] * 1e9 == pytest.approx(operations, rel=1e-6)
 
 
-@pytest.mark.usefixtures("small_data")
 def test_the_arithmetic_of_a_training_is_counted() -> None:
     """By hand, for the notebook: two operations for each weight and output pixel."""
     first = 2 * 30**2 * 64 * 27  # its input needs no gradient
@@ -88,8 +88,12 @@ def test_the_arithmetic_of_a_training_is_counted() -> None:
     expected = (2 * first + 3 * others) * 8 * 50_000 / 1e15
     assert measure.pflop("reference") == pytest.approx(expected, rel=1e-9)
     assert measure.pflop("notebook") == pytest.approx(expected, rel=1e-2)
+    table = pd.read_csv(REPO / "docs/frontier.csv").dropna(subset="variant")
+    counted = [measure.pflop(variant) for variant in table.variant]
+    assert [*table.pflop] == pytest.approx(counted, rel=1e-3)
 
 
+@pytest.mark.usefixtures("small_data")
 def test_cost_is_measured_with_the_given_parameters(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Any] = []
 

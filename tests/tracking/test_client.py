@@ -15,7 +15,14 @@ import yaml
 
 from cifarlab.errors import UserError
 from cifarlab.params.sections import Params
-from cifarlab.tracking.client import connect, experiment_id, serve, wait_for_database, within
+from cifarlab.tracking.client import (
+    connect,
+    database,
+    experiment_id,
+    serve,
+    wait_for_database,
+    within,
+)
 from cifarlab.tracking.run import track
 from tests.conftest import REPO
 from tests.support.forkserver import ForkServer
@@ -83,11 +90,11 @@ def test_a_relative_database_is_in_the_main_checkout(
     ],
 )
 def test_a_store_that_keeps_nothing_is_refused(
-    checkout: Path, params: Params, monkeypatch: pytest.MonkeyPatch, address: str
+    checkout: Path, monkeypatch: pytest.MonkeyPatch, address: str
 ) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
     with pytest.raises(UserError, match=r"MLFLOW_TRACKING_URI=.*use sqlite:///mlflow\.db"):
-        track("train", params)
+        database()
 
 
 @pytest.mark.parametrize("how", ["copied", "moved"])

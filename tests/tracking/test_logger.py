@@ -117,6 +117,20 @@ def test_it_ends_with_a_stage_that_is_killed(checkout: Path, run: Run) -> None:
         psutil.Process(int(done.stdout)).wait(60)
 
 
+def test_it_ends_with_the_stage_also_in_a_call_to_a_silent_server(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{server.getsockname()[1]}")
+        monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1000")
+        code = "import psutil\nwith logger.run():\n"
+        code += "    while not psutil.Process(logger.process).net_connections():\n"
+        code += "        time.sleep(0.05)\n    os.kill(os.getpid(), signal.SIGKILL)"
+        done = run(code)
+        with contextlib.suppress(psutil.NoSuchProcess):
+            psutil.Process(int(done.stdout)).wait(60)
+
+
 def test_if_it_dies_the_stage_goes_on_with_one_warning(checkout: Path, run: Run) -> None:
     code = "with logger.run():\n    os.kill(logger.process, signal.SIGKILL)\n"
     code += "    for _ in range(9):\n        logger.log_epochs()\nprint('done')"
@@ -137,6 +151,33 @@ def test_the_stage_does_not_wait_for_a_server(run: Run, monkeypatch: pytest.Monk
         done = run(code)
     assert "worked" in done.stdout
     assert not psutil.pid_exists(int(done.stdout.split()[0]))
+
+
+def test_a_stage_ends_although_the_process_reads_nothing(run: Run) -> None:
+    code = "with logger.run():\n    os.kill(logger.process, signal.SIGSTOP)\n"
+    code += "    for _ in range(10_000):\n        logger.log_epochs()\n"
+    done = run(f"{code}    print('worked')\n    raise KeyboardInterrupt")
+    assert "worked" in done.stdout
+    assert not psutil.pid_exists(int(done.stdout.split()[0]))
+
+
+def test_the_network_is_handed_over(checkout: Path, run: Run) -> None:
+    content = yaml.safe_load(Path("params.yaml").read_text())
+    content["tracking"]["log_model"] = True
+    Path("params.yaml").write_text(yaml.safe_dump(content))
+    code = """
+from pathlib import Path
+from cifarlab.nn.weights import load
+logger = Logger("evaluate", load_params())
+with logger.run():
+    logger.log_model(load(Path("models/network.safetensors")))
+    logger.graph.write_bytes(logger.graph.read_bytes() + b"handed over")
+print(logger.graph.exists())
+"""
+    done = run(code)
+    assert (done.stderr, done.stdout.split()[-1]) == ("", "False")
+    [graph] = checkout.glob("mlartifacts/**/model.pt2")
+    assert graph.read_bytes().endswith(b"handed over")
 
 
 def test_an_address_that_keeps_nothing_is_refused_before_the_stage_works(

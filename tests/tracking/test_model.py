@@ -31,8 +31,9 @@ def written(network: Network, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("model")
     weights.save(network, folder / "network.safetensors")
     known = mlflow.models.Model(metadata={"training_key": "abc"})
-    path, graph = folder / "network.safetensors", model.exported(network)
-    model.write(folder / "model", path, graph, CONFIG, known)
+    weights.export_torch(network, folder / "graph")
+    path = folder / "network.safetensors"
+    model.write(folder / "model", path, folder / "graph", CONFIG, known)
     return folder / "model"
 
 
@@ -75,7 +76,8 @@ def test_pypi_has_the_required_packages(
     monkeypatch.setattr(model, "version", lambda name: "2.14.1+cpu")
     weights.save(network, tmp_path / "network.safetensors")
     path = tmp_path / "network.safetensors"
-    model.write(tmp_path / "model", path, b"", CONFIG, mlflow.models.Model())
+    (tmp_path / "graph").touch()
+    model.write(tmp_path / "model", path, tmp_path / "graph", CONFIG, mlflow.models.Model())
     required = (tmp_path / "model/requirements.txt").read_text().split()
     assert required == [f"{name}==2.14.1" for name in model.PACKAGES]
 
@@ -83,6 +85,7 @@ def test_pypi_has_the_required_packages(
 def test_the_model_says_what_it_is_and_holds_no_pickle(written: Path) -> None:
     described = mlflow.models.Model.load(str(written))
     assert described.metadata["training_key"] == "abc"
+    assert described.flavors["pytorch"]["pytorch_version"] == torch.__version__  # MLflow compares
     assert described.flavors["python_function"]["config"] == {
         "classes": CLASSES,
         "image_size": 32,

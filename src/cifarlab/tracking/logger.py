@@ -6,25 +6,27 @@ PyTorch, and trains, evaluates or draws.
 
 import os
 import signal
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import psutil
 
+from cifarlab import files
 from cifarlab.errors import first_line
 from cifarlab.params.sections import Params
 from cifarlab.runtime import processes
 from cifarlab.tracking.client import database, warn
-from cifarlab.tracking.model import exported
 
 if TYPE_CHECKING:
     from cifarlab.nn.network import Network
 
-EPOCHS = "epochs"  # the command to log them
-SECONDS = 30  # that a stage waits at its end
+EPOCHS = "epochs"  # the command to log them; the other commands are messages of `run`
+SECONDS = 40  # that a stage waits at its end
 SECONDS_IF_KILLED = 5
 
 
@@ -41,18 +43,20 @@ class Logger:
 
     def __init__(self, stage: str, params: Params) -> None:
         database()
-        self.stage = stage
+        self.stage, self.graph = stage, files.scratch() / f"model-{os.getpid()}.pt2"
+        self.graph.unlink(missing_ok=True)
         commands, self.pipe = Pipe(duplex=False)
+        os.set_blocking(self.pipe.fileno(), False)  # the stage does not wait if the pipe is full
         self.process = os.fork()
         if not self.process:
             self.pipe.close()
-            _log(stage, params, commands)
+            _log(stage, params, self.graph, commands)
         commands.close()
 
     @contextmanager
     def run(self, conditions: dict[str, str] | None = None) -> Iterator[None]:
         """Log what the block writes, as `tracking.run.track` does. Wait for it at the end only."""
-        self._tell(conditions)
+        self._tell((conditions, time.time()))
         try:
             yield
         except BaseException as error:
@@ -66,28 +70,33 @@ class Logger:
 
     def log_model(self, network: "Network") -> None:
         """Export the network for the end of the run: the process that logs lacks PyTorch."""
-        with suppress(Exception):  # then that process tries it, and warns
-            self._tell(exported(network))
+        from cifarlab.nn.weights import export_torch
 
-    def _tell(self, command: object) -> None:
-        with suppress(OSError):  # `_end` warns if the process has died
+        with suppress(Exception):  # then that process tries it, and warns
+            export_torch(network, self.graph)
+
+    def _tell(self, command: object) -> bool:
+        """Tell whether the process can get a command: it may have died, or the pipe is full."""
+        with suppress(OSError):
             self.pipe.send(command)
+            return True
+        return False
 
     def _end(self, error: type[BaseException] | None) -> None:
-        self._tell(error)
         process, killed = psutil.Process(self.process), error is KeyboardInterrupt
+        limit = (SECONDS_IF_KILLED if killed else SECONDS) if self._tell(error) else 1
         try:
-            code = process.wait(SECONDS_IF_KILLED if killed else SECONDS)
-            reason = f"the process that logs has ended with code {code}" if code else ""
+            reason = "the process that logs was killed" if process.wait(limit) else ""
         except psutil.TimeoutExpired:
             process.kill()
             process.wait()
-            reason = f"it did not answer within {SECONDS} s"
+            reason = f"it did not answer within {limit} s"
+        self.graph.unlink(missing_ok=True)
         if reason and not killed:
             warn(self.stage, reason)
 
 
-def _log(stage: str, params: Params, commands: Connection) -> None:
+def _log(stage: str, params: Params, graph: Path, commands: Connection) -> None:
     """Follow the commands, and end this process."""
     try:
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
@@ -97,19 +106,22 @@ def _log(stage: str, params: Params, commands: Connection) -> None:
 
         from cifarlab.tracking.run import track
 
-        run = track(stage, params, commands.recv()).__enter__()
-        given = list[Any]()
-        while not given or given[-1] == EPOCHS or isinstance(given[-1], bytes):
-            given = [commands.recv()]
+        conditions, started = commands.recv()
+        run = track(stage, params, conditions)
+        run.graph, run.started = graph, started
+        run.__enter__()
+        command: Any = EPOCHS
+        while command == EPOCHS:
+            news = [commands.recv()]
             while commands.poll():  # several epochs may have ended meanwhile
-                given.append(commands.recv())
-            if EPOCHS in given:
+                news.append(commands.recv())
+            if EPOCHS in news:
                 run.log_epochs()
-            run.graph = next((part for part in given if isinstance(part, bytes)), run.graph)
-        run.__exit__(given[-1])
-    except EOFError:  # the stage has ended otherwise
+            command = news[-1]
+        run.__exit__(command)
+    except (EOFError, KeyboardInterrupt):  # the stage has ended otherwise
         pass
-    except Exception as error:
+    except BaseException as error:
         warn(stage, first_line(error))
     finally:
         os._exit(0)  # without the cleaning up that belongs to the stage

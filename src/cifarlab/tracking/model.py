@@ -1,30 +1,19 @@
 """The trained network as an MLflow model: raw images in, names of classes out, and no pickle."""
 
 import platform
+import runpy
 import shutil
-import tempfile
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 CLASSIFIER = Path(__file__).with_name("classifier.py")
 PACKAGES = ("mlflow", "numpy", "pandas", "pillow", "torch")
 
 
-def exported(network: Any) -> bytes:
-    """Return the file that `weights.export_torch` writes of a network on the CPU."""
-    from cifarlab.nn.weights import export_torch
-
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "model.pt2")
-        export_torch(network, path)
-        return path.read_bytes()
-
-
 def write(
-    folder: Path, network_file: Path, graph: bytes, config: dict[str, Any], model: Any
+    folder: Path, network_file: Path, graph: Path, config: dict[str, Any], model: Any
 ) -> None:
     """Write an MLflow model into a new folder.
 
@@ -34,17 +23,18 @@ def write(
 
     Parameters
     ----------
-    graph : what `exported` returned for this network
+    graph : what `weights.export_torch` wrote of this network; it is moved into the folder
     config : the "classes" and the "image_size" of the network
     model : mlflow.models.Model with its ids; it gets the description of what was written
     """
     import mlflow
+    import numpy as np
     import yaml
     from mlflow.types import ColSpec, Schema, TensorSpec
 
     for part in ("artifacts", "pytorch"):
         (folder / part).mkdir(parents=True)
-    (folder / "pytorch/model.pt2").write_bytes(graph)  # MLflow's loader wants a folder
+    shutil.move(graph, folder / "pytorch/model.pt2")  # MLflow's loader wants a folder
     shutil.copy(network_file, folder / "artifacts")
     shutil.copy(CLASSIFIER, folder)
     # PyPI does not have what follows a +, such as "2.14.1+cpu".
@@ -68,6 +58,9 @@ def write(
         artifacts={name: {"path": path, "uri": path} for name, path in paths.items()},
         streamable=False,
     )
-    model.add_flavor("pytorch", model_data="pytorch", pytorch_version=version("torch"), code=None)
+    # Read from PyTorch's own file, because importing PyTorch takes seconds.
+    [package] = find_spec("torch").submodule_search_locations
+    torch_version = runpy.run_path(f"{package}/version.py")["__version__"]
+    model.add_flavor("pytorch", model_data="pytorch", pytorch_version=torch_version, code=None)
     model.model_size_bytes = sum(f.stat().st_size for f in folder.rglob("*") if f.is_file())
     model.save(folder / "MLmodel")

@@ -38,9 +38,8 @@ def track(stage: str, params: Params, conditions: dict[str, str] | None = None) 
     Raises
     ------
     UserError
-        The data or the code is missing or damaged, or MLFLOW_TRACKING_URI names no store.
+        The data or the code is missing or damaged.
     """
-    tracking.database()
     execution = Execution(params, pipeline.training_key(params), *pipeline.current_experiment())
     return StageRun(stage, execution, conditions or {})
 
@@ -65,8 +64,8 @@ class StageRun:
     """Held while this process writes to the run, so that others know that it is alive."""
     warned: bool = False
     monitor: Any = None
-    graph: bytes = b""
-    """The network for MLflow, from `model.exported`, if the stage has exported it."""
+    graph: Path = field(default_factory=Path)
+    """The exported network, if this file exists: the stage writes it for MLflow."""
     started: float = field(default_factory=time.time)
     idle_since: int = 0
     """When the previous stage of this run ended, in milliseconds since 1970."""

@@ -195,12 +195,12 @@ class Upload:
         ]
         return {NOTE: "\n".join(lines)}
 
-    def send_model(self, graph: bytes) -> None:
+    def send_model(self, graph: Path) -> None:
         """Log the network with its test metrics; finish what an earlier try left incomplete.
 
         Parameters
         ----------
-        graph : the network, from `model.exported`; empty: it is exported here
+        graph : the exported network; if there is no such file, it is exported here
         """
         from mlflow.entities import LoggedModelOutput, LoggedModelStatus, Metric
 
@@ -228,23 +228,24 @@ class Upload:
             client.log_batch(run_id, again)
             client.log_outputs(run_id, [LoggedModelOutput(name, 0)])
 
-    def _write_model(self, model_id: str, graph: bytes) -> None:
+    def _write_model(self, model_id: str, graph: Path) -> None:
         from mlflow.entities import LoggedModelStatus
         from mlflow.models import Model
 
-        from cifarlab.tracking.model import exported, write
+        from cifarlab.tracking.model import write
 
         path = self._path(files.WEIGHTS)
-        if not graph:
-            from cifarlab.nn.weights import load  # imports PyTorch
-
-            graph = exported(load(path))
         data = files.read_json(self._path(files.DATA / "dataset.json"))
         known = {"classes": data["classes"], "dataset_digest": data["digest"]}
         known["training_key"] = self.execution.key
         ids = {"run_id": self.run_id, "model_id": model_id, "model_uuid": model_id}
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name) / "model"
+            if not graph.is_file():
+                from cifarlab.nn.weights import export_torch, load  # imports PyTorch
+
+                graph = Path(name, "model.pt2")
+                export_torch(load(path), graph)
             size = self.execution.params.data.image_size
             config = {"classes": data["classes"], "image_size": size}
             write(folder, path, graph, config, Model(**ids, metadata=known))
