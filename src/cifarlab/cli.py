@@ -142,8 +142,8 @@ def queue(jobs: int, workers: str) -> None:
 def sync(check: bool) -> None:
     """Log to MLflow, from files, what it misses.
 
-    These are results of experiments, commits and the workspace. Nothing is trained. Prints which run
-    belongs to what, and the command that restores it.
+    These are results of experiments, commits and the workspace. Nothing is trained. It prints which
+    run belongs to what, and the command that restores it.
     """
     from cifarlab.tracking import sync as syncing
 

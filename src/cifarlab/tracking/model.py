@@ -3,10 +3,12 @@
 import platform
 import runpy
 import shutil
-from importlib.metadata import version
-from importlib.util import find_spec
+from importlib.metadata import distribution, version
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+import yaml
 
 CLASSIFIER = Path(__file__).with_name("classifier.py")
 PACKAGES = ("mlflow", "numpy", "pandas", "pillow", "torch")
@@ -28,8 +30,6 @@ def write(
     model : mlflow.models.Model with its ids; it gets the description of what was written
     """
     import mlflow
-    import numpy as np
-    import yaml
     from mlflow.types import ColSpec, Schema, TensorSpec
 
     for part in ("artifacts", "pytorch"):
@@ -37,12 +37,7 @@ def write(
     shutil.move(graph, folder / "pytorch/model.pt2")  # MLflow's loader wants a folder
     shutil.copy(network_file, folder / "artifacts")
     shutil.copy(CLASSIFIER, folder)
-    # PyPI does not have what follows a +, such as "2.14.1+cpu".
-    packages = [f"{name}=={version(name).partition('+')[0]}" for name in PACKAGES]
-    (folder / "requirements.txt").write_text("\n".join(packages), "utf-8")
-    python = {"python": platform.python_version(), "dependencies": ["-r requirements.txt"]}
-    (folder / "python_env.yaml").write_text(yaml.safe_dump(python), "utf-8")
-
+    _write_requirements(folder)
     names = ["probability", *(f"probability/{name}" for name in config["classes"])]
     columns = [ColSpec("string", "class"), *(ColSpec("double", name) for name in names)]
     images = Schema([TensorSpec(np.dtype(np.uint8), (-1, -1, -1, 3))])
@@ -58,9 +53,17 @@ def write(
         artifacts={name: {"path": path, "uri": path} for name, path in paths.items()},
         streamable=False,
     )
-    # Read from PyTorch's own file, because importing PyTorch takes seconds.
-    [package] = find_spec("torch").submodule_search_locations
-    torch_version = runpy.run_path(f"{package}/version.py")["__version__"]
+    # From PyTorch's own file: the package has no local version, and importing it takes seconds.
+    torch_file = distribution("torch").locate_file("torch/version.py")
+    torch_version = runpy.run_path(str(torch_file))["__version__"]
     model.add_flavor("pytorch", model_data="pytorch", pytorch_version=torch_version, code=None)
     model.model_size_bytes = sum(f.stat().st_size for f in folder.rglob("*") if f.is_file())
     model.save(folder / "MLmodel")
+
+
+def _write_requirements(folder: Path) -> None:
+    # PyPI does not have what follows a +, such as "2.14.1+cpu".
+    packages = [f"{name}=={version(name).partition('+')[0]}" for name in PACKAGES]
+    (folder / "requirements.txt").write_text("\n".join(packages), "utf-8")
+    python = {"python": platform.python_version(), "dependencies": ["-r requirements.txt"]}
+    (folder / "python_env.yaml").write_text(yaml.safe_dump(python), "utf-8")
