@@ -35,7 +35,8 @@ PYTEST := python -m pytest --numprocesses auto --dist worksteal --max-worker-res
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z -]+:.*## / {printf "  make %-42s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z -]+:.*## / {printf "  make %-14s%s %s\n", $$1, \
+		(length($$1) > 14 ? sprintf("\n%21s", "") : ""), $$2}' Makefile
 
 setup: $(LAUNCHER) $(PAGE)  ## make .venv, as every target does (PYTHON=python3.12, TORCH=cpu)
 	@[ -z "$$TORCH" ] || [ "$$TORCH" = "$$(cat $(STAMP))" ] || { echo "error: $(VENV) was made" \
