@@ -35,7 +35,9 @@ def draw(table: pd.DataFrame) -> Figure:
         axes.scatter(part.pflop, part.accuracy, label=label, zorder=3, **look)
     for row in table.to_dict("records"):
         place = row["pflop"], row["accuracy"]
-        axes.annotate(row["name"], place, (7, -4), textcoords="offset points")
+        left = row["variant"] == "gpu"  # close to the default
+        where, side = ((-7, -4), "right") if left else ((7, -4), "left")
+        axes.annotate(row["name"], place, where, textcoords="offset points", ha=side)
     axes.set(xscale="log", xlabel="arithmetic of a training, PFLOP", ylabel="test accuracy")
     axes.xaxis.set_major_formatter("{x:g}")
     axes.yaxis.set_major_formatter(PercentFormatter(decimals=0))
