@@ -140,11 +140,12 @@ def test_killed_at_random_epochs_and_batches(
 
 @pytest.mark.slow
 def test_a_temporary_copy_that_was_killed_continues_in_the_workspace(prepared: Project) -> None:
-    prepared.edit("train", epochs=3)
+    prepared.edit("train", epochs=30)
     copy = prepared.start(
         "dvc", "exp", "run", "--temp", "-S", "train.seed=7", "-S", "train.batch_size=16"
     )
-    assert copy.wait_for("epoch 2/3"), copy.output
+    assert copy.wait_for("epoch 2/30"), copy.output
+    prepared.wait_for_a_run()
     copy.end(signal.SIGKILL)
     [killed] = [run for run in prepared.runs().values() if run.info.status == "RUNNING"]
     assert len(checkpoints(prepared)) == 1

@@ -306,6 +306,7 @@ def test_a_run_without_a_process_is_ended_by_sync(used: Project) -> None:
     used.edit("train", epochs=200)
     with used.start("python", "-m", "stages.train", DVC_EXP_NAME="killed") as killed:
         assert killed.wait_for("epoch 1/200")
+        used.wait_for_a_run()
         assert "running, but" in cifarlab(used, "sync")
         killed.end(signal.SIGKILL)
     assert used.runs()["killed"].info.status == "RUNNING"

@@ -8,8 +8,10 @@ import json
 import os
 import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -171,6 +173,19 @@ class Project:
             # Without cached connections, it sees what other processes wrote.
             client._tracking_client.store.engine.dispose()
         return client
+
+    def wait_for_a_run(self) -> None:
+        """Wait until MLflow has a RUNNING run: it is logged beside the training.
+
+        A client of MLflow would create the store.
+        """
+        database, query = self.folder / "mlflow.db", "SELECT 1 FROM runs WHERE status = 'RUNNING'"
+        while True:
+            if database.exists():
+                with contextlib.closing(sqlite3.connect(database)) as store:
+                    if store.execute(query).fetchall():
+                        return
+            time.sleep(0.05)
 
     def lose_store(self) -> None:
         """Delete the MLflow store and all artifacts."""
