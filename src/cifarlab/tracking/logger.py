@@ -25,7 +25,7 @@ from cifarlab.tracking.client import database, warn
 if TYPE_CHECKING:
     from cifarlab.nn.network import Network
 
-EPOCHS = "epochs"  # the command to log them; the other commands are messages of `run`
+EPOCHS = "epochs"  # the command to log them; any other says how the stage has ended
 SECONDS = 40  # that a stage waits at its end
 SECONDS_IF_KILLED = 5
 
