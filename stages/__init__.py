@@ -1,5 +1,6 @@
 """The stages of dvc.yaml, one module each: `python -m stages.train`."""
 
+import gc
 import os
 import signal
 import sys
@@ -32,6 +33,7 @@ except ModuleNotFoundError as error:
 def run(stage: Callable[[Params], None]) -> None:
     """Run a stage with validated parameters. Errors that a user can correct end in one sentence."""
     os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # deterministic matrix products
+    gc.set_threshold(100_000)  # imports make many objects, and there is nothing to collect
     tolerate_settings()
     processes.spare_cores()
     for number in (*SIGNALS, signal.SIGALRM):
@@ -43,6 +45,8 @@ def run(stage: Callable[[Params], None]) -> None:
         with interrupted_once():
             pipeline.refuse_shallow_clone()
             stage(load_params())
+        sys.stdout.flush()
+        code = 0
     except KeyboardInterrupt:
         for number in SIGNALS:
             signal.signal(number, signal.SIG_IGN)
@@ -50,13 +54,14 @@ def run(stage: Callable[[Params], None]) -> None:
             if not processes.started():  # the process that started this one says it
                 print("interrupted; type the same command again and it continues", file=sys.stderr)
             sys.stdout.flush()
-        os._exit(1)  # all files are closed; unloading PyTorch and MLflow would take seconds
+        code = 1
     except Exception as error:
         if sentence := explain(error):
             if processes.started():
                 processes.give_up(sentence)
             sys.exit(f"error: {sentence}")
         raise
+    os._exit(code)  # all files are closed; unloading PyTorch and matplotlib would take a second
 
 
 def explain(error: Exception) -> str:
