@@ -1,6 +1,7 @@
 """Fixtures: small variants of the committed parameters, checkouts of the project, servers."""
 
 import copy
+import gc
 import os
 import shutil
 import signal
@@ -71,6 +72,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         return marker.args[0] if marker else 300  # the limit in pyproject.toml
 
     items.sort(key=limit, reverse=True)
+
+
+def pytest_collection_finish() -> None:
+    """Let no collection of garbage look at the imported modules: statsmodels asks for many."""
+    gc.freeze()
 
 
 @pytest.fixture

@@ -18,6 +18,7 @@ from click.testing import CliRunner
 from cifarlab import cli
 from cifarlab.cli import main
 from cifarlab.report import page
+from tests.support.forkserver import ForkServer
 from tests.support.pictures import picture, write
 
 REPO = Path(__file__).resolve().parent.parent
@@ -50,8 +51,10 @@ def checkout(tmp_path: Path) -> Path:
     return folder
 
 
-def launch(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(LAUNCHER), *arguments]
+def launch(
+    folder: Path, *arguments: str, python: str = sys.executable
+) -> subprocess.CompletedProcess[str]:
+    command = [python, str(LAUNCHER), *arguments]
     return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
 
 
@@ -61,16 +64,17 @@ def test_the_command_works_at_the_top_of_a_checkout_and_below(checkout: Path, pl
     assert (done.returncode, done.stdout) == (0, "params.yaml is valid\n")
 
 
-def test_paths_start_where_the_command_is_typed(checkout: Path) -> None:
-    below = checkout / "src/cifarlab"
+def test_paths_start_where_the_command_is_typed(checkout: Path, fork_server: ForkServer) -> None:
+    below, python = checkout / "src/cifarlab", fork_server.python
     (below / "mine.safetensors").write_bytes(b"damaged")
     for command in ("export --model mine.safetensors --onnx a", "predict --model x no.png"):
-        done = launch(below, *command.split())
+        done = launch(below, *command.split(), python=python)
         assert done.returncode == 1
         # A file that is written or loaded is shown as seen from the top.
         name = "src/cifarlab/mine.safetensors" if "export" in command else "no.png"
         assert done.stderr.startswith(f"error: {name}")
-    assert launch(checkout, "predict", "no.png").stderr.startswith("error: no.png: ")
+    done = launch(checkout, "predict", "no.png", python=python)
+    assert done.stderr.startswith("error: no.png: ")
 
 
 def test_a_page_is_written_where_the_command_is_typed(monkeypatch: pytest.MonkeyPatch) -> None:

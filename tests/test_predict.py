@@ -187,6 +187,7 @@ print(len(found), *broken, peak() - before, sep="\\n")
 """
 
 
+@pytest.mark.slow
 def test_many_large_images_take_no_more_memory_than_one(network: Network) -> None:
     """Nothing is printed, also no warning of Pillow."""
     image(0).save("small.png")

@@ -336,7 +336,7 @@ def test_ctrl_c_is_not_repeated_while_the_run_is_closed(folder: Path) -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="GCC's OpenMP prints its settings")
-@pytest.mark.parametrize("given", [None, "7"])
+@pytest.mark.parametrize("given", [None, pytest.param("7", marks=pytest.mark.slow)])
 def test_a_thread_of_a_stage_that_waits_leaves_its_core_to_others(given: str | None) -> None:
     program = "import stages; stages.run(lambda params: __import__('torch'))"
     env = {k: v for k, v in os.environ.items() if k != "GOMP_SPINCOUNT"}

@@ -242,6 +242,7 @@ def table(project: Project, *arguments: str, code: int = 0) -> list[str]:
     return cifarlab(project, "sync", *arguments, code=code).splitlines()[1:]
 
 
+@pytest.mark.slow
 def test_commits_that_share_a_training_have_their_own_runs(used: Project) -> None:
     used.edit("evaluate", calibration_bins=2)
     used.dvc("repro")

@@ -9,12 +9,14 @@ import urllib.request
 from pathlib import Path
 
 import psutil
+import pytest
 from playwright.sync_api import sync_playwright
 
 from tests.support.project import Project
 from tests.support.servers import Server
 
 
+@pytest.mark.slow
 def test_a_server_gets_the_run_and_its_artifacts(project: Project, mlflow_server: Server) -> None:
     mlflow_server.forget()
     project.edit("tracking", log_model=False)

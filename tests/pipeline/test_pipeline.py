@@ -275,6 +275,7 @@ def test_make_results_copies_the_evidence(finished: Project) -> None:
     assert "dvc repro" in refused.stdout
 
 
+@pytest.mark.slow
 def test_the_page_about_confused_classes_says_where_it_comes_from(finished: Project) -> None:
     project, command = finished, ("python", "studies/confusion.py")
     commit = project.run("git", "rev-parse", "HEAD").stdout[:7]

@@ -389,14 +389,15 @@ def finish(arguments: list[str], python: str) -> NoReturn:
 
 def main() -> None:
     """Import the modules and serve requests; in a child, run the command."""
+    gc.disable()  # imports make many objects, and there is nothing to collect
     sys.path.pop(0)  # the folder of this file
     socket_path, python, modules = sys.argv[1:4]
     for name in filter(None, modules.split(",")):
         importlib.import_module(name)
     logging.getLogger().handlers.clear()  # mlflow.pytorch adds one
     logging.getLogger().setLevel(logging.WARNING)
-    gc.collect()
     gc.freeze()
+    gc.enable()
     assert len(os.listdir("/proc/self/task")) == 1, "only a process with one thread can be forked"
     server, path = os.getpid(), list(sys.path)
     listening = Server(socket_path)

@@ -156,7 +156,9 @@ def test_an_experiment_that_was_created_in_mlflows_page_can_be_used(checkout: Pa
     assert (checkout / "mlartifacts" / run.info.run_id / "artifacts/file.txt").exists()
 
 
-@pytest.mark.parametrize("kind", ["damaged", "locked", "of another version"])
+@pytest.mark.parametrize(
+    "kind", ["damaged", "of another version", pytest.param("locked", marks=pytest.mark.slow)]
+)
 def test_pages_of_a_store_that_cannot_be_read_end_in_a_sentence(checkout: Path, kind: str) -> None:
     store = checkout / "mlflow.db"
     with closing(sqlite3.connect(store)) as other:

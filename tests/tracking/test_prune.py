@@ -1,6 +1,7 @@
 """What prune does when something is damaged. test_revisions.py removes real experiments."""
 
 import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,6 +15,7 @@ from cifarlab.params.sections import Params
 from cifarlab.pipeline import Revision
 from cifarlab.tracking import client, prune
 from cifarlab.tracking.upload import PARAMS
+from tests.support.forkserver import ForkServer
 from tests.tracking.conftest import client_of
 
 DIGITS = {"data.name": "digits"}
@@ -118,7 +120,7 @@ def test_the_best_of_each_data_set_stay(
 
 
 def test_runs_of_another_experiment_of_that_name_stay(
-    checkout: Path, monkeypatch: pytest.MonkeyPatch
+    checkout: Path, monkeypatch: pytest.MonkeyPatch, fork_server: ForkServer
 ) -> None:
     """Two people may use one server, one commit, and one name."""
     store = client_of(checkout)
@@ -127,6 +129,7 @@ def test_runs_of_another_experiment_of_that_name_stay(
     for digest in ("mine", "hers"):
         tags = origin | {client.KEY: digest, PARAMS: digest}
         store.create_run(experiment, run_name="relu", tags=tags)
+    monkeypatch.setattr(sys, "executable", fork_server.python)
     monkeypatch.setattr(prune, "origin_of", lambda _: origin | {PARAMS: "mine"})
     monkeypatch.setattr(pipeline, "remove_experiments", lambda _: None)
     prune._remove([Revision("relu", "c", "b")])

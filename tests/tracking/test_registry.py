@@ -32,7 +32,6 @@ def add(checkout: Path) -> Add:
     for command in (["init", "--quiet"], ["commit", "--quiet", "--allow-empty", "--message=x"]):
         author = ["-c", "user.name=a", "-c", "user.email=a@example.org"]
         subprocess.run(["git", *author, *command], check=True)
-    subprocess.run(["dvc", "init", "--quiet", "--force"], check=True)
     client = client_of(checkout)
     experiment = client.create_experiment(NAME, (checkout / "mlartifacts").as_uri())
     assert load_params().tracking.experiment == NAME
