@@ -117,9 +117,8 @@ executors.run({"long": {"n": 40}, "later": {"n": 41}}, 1, "", print)
 """
 
 
-@pytest.mark.parametrize(
-    "how", [signal.SIGKILL, pytest.param(signal.SIGINT, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
 def test_what_runs_ends_with_the_process_that_runs_it(project: Path, how: signal.Signals) -> None:
     before = Path("dvc.yaml").read_text()
     text = before.replace(

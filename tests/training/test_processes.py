@@ -153,6 +153,7 @@ def test_several_processes_train_like_one(folder: Folder, count: int) -> None:
         torch.testing.assert_close(others[name], weight, rtol=1e-3, atol=1e-4, msg=name)
 
 
+@pytest.mark.slow
 def test_a_process_that_dies_ends_the_training_which_can_continue(folder: Folder) -> None:
     """The same two processes write the same bytes again, killed or not."""
     folder.trained(processes=2)
