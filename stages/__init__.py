@@ -45,8 +45,6 @@ def run(stage: Callable[[Params], None]) -> None:
         with interrupted_once():
             pipeline.refuse_shallow_clone()
             stage(load_params())
-        sys.stdout.flush()
-        code = 0
     except KeyboardInterrupt:
         for number in SIGNALS:
             signal.signal(number, signal.SIG_IGN)
@@ -54,14 +52,14 @@ def run(stage: Callable[[Params], None]) -> None:
             if not processes.started():  # the process that started this one says it
                 print("interrupted; type the same command again and it continues", file=sys.stderr)
             sys.stdout.flush()
-        code = 1
+        os._exit(1)  # all files are closed; unloading PyTorch and MLflow would take seconds
     except Exception as error:
         if sentence := explain(error):
             if processes.started():
                 processes.give_up(sentence)
             sys.exit(f"error: {sentence}")
         raise
-    os._exit(code)  # all files are closed; unloading PyTorch and matplotlib would take a second
+    gc.freeze()  # Python ends sooner if it does not look for garbage in PyTorch
 
 
 def explain(error: Exception) -> str:
