@@ -270,6 +270,24 @@ def test_an_illegal_memory_access_keeps_its_traceback(folder: Path) -> None:
 
 # Ctrl-C
 
+TOLD_TO_END = """
+import os, signal, stages
+from cifarlab.errors import UserError
+class Late(UserError):
+    def __str__(self):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return "the reason"
+def stage(params):
+    raise Late
+stages.run(stage)
+"""
+
+
+def test_a_signal_while_an_error_is_reported_does_not_hide_the_reason(folder: Path) -> None:
+    """If one of several processes fails, torchrun ends the others, which fail as well."""
+    assert error_of(folder, "-c", TOLD_TO_END) == "error: the reason\n"
+
+
 DROPPED = """
 import time, stages
 class Dropped:

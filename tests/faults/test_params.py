@@ -18,7 +18,6 @@ from click.testing import CliRunner
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-import stages
 from cifarlab.cli import main
 from cifarlab.data.dataset import Dataset
 from cifarlab.errors import UserError
@@ -435,18 +434,6 @@ def test_a_network_too_large_for_any_memory_is_refused(path: Path) -> None:
         faults = loaded(path, content)
         assert not isinstance(faults, Params)
         assert "model.widths = [4096]: " in faults[0]
-
-
-@pytest.mark.parametrize(
-    "take", [lambda: torch.empty(10**14), lambda: np.empty(10**14)], ids=["torch", "numpy"]
-)
-def test_lack_of_memory_is_reported_in_one_sentence(
-    monkeypatch: pytest.MonkeyPatch, take: Callable[[], Any]
-) -> None:
-    monkeypatch.chdir(REPO)
-    with pytest.raises(SystemExit) as caught:
-        stages.run(lambda _: take())
-    assert "lower train.batch_size" in str(caught.value)
 
 
 @pytest.fixture(scope="module")
