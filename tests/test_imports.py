@@ -33,17 +33,9 @@ from pathlib import Path
 assert not {"numpy", "torch", "mlflow", "pandas"} & {*sys.modules}
 assert len([*Path("/proc/self/task").iterdir()]) == 1
 """
-SET_UP = """
-import sys, torch, yaml
-from cifarlab.params.sections import TrainParams
-from cifarlab.runtime import device
-device.set_up(TrainParams(**yaml.safe_load(open("params.yaml"))["train"]))
-assert torch.are_deterministic_algorithms_enabled()
-assert "torch._dynamo" not in sys.modules
-"""
 
 
-@pytest.mark.parametrize("script", [FIGURES, LOGGER, SET_UP])
+@pytest.mark.parametrize("script", [FIGURES, LOGGER])
 def test_a_stage_imports_no_more_than_it_needs(script: str) -> None:
     """Importing PyTorch takes seconds. A process with several threads should not fork a logger."""
     env = os.environ | {"PYTHONPATH": f"{REPO / 'src'}:{REPO}"}

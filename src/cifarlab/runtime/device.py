@@ -48,9 +48,7 @@ def set_up(params: TrainParams) -> torch.device:
         raise UserError(f"{wrong}: GPUs found: {gpus}; lower it, or set train.device=cpu")
     if processes.started() and os.environ["WORLD_SIZE"] != str(params.processes):
         raise UserError(f"{wrong}: torchrun started others; set it, and type `dvc repro` instead")
-    # use_deterministic_algorithms(True) does the same, and imports the compiler before: MLflow
-    # would wait two seconds for what this function finds out.
-    torch.set_deterministic_debug_mode("error")
+    torch.use_deterministic_algorithms(True)
     # This code never reads memory that it has not written: no need to fill it first.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.backends.cudnn.allow_tf32 = False  # train.precision: float32 means it

@@ -20,7 +20,7 @@ from cifarlab import files
 from cifarlab.errors import first_line
 from cifarlab.params.sections import Params
 from cifarlab.runtime import processes
-from cifarlab.tracking.client import database, warn
+from cifarlab.tracking.client import connect, database, warn
 
 if TYPE_CHECKING:
     from cifarlab.nn.network import Network
@@ -102,10 +102,10 @@ def _log(stage: str, params: Params, graph: Path, commands: Connection) -> None:
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, signal.SIG_IGN)  # a terminal sends them to the stage as well
         processes.follow()
-        import mlflow  # noqa: F401, takes the longest
-
         from cifarlab.tracking.run import track
 
+        with suppress(Exception):  # the run tries it again, and warns
+            connect()  # takes the longest
         conditions, started = commands.recv()
         run = track(stage, params, conditions)
         run.graph, run.started = graph, started
