@@ -51,6 +51,7 @@ def set_up(params: TrainParams) -> torch.device:
     torch.use_deterministic_algorithms(True)
     # This code never reads memory that it has not written: no need to fill it first.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    torch.backends.cudnn.benchmark = False
     torch.backends.cudnn.allow_tf32 = False  # train.precision: float32 means it
     keep_memory()
     if params.threads != "auto":
