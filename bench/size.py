@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 CODE = ("src", "stages")
-LIMIT = 5_545
+LIMIT = 5_541
 LONGEST = 50  # lines of a function
 SHOWN = 5
 NO_CODE = {

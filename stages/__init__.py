@@ -36,12 +36,21 @@ def run(stage: Callable[[Params], None]) -> None:
     gc.set_threshold(100_000)  # imports make many objects, and there is nothing to collect
     tolerate_settings()
     processes.spare_cores()
+    for number in (*SIGNALS, signal.SIGALRM):
+        if number == signal.SIGINT or signal.getsignal(number) != signal.SIG_IGN:  # nohup
+            signal.signal(number, _interrupt)
     if processes.started():
         processes.follow()
     try:
-        with _interruptible():
-            pipeline.refuse_shallow_clone()
-            stage(load_params())
+        try:
+            with interrupted_once():
+                pipeline.refuse_shallow_clone()
+                stage(load_params())
+        finally:
+            # Nothing may interrupt what is said below: if one of several processes fails, torchrun
+            # sends SIGTERM to the others.
+            for number in (*SIGNALS, signal.SIGALRM):
+                signal.signal(number, signal.SIG_IGN)
     except KeyboardInterrupt:
         with suppress(OSError):  # the terminal may have been closed
             if not processes.started():  # the process that started this one says it
@@ -70,24 +79,6 @@ def explain(error: Exception) -> str:
         reason = f"{error.strerror or error}: {error.filename or 'disk'}"
         return f"{reason}; make room or correct the permissions, then type the same command again"
     return ""
-
-
-@contextmanager
-def _interruptible() -> Iterator[None]:
-    """Let SIGNALS end this block by a KeyboardInterrupt. After it, they are ignored.
-
-    Otherwise one could come while an error is reported: if one of several processes fails, torchrun
-    ends the others, which fail at the same time.
-    """
-    for number in (*SIGNALS, signal.SIGALRM):
-        if number == signal.SIGINT or signal.getsignal(number) != signal.SIG_IGN:  # nohup
-            signal.signal(number, _interrupt)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        for number in SIGNALS:
-            signal.signal(number, signal.SIG_IGN)
 
 
 def _interrupt(*_: object) -> None:
